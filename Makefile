@@ -1,0 +1,56 @@
+# Every target sets up its environment first: a machine needs Python >= 3.11, make and pip's way to a package index.
+# `make test PYTHON=python3.12` uses another interpreter, in an environment of its own.
+
+PYTHON ?= python3
+VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
+RUN := $(VENV)/bin/python
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+.PHONY: help demo test bench lint clean
+.DEFAULT_GOAL := help
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: export JAX_PLATFORMS ?= cpu
+demo: $(VENV)/demo.stamp ## write the tabletop task's episodes, train a tiny OpenVLA on them, evaluate it (runs/demo)
+	$(RUN) -m openvla_jax.sim.dataset --out runs/demo/data
+	$(RUN) train.py --config configs/tabletop.py --workdir runs/demo
+	$(RUN) -m openvla_jax.evaluate rollout --checkpoint runs/demo --controls --out runs/demo/report
+
+test: $(VENV)/dev.stamp ## all tests, on the CPU (PYTEST_ARGS=... replaces the options)
+	JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/dev.stamp ## every benchmark in benchmarks/, one after another
+	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file; done
+
+lint: $(VENV)/dev.stamp ## style, formatting and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean: ## remove environments, caches and the demo's output
+	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments: a stamp is written only after its whole installation, so what was cut short is done again ---
+
+$(VENV)/venv.stamp:
+	@py='$(PYTHON)'; \
+	"$$py" -c pass 2>/dev/null || \
+	    py=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(notdir $(PYTHON)) 2>/dev/null | tail -n 1); \
+	fail() { echo "error: $$*" >&2; exit 1; }; \
+	[ -n "$$py" ] || fail "PYTHON=$(PYTHON) does not run; install it or name another: make test PYTHON=/path/to/python"; \
+	"$$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    fail "$$py is $$("$$py" -V 2>&1); openvla_jax needs Python >= 3.11: make test PYTHON=python3.11"; \
+	"$$py" -c 'import ensurepip, venv' 2>/dev/null || \
+	    fail "$$py cannot make environments; install its venv package (Debian, Ubuntu: apt install python3-venv)"; \
+	"$$py" -m venv --clear $(VENV) && touch $@
+
+# What make demo needs, and (dev) what tests and checks need besides: PyTorch, which is large.
+$(VENV)/demo.stamp: extras := data,plots
+$(VENV)/dev.stamp: extras := dev
+$(VENV)/demo.stamp $(VENV)/dev.stamp: $(VENV)/venv.stamp setup.py constraints.txt
+	@echo "installing openvla_jax[$(extras)] into $(VENV) (minutes, the first time)"
+	@$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(extras)]'
+	@touch $(VENV)/demo.stamp $@

@@ -1,0 +1,78 @@
+"""Packaging of openvla_jax: `pip install -e ".[data]" -c constraints.txt` installs the versions that were tested."""
+
+from setuptools import find_packages, setup
+
+LINUX_X86 = 'sys_platform == "linux" and platform_machine == "x86_64"'
+
+# Flax up to 0.12.8 does not import on jax 0.11.1 and later, and later Flax needs both that jax and Python 3.12:
+# each Python has its own pair of ranges, so that no resolver can mix them.
+JAX = [
+    'jax>=0.10.1,<0.11; python_version < "3.12"',
+    'flax>=0.12.8,<0.12.9; python_version < "3.12"',
+    'jax>=0.11.2,<0.13; python_version >= "3.12"',
+    'flax>=0.12.9,<0.13; python_version >= "3.12"',
+]
+
+BASE = [
+    *JAX,
+    "absl-py>=2.1",
+    "einops>=0.8",
+    "etils[epath,epy]>=1.9",
+    "jaxtyping>=0.3",
+    "ml_collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12.8,<0.13",  # the v1 API is young: a new minor version needs a look
+    "pillow>=10.0",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tensorboardX>=2.6",
+    "tokenizers>=0.22",
+    "tqdm>=4.66",
+    "transformers>=5.0,<6",  # tokenizers only; version 5 splits some text otherwise than version 4
+]
+
+# RLDS reading. tensorflow-cpu is the same library without the CUDA libraries, which it must never use here.
+DATA = [
+    f"tensorflow-cpu>=2.20; {LINUX_X86}",
+    'tensorflow>=2.20; sys_platform != "linux" or platform_machine != "x86_64"',
+    "tensorflow-datasets>=4.9.9",
+]
+PLOTS = ["matplotlib>=3.8"]  # figures of evaluations
+CONVERT = ["torch>=2.6"]  # PyTorch's own .pt and .bin files; safetensors need none of it
+SERVE = ["fastapi>=0.115", "json-numpy>=2.0", "prometheus-client>=0.20", "uvicorn>=0.30"]
+TPU = ["jax[tpu]"]  # also what plans a pod run on any x86-64 Linux machine: the TPU compiler is libtpu
+DEV = [
+    *DATA,
+    *PLOTS,
+    *CONVERT,
+    *SERVE,
+    f"{TPU[0]}; {LINUX_X86}",
+    "beartype>=0.20",
+    "httpx2>=2.0",  # fastapi's test client
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+]
+
+setup(
+    name="openvla_jax",
+    version="0.1.0",
+    description="OpenVLA in JAX: training on TPU pods, weights both ways between PyTorch and Orbax, serving",
+    author="The openvla_jax authors",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["openvla_jax*"]),
+    install_requires=BASE,
+    extras_require={
+        "data": DATA,
+        "plots": PLOTS,
+        "convert": CONVERT,
+        "serve": SERVE,
+        "cuda": ["jax[cuda12]"],
+        "tpu": TPU,
+        "dev": DEV,
+    },
+)

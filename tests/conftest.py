@@ -1,0 +1,52 @@
+"""What every test stands on: eight CPU devices, checked signatures, and the shared reference files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before the first import of jax, here and in every process that a test starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Programs compiled once are shared by the workers, by processes of the tests, and by the next run. A size limit makes
+# jax lock the folder; without it, one worker can read what another has written by half.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 1024**3))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import hypothesis
+from jaxtyping import install_import_hook
+
+# Shapes and types of every annotated function of the package are checked while tests run.
+install_import_hook("openvla_jax", "typecheck.check")
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def shared_dir() -> Path:
+    """The folder of reference outputs and sample data: $OPENVLA_SHARED, or `shared` beside the repository."""
+    return Path(os.environ.get("OPENVLA_SHARED") or ROOT.parent / "shared")
+
+
+def golden(name: str) -> Path:
+    """The path `goldens/<name>` of the shared folder; skips the running test, by name, where it is absent."""
+    path = shared_dir() / "goldens" / name
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """`shared_dir()`; skips where it is absent."""
+    path = shared_dir()
+    if not path.is_dir():
+        pytest.skip(f"needs {path}")
+    return path
