@@ -1,0 +1,167 @@
+"""The layers that every part of the model is made of.
+
+Einsum letters, here and everywhere: B batch, T query position, S key position, N heads, K key/value heads, G query heads
+per key/value head, H head dim, D model width, F mlp width, V vocabulary, L layers, P patches.
+
+Parameters are `nnx.Param`s with logical axis names in their metadata (`axes`); `training/sharding.py` maps these to the mesh.
+Blocks are created *stacked*: `layers=L` gives every parameter a leading axis L, and `scan_layers` runs the stack with one
+`lax.scan`, so that compile time does not grow with depth. Modules are used as plain pytrees under jax's own transforms.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+# What the backward pass keeps of a layer instead of recomputing it, from least to most memory. Names are set by
+# `checkpoint_name` where the values are made.
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
+    "save_qkvo": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention"),
+    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+}
+
+
+def make_param(key, shape, axes, *, scale: float | None = None, value: float | None = None, dtype=jnp.float32) -> nnx.Param:
+    """A parameter: truncated normal of standard deviation `scale`, or the constant `value`."""
+    assert len(shape) == len(axes), (shape, axes)
+    if value is None:
+        # 0.8796 is the standard deviation of a unit normal truncated at two.
+        data = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * (scale / 0.87962566)
+    else:
+        data = jnp.full(shape, value, dtype)
+    return nnx.Param(data, axes=axes)
+
+
+def stack_shape(layers: int | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Leading shape and axes of a stacked parameter (none if `layers` is None)."""
+    return ((), ()) if layers is None else ((layers,), ("layers",))
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """float32 means float32 on every accelerator; bfloat16 takes the native product."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class Linear(nnx.Module):
+    """`y = x @ kernel + bias`, kernel [in, out] (transposed against PyTorch), computed in the dtype of `x`."""
+
+    def __init__(self, key, in_features: int, out_features: int, axes, *, bias: bool, layers: int | None = None):
+        lead, lead_axes = stack_shape(layers)
+        self.kernel = make_param(key, (*lead, in_features, out_features), (*lead_axes, *axes), scale=in_features**-0.5)
+        self.bias = make_param(None, (*lead, out_features), (*lead_axes, axes[-1]), value=0.0) if bias else None
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, statistics in float32."""
+
+    def __init__(self, width: int, eps: float, *, layers: int | None = None):
+        lead, lead_axes = stack_shape(layers)
+        self.scale = make_param(None, (*lead, width), (*lead_axes, "norm"), value=1.0)
+        self.bias = make_param(None, (*lead, width), (*lead_axes, "norm"), value=0.0)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(axis=-1, keepdims=True)
+        variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
+        normed = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm as Llama rounds it: mean square in float32, cast to the activation dtype, *then* times the weight."""
+
+    def __init__(self, width: int, eps: float, *, layers: int | None = None):
+        lead, lead_axes = stack_shape(layers)
+        self.scale = make_param(None, (*lead, width), (*lead_axes, "norm"), value=1.0)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding in the rotate-half layout (first half paired with second), angles in float32."""
+    half = x.shape[-1] // 2
+    # Made on the host: an accelerator's power function is less exact, and position multiplies the error.
+    frequencies = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    # The reference casts cosine and sine to the activation dtype before the products.
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Array | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with grouped key/value heads; `mask` broadcasts to [B, T, S], true where a key is seen.
+
+    Scores, maximum, sum and the value product are float32; the division comes after that product, which is cheaper.
+    """
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    precision = matmul_precision(q.dtype)
+    q = q.reshape(batch, length, k.shape[2], groups, dim)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores * dim**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1)  # [B, K, G, T]
+    mixed = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+    )
+    mixed = mixed / jnp.moveaxis(total, -1, 1)[..., None]
+    return mixed.astype(v.dtype).reshape(batch, length, heads, dim)
+
+
+def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """`function` rounded once, as PyTorch's kernels do: in bfloat16 its inner steps would each round."""
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": _in_float32(lambda x: jax.nn.gelu(x, approximate=False)),
+    "quick_gelu": _in_float32(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "silu": _in_float32(jax.nn.silu),
+}
+
+
+def save_name(x: Array, name: str) -> Array:
+    """Marks an activation that a remat policy may keep."""
+    return checkpoint_name(x, name)
+
+
+def scan_layers(body: Callable[[Any, Array, Any], Array], x: Array, layers: Any, remat: str = "none") -> Array:
+    """Runs a stack of layers: `x = body(layer, x)` for each slice of `layers` along its leading axis.
+
+    The body returns activations only: returning parameters makes XLA copy the whole stack.
+    """
+
+    def step(carry, layer):
+        return body(layer, carry), None
+
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, x, layers)[0]

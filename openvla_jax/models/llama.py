@@ -1,0 +1,161 @@
+"""Llama-2 family decoder (Llama-2, Vicuna, Mistral): embeddings in, final hidden states out, with a static KV cache.
+
+Numerics follow the transformers implementation that OpenVLA trained with: RMSNorm rounded before its weight, RoPE angles
+in float32 and rotate-half layout, softmax in float32, SwiGLU, untied output head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from openvla_jax.config import LlamaConfig
+from openvla_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    RMSNorm,
+    attention,
+    make_param,
+    matmul_precision,
+    rope,
+    save_name,
+    scan_layers,
+)
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers at positions 0..S-1; slots beyond a row's last position hold nothing that is seen."""
+
+    k: Array  # [L, B, S, K, H]
+    v: Array  # [L, B, S, K, H]
+
+
+class Attention(nnx.Module):
+    def __init__(self, key, config: LlamaConfig, layers: int):
+        keys = jax.random.split(key, 4)
+        width, kv_width = config.width, config.kv_heads * config.head_dim
+        self.q = Linear(keys[0], width, width, ("embed", "heads"), bias=False, layers=layers)
+        self.k = Linear(keys[1], width, kv_width, ("embed", "heads"), bias=False, layers=layers)
+        self.v = Linear(keys[2], width, kv_width, ("embed", "heads"), bias=False, layers=layers)
+        self.o = Linear(keys[3], width, width, ("heads", "embed"), bias=False, layers=layers)
+        self.config = config
+
+    def project(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> tuple[Array, Array, Array]:
+        """Queries, keys (both rotated) and values: [B, T, heads, H]."""
+        shape = (*x.shape[:2], -1, self.config.head_dim)
+        q = save_name(self.q(x), "q").reshape(shape)
+        k = save_name(self.k(x), "k").reshape(shape)
+        v = save_name(self.v(x), "v").reshape(shape)
+        return rope(q, positions, self.config.rope_theta), rope(k, positions, self.config.rope_theta), v
+
+    def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:
+        mixed = attention(q, k, v, mask)
+        return self.o(save_name(mixed.reshape(*mixed.shape[:2], -1), "attention"))
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, key, config: LlamaConfig, layers: int):
+        keys = jax.random.split(key, 3)
+        self.gate = Linear(keys[0], config.width, config.mlp_dim, ("embed", "mlp"), bias=False, layers=layers)
+        self.up = Linear(keys[1], config.width, config.mlp_dim, ("embed", "mlp"), bias=False, layers=layers)
+        self.down = Linear(keys[2], config.mlp_dim, config.width, ("mlp", "embed"), bias=False, layers=layers)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, up = save_name(self.gate(x), "mlp"), save_name(self.up(x), "mlp")
+        return self.down(ACTIVATIONS["silu"](gate) * up)
+
+
+class LlamaBlock(nnx.Module):
+    def __init__(self, key, config: LlamaConfig, layers: int):
+        keys = jax.random.split(key)
+        self.norm1 = RMSNorm(config.width, config.norm_eps, layers=layers)
+        self.attention = Attention(keys[0], config, layers)
+        self.norm2 = RMSNorm(config.width, config.norm_eps, layers=layers)
+        self.mlp = MLP(keys[1], config, layers)
+
+
+class Embedding(nnx.Module):
+    """Token embedding table [V, D]."""
+
+    def __init__(self, key, config: LlamaConfig):
+        self.table = make_param(key, (config.vocab_size, config.width), ("vocab", "embed"), scale=0.02)
+
+    def __call__(self, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        # Rows first, then the cast: the gradient adds up in float32. In bfloat16 a token seen 4096 times counts 256.
+        return self.table[...][ids].astype(dtype)
+
+
+class Llama(nnx.Module):
+    def __init__(self, key, config: LlamaConfig):
+        keys = jax.random.split(key, 3)
+        self.embed = Embedding(keys[0], config)
+        self.blocks = LlamaBlock(keys[1], config, config.depth)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = Linear(keys[2], config.width, config.vocab_size, ("embed", "vocab"), bias=False)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B T D"], remat: str = "none") -> Float[Array, "B T D"]:
+        """Normed hidden states of a whole sequence at positions 0..T-1.
+
+        Attention is causal and nothing else: text is padded on the right, so no real token sees a pad.
+        """
+        positions = _positions(x)
+        mask = self._visible(positions, jnp.arange(x.shape[1]))
+
+        def body(block: LlamaBlock, x: Array) -> Array:
+            q, k, v = block.attention.project(block.norm1(x), positions)
+            x = x + block.attention.attend(q, k, v, mask)
+            return x + block.mlp(block.norm2(x))
+
+        return self.norm(scan_layers(body, x, self.blocks, remat))
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 logits over the padded vocabulary."""
+        kernel = self.head.kernel[...].astype(hidden.dtype)
+        return jnp.matmul(
+            hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def prefill(self, x: Float[Array, "B T D"], length: int) -> tuple[Float[Array, "B T D"], Cache]:
+        """As `__call__`, and the keys and values in a cache of `length` >= T positions."""
+        positions = _positions(x)
+        mask = self._visible(positions, jnp.arange(x.shape[1]))
+
+        def body(x, block):
+            q, k, v = block.attention.project(block.norm1(x), positions)
+            x = x + block.attention.attend(q, k, v, mask)
+            return x + block.mlp(block.norm2(x)), (k, v)
+
+        x, (k, v) = jax.lax.scan(body, x, self.blocks)
+        padding = [(0, 0), (0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)]
+        return self.norm(x), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
+
+    def decode(self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """One token per row at its own position; rows of different length share a batch."""
+        slots = jnp.arange(cache.k.shape[2])
+        mask = self._visible(positions[:, None], slots)
+        write = (slots == positions[:, None])[..., None, None]  # [B, S, 1, 1]
+
+        def body(x, scanned):
+            block, k_cache, v_cache = scanned
+            q, k, v = block.attention.project(block.norm1(x), positions[:, None])
+            k_cache, v_cache = jnp.where(write, k, k_cache), jnp.where(write, v, v_cache)
+            x = x + block.attention.attend(q, k_cache, v_cache, mask)
+            return x + block.mlp(block.norm2(x)), (k_cache, v_cache)
+
+        x, (k, v) = jax.lax.scan(body, x, (self.blocks, cache.k, cache.v))
+        return self.norm(x), Cache(k, v)
+
+    def _visible(self, positions: Int[Array, "B T"], slots: Int[Array, "S"]) -> Array:
+        """[B, T, S]: the keys that each query sees (causal, within the sliding window if there is one)."""
+        distance = positions[..., None] - slots
+        window = self.config.sliding_window
+        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _positions(x: Float[Array, "B T D"]) -> Int[Array, "1 T"]:
+    return jnp.arange(x.shape[1])[None]

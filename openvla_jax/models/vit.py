@@ -1,0 +1,150 @@
+"""One vision transformer that is DINOv2 with registers, SigLIP, CLIP or an ImageNet ViT, by config.
+
+It computes what the reference takes from timm: the output of the second-to-last block, without final norm, prefix tokens
+dropped. The last block, the final norm and SigLIP's attention pool are never run and have no parameters here; their
+tensors (`UnusedViT`) only travel through checkpoints.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from openvla_jax.config import VisionConfig
+from openvla_jax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    attention,
+    make_param,
+    matmul_precision,
+    save_name,
+    scan_layers,
+    stack_shape,
+)
+
+
+class PatchEmbed(nnx.Module):
+    """Convolution with stride = kernel = patch size, as one product over flattened patches (height, width, channel)."""
+
+    def __init__(self, key, config: VisionConfig):
+        size = config.patch_size
+        fan_in = size * size * 3
+        self.kernel = make_param(key, (fan_in, config.width), ("patch", "embed"), scale=fan_in**-0.5)
+        self.bias = None if config.pre_norm else make_param(None, (config.width,), ("embed",), value=0.0)
+        self.size = size
+
+    def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P D"]:
+        batch, rows, columns = pixels.shape[0], pixels.shape[1] // self.size, pixels.shape[2] // self.size
+        # Pixels beyond the last whole patch are ignored, as by a VALID convolution.
+        x = pixels[:, : rows * self.size, : columns * self.size]
+        x = x.reshape(batch, rows, self.size, columns, self.size, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, rows * columns, -1)
+        x = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, key, config: VisionConfig, layers: int | None):
+        keys = jax.random.split(key, 4)
+        width, heads = config.width, ("embed", "heads")
+        self.q = Linear(keys[0], width, width, heads, bias=True, layers=layers)
+        self.k = Linear(keys[1], width, width, heads, bias=True, layers=layers)
+        self.v = Linear(keys[2], width, width, heads, bias=True, layers=layers)
+        self.o = Linear(keys[3], width, width, ("heads", "embed"), bias=True, layers=layers)
+        self.heads = config.heads
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        shape = (*x.shape[:2], self.heads, -1)
+        q = save_name(self.q(x), "q").reshape(shape)
+        k = save_name(self.k(x), "k").reshape(shape)
+        v = save_name(self.v(x), "v").reshape(shape)
+        return self.o(save_name(attention(q, k, v).reshape(x.shape), "attention"))
+
+
+class MLP(nnx.Module):
+    def __init__(self, key, config: VisionConfig, layers: int | None):
+        up, down = jax.random.split(key)
+        self.up = Linear(up, config.width, config.mlp_dim, ("embed", "mlp"), bias=True, layers=layers)
+        self.down = Linear(down, config.mlp_dim, config.width, ("mlp", "embed"), bias=True, layers=layers)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(ACTIVATIONS[self.activation](save_name(self.up(x), "mlp")))
+
+
+class ViTBlock(nnx.Module):
+    """Pre-norm block; DINOv2 scales each branch by a learned vector (LayerScale)."""
+
+    def __init__(self, key, config: VisionConfig, layers: int | None):
+        keys = jax.random.split(key)
+        lead, lead_axes = stack_shape(layers)
+        self.norm1 = LayerNorm(config.width, config.norm_eps, layers=layers)
+        self.attention = Attention(keys[0], config, layers)
+        self.norm2 = LayerNorm(config.width, config.norm_eps, layers=layers)
+        self.mlp = MLP(keys[1], config, layers)
+        scale = (*lead, config.width), (*lead_axes, "norm")
+        # timm starts LayerScale at 1e-5 for its 40-block giants; at 0.1 a small tower learns from scratch too.
+        self.scale1 = make_param(None, *scale, value=0.1) if config.layer_scale else None
+        self.scale2 = make_param(None, *scale, value=0.1) if config.layer_scale else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y = self.attention(self.norm1(x))
+        x = x + (y if self.scale1 is None else y * self.scale1[...].astype(y.dtype))
+        y = self.mlp(self.norm2(x))
+        return x + (y if self.scale2 is None else y * self.scale2[...].astype(y.dtype))
+
+
+class ViT(nnx.Module):
+    """A tower: normalised pixels of one image to patch features, without class and register tokens."""
+
+    def __init__(self, key, config: VisionConfig):
+        keys = jax.random.split(key, 5)
+        width = config.width
+        positions = config.patches + int(config.position_for_class_token)
+        self.patch_embed = PatchEmbed(keys[0], config)
+        self.position = make_param(keys[1], (positions, width), ("position", "embed"), scale=0.02)
+        self.class_token = make_param(keys[2], (1, width), ("position", "embed"), scale=0.02) if config.class_token else None
+        registers = (config.registers, width)
+        self.registers = make_param(keys[3], registers, ("position", "embed"), scale=0.02) if config.registers else None
+        self.pre_norm = LayerNorm(width, config.norm_eps) if config.pre_norm else None
+        self.blocks = ViTBlock(keys[4], config, config.depth - 1)
+        self.config = config
+
+    def __call__(self, pixels: Float[Array, "B height width 3"], remat: str = "none") -> Float[Array, "B P D"]:
+        config = self.config
+        x = self.patch_embed(pixels)
+        position = self.position[...].astype(x.dtype)
+        if not config.position_for_class_token:
+            x = x + position
+        prefix = [p[...].astype(x.dtype) for p in (self.class_token, self.registers) if p is not None]
+        if prefix:
+            tokens = jnp.concatenate(prefix)
+            x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
+        if config.position_for_class_token:
+            x = x + position
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        x = scan_layers(lambda block, x: block(x), x, self.blocks, remat)
+        return x[:, config.prefix_tokens :]
+
+
+class AttentionPool(nnx.Module):
+    """SigLIP's pooling head (latent query over the patches): named tensors only, never called."""
+
+    def __init__(self, key, config: VisionConfig):
+        width = config.width
+        self.latent = make_param(None, (1, width), ("position", "embed"), value=0.0)
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, Linear(key, width, width, ("embed", "heads"), bias=True))
+        self.norm = LayerNorm(width, config.norm_eps)
+        self.mlp = MLP(key, config, None)
+
+
+class UnusedViT(nnx.Module):
+    """The tensors of a tower that the policy never runs: last block, final norm, attention pool."""
+
+    def __init__(self, key, config: VisionConfig):
+        self.block = ViTBlock(key, config, None)
+        self.norm = LayerNorm(config.width, config.norm_eps)
+        self.pool = AttentionPool(key, config) if config.attention_pool else None
