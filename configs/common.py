@@ -1,0 +1,62 @@
+"""Every setting of a training run with its default; the other configs start from here. Plain data and arithmetic only."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def base() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 7
+    config.init_from = ""  # a checkpoint whose weights, model and tokenizer to start from
+    config.tokenizer = ""  # directory with tokenizer.json or tokenizer.model, or "tiny"; the checkpoint's with init_from
+    config.model = ConfigDict({"preset": "openvla-7b"})  # and overrides, see openvla_jax.config.model_config
+
+    config.data = data = ConfigDict()
+    data.dataset = ""  # a dataset or a mixture by name
+    data.data_dir = ""  # folder with one directory per dataset; gs:// works
+    data.module = ""
+    data.text_length = 64  # tokens of text; a longer instruction is cut and counted
+    data.shuffle_buffer = 256_000  # encoded frames
+    data.num_parallel_reads = 8
+    data.max_host_ram_gb = 64.0
+    data.skip_unlabeled = True
+    data.statistics = ""  # an existing dataset_statistics.json to use instead of computing
+    data.statistics_dir = ""  # where computed statistics are cached; empty: beside the data
+    data.resume = "auto"  # exact (the stream's state is saved), reseed, or auto: exact where that is small
+
+    config.augment = augment = ConfigDict()
+    augment.enabled = False  # the five augmentations of the reference, on the accelerator
+    augment.crop_scale = (0.9, 0.9)  # area
+    augment.crop_ratio = (1.0, 1.0)
+    augment.diagonal_crop = True  # the reference's crop slides along the diagonal only
+    augment.brightness = 0.2
+    augment.contrast = (0.8, 1.2)
+    augment.saturation = (0.8, 1.2)
+    augment.hue = 0.05
+
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+
+    config.train = train = ConfigDict()
+    train.steps = 300_000
+    train.batch_size = 2048  # global
+    train.accumulation = 1  # parts in which a step's batch is processed
+    train.dtype = "bfloat16"  # of activations and products; parameters and optimiser are float32
+    train.remat = "full"  # see openvla_jax.models.layers.REMAT_POLICIES
+    train.log_every = 10
+    train.eval_every = 1000  # 0: never
+    train.eval_batches = 8
+    train.checkpoint_every = 2500
+    train.keep_last = 2
+    train.keep_every = placeholder(int)  # every N-th step is kept for good
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-5
+    optimizer.schedule = "constant"  # or "cosine"
+    optimizer.warmup_steps = 0
+    optimizer.final_fraction = 0.0  # of the peak, at the end of the cosine
+    optimizer.weight_decay = 0.0
+    optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.999, 1e-8
+    optimizer.clip_norm = 1.0
+
+    config.wandb = ConfigDict({"project": "", "entity": "", "group": ""})  # off without a project
+    return config

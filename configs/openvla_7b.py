@@ -1,0 +1,15 @@
+"""python train.py --config configs/openvla_7b.py --config.data.data_dir=gs://BUCKET/oxe --config.init_from=VLM --workdir gs://BUCKET/run
+
+Pretraining as in the paper: batch 2048, constant 2e-5, all weights trained, 224 px, Open X-Embodiment.
+"""
+
+from configs.common import base
+
+
+def get_config():
+    config = base()
+    config.model.preset = "openvla-7b"
+    config.tokenizer = "llama2_tokenizer"
+    config.data.dataset = "oxe_magic_soup_plus_minus"
+    config.train.steps = 300_000
+    return config

@@ -1,0 +1,1 @@
+"""Inference: a checkpoint, an image and an instruction to a robot action."""

@@ -1,0 +1,1 @@
+"""Training: mesh and shardings, state, step, loop, checkpoints, metrics."""

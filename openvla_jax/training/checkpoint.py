@@ -1,0 +1,283 @@
+"""Checkpoints: weights, and the contract that says how to use them.
+
+A checkpoint is a directory written by Orbax (v1) with these items:
+
+    params/      nested dict of arrays, paths as in the model (`llama/blocks/attention/q/kernel`)
+    unused/      reference tensors that are never run, by tower (only in imported weights; copied along)
+    optimizer/   optimiser state and step (only while training)
+    data/        position in the data stream, per process (only where `data.resume` is exact)
+    contract/    config.json, dataset_statistics.json, tokenizer files: model, preprocessing, prompt, action statistics
+
+Training keeps them as W/checkpoints/<step>/; an imported checkpoint is one such directory by itself. A directory appears
+under its final name only when it is complete.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from openvla_jax.config import VLAConfig
+
+FORMAT = 1
+CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics.json", "tokenizer"
+
+# What training does to an image and an action before the model sees them; inference repeats it from here.
+PREPROCESSING = {
+    "resize_kernel": "lanczos3",  # "bicubic": PIL's, as the HF processor of imported checkpoints
+    "center_crop": False,  # true when trained with random crops
+    "action_normalization": "bounds_q99",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete, of another model, or not one at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """Everything that a user of the weights must know and must not retype."""
+
+    model: VLAConfig
+    tokenizer: Any  # transformers fast tokenizer
+    statistics: Mapping[str, Any]  # {dataset: {"action": {...}, "num_transitions", ...}}
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PREPROCESSING))
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the run's config, or the source of an import
+
+    def save(self, directory: os.PathLike | str) -> None:
+        """Writes the contract's files into an existing directory."""
+        from openvla_jax.tokens import save_tokenizer
+
+        path = epath.Path(directory)
+        config = {
+            "format": FORMAT,
+            "model": self.model.to_dict(),
+            "preprocessing": dict(self.preprocessing),
+            "training": dict(self.training),
+        }
+        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+        (path / STATISTICS_FILE).write_text(json.dumps(dict(self.statistics), indent=2))
+        (path / TOKENIZER_DIR).mkdir(exist_ok=True)
+        save_tokenizer(self.tokenizer, path / TOKENIZER_DIR)
+
+    @classmethod
+    def load(cls, directory: os.PathLike | str) -> "Contract":
+        """Reads what `save` wrote."""
+        from openvla_jax.tokens import load_tokenizer
+
+        path = epath.Path(directory)
+        config = _read_json(path / CONFIG_FILE)
+        if config.get("format") != FORMAT:
+            raise CheckpointError(f"{path / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
+        return cls(
+            model=VLAConfig.from_dict(config["model"]),
+            tokenizer=load_tokenizer(path / TOKENIZER_DIR),
+            statistics=_read_json(path / STATISTICS_FILE),
+            preprocessing=config["preprocessing"],
+            training=config["training"],
+        )
+
+
+def _read_json(path: epath.Path) -> Any:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): the checkpoint is damaged") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def steps_in(directory: os.PathLike | str) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending; unfinished saves carry other names and are not seen."""
+    path = epath.Path(directory)
+    if not path.is_dir():
+        return []
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and is_complete(p))
+
+
+def is_complete(path: epath.Path) -> bool:
+    return (path / "params").is_dir() and (path / "contract" / CONFIG_FILE).exists() and ocp.is_orbax_checkpoint(path)
+
+
+def open_checkpoint(path: os.PathLike | str, step: int | None = None) -> epath.Path:
+    """The directory of a complete checkpoint, from itself, a `checkpoints` folder or a run's workdir (latest step)."""
+    path = epath.Path(path)
+    if step is None and path.is_dir() and is_complete(path):
+        return path
+    for folder in (path, path / "checkpoints"):
+        steps = steps_in(folder)
+        if steps:
+            if step is not None and step not in steps:
+                raise CheckpointError(f"{folder} has no complete checkpoint of step {step}; it has {steps}")
+            return folder / str(steps[-1] if step is None else step)
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    held = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else ["a file"]
+    raise CheckpointError(f"{path} holds no complete checkpoint (params and contract); it holds: {', '.join(held) or 'nothing'}")
+
+
+def load_contract(path: os.PathLike | str) -> Contract:
+    """The contract of a checkpoint, without reading weights."""
+    return Contract.load(open_checkpoint(path) / "contract")
+
+
+def load_params(path: os.PathLike | str, abstract: nnx.State) -> nnx.State:
+    """Parameters as `abstract` describes them: tree, shape, dtype (cast while reading) and sharding of each leaf."""
+    path = open_checkpoint(path)
+    check_tree(path, abstract)
+    pure = ocp.load_checkpointables(path, {"params": nnx.to_pure_dict(nnx.as_pure(abstract))})["params"]
+    return _refill(abstract, pure)
+
+
+def check_tree(path: epath.Path, abstract: nnx.State) -> None:
+    """Raises with all differences at once if the stored parameters are not those of the model."""
+    stored = _shapes(ocp.metadata(path, "params").metadata)
+    wanted = _shapes(nnx.to_pure_dict(nnx.as_pure(abstract)))
+    problems = [f"{name} is missing" for name in wanted if name not in stored]
+    problems += [f"{name} is not in the model" for name in stored if name not in wanted]
+    problems += [
+        f"{name} has shape {stored[name]}, the model {wanted[name]}"
+        for name in wanted
+        if name in stored and stored[name] != wanted[name]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(problems[:8])}{more}")
+
+
+def load_unused(path: os.PathLike | str) -> Any | None:
+    """The reference's never-run tensors of a checkpoint as host arrays, or None where it has none."""
+    path = open_checkpoint(path)
+    return ocp.load(path, checkpointable_name="unused") if (path / "unused").is_dir() else None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _refill(abstract: Any, pure: Any) -> Any:
+    """Puts plain leaves back under the `nnx.Variable`s of `abstract` (dicts iterate in one order on both sides)."""
+    names = {name: i for i, name in enumerate(_shapes(pure))}
+    order = [names[name] for name in _shapes(nnx.to_pure_dict(nnx.as_pure(abstract)))]
+    leaves = jax.tree.leaves(pure)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[i] for i in order])
+
+
+def with_shardings(abstract: Any, placed: Any) -> Any:
+    """Shape structs that carry their shardings: a target for restoring."""
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, placed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and resuming a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Files:
+    """An Orbax item that writes plain files: `write(directory)` at once, or `read(directory)` when restored."""
+
+    def __init__(self, write=None, read=None, every_process: bool = False):
+        self._write, self._read = write, read
+        self._every_process = every_process
+
+    async def save(self, directory):
+        if jax.process_index() == 0 or self._every_process:
+            self._write(await directory.await_creation())
+
+        async def nothing() -> None:
+            return None
+
+        return nothing()
+
+    async def load(self, directory):
+        self._read(directory)
+
+        async def nothing() -> None:
+            return None
+
+        return nothing()
+
+
+class Checkpoints:
+    """The checkpoints of a run: asynchronous saves, the latest N kept and every N-th step for good."""
+
+    def __init__(self, workdir: os.PathLike | str, keep_last: int, keep_every: int | None):
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+        self.directory = epath.Path(workdir) / "checkpoints"
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._pending = None
+
+    @property
+    def latest(self) -> int | None:
+        steps = steps_in(self.directory)
+        return steps[-1] if steps else None
+
+    def save(self, step: int, state: Any, contract: Contract, iterator: Any | None = None, unused: Any | None = None) -> None:
+        """Starts a save; an earlier save that failed raises here. `iterator` is saved at its position of this moment."""
+        self.wait()
+        items = {
+            "params": nnx.to_pure_dict(nnx.as_pure(state.params)),
+            "optimizer": nnx.as_pure({"step": state.step, "opt_state": state.opt_state}),
+            "contract": Files(write=contract.save),
+        }
+        if unused is not None:
+            items["unused"] = unused
+        if iterator is not None:
+            items["data"] = Files(write=lambda directory: iterator.save(_process_dir(directory)), every_process=True)
+        self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
+
+    def restore(self, step: int, abstract: Any, placed: Any) -> Any:
+        """The state of a step, onto the shardings in `placed`, whatever mesh saved it."""
+        path = self.directory / str(step)
+        target = with_shardings(abstract, placed)
+        rest = nnx.as_pure({"step": target.step, "opt_state": target.opt_state})
+        check_tree(path, abstract.params)
+        loaded = ocp.load_checkpointables(
+            path, {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest}
+        )
+        rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
+        rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
+        return abstract.replace(
+            step=rest["step"], opt_state=rest["opt_state"], params=_refill(abstract.params, loaded["params"])
+        )
+
+    def restore_iterator(self, step: int, iterator: Any) -> bool:
+        """Moves the data stream to where it was at `step`; False if that was not saved for this number of processes."""
+        directory = self.directory / str(step) / "data"
+        if not directory.is_dir() or len(list(directory.glob("process_*"))) != jax.process_count():
+            return False
+        iterator.restore(os.fspath(directory / f"process_{jax.process_index()}"))
+        return True
+
+    def wait(self) -> None:
+        """Blocks until a save under way is complete; raises if it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+
+def _process_dir(directory: epath.Path) -> str:
+    path = epath.Path(directory) / f"process_{jax.process_index()}"
+    path.mkdir(parents=True, exist_ok=True)
+    return os.fspath(path)

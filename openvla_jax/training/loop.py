@@ -1,0 +1,319 @@
+"""The training run, top to bottom: mesh, model, data, state, step, loop. `train.py` and `finetune.py` call `run`."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.training import metrics as metrics_lib
+from openvla_jax.training.checkpoint import (
+    PREPROCESSING,
+    CheckpointError,
+    Checkpoints,
+    Contract,
+    load_contract,
+    load_params,
+    load_unused,
+    open_checkpoint,
+    with_shardings,
+)
+from openvla_jax.training.optimizer import make_optimizer, make_schedule
+from openvla_jax.training.sharding import check_batch, global_batch, make_mesh
+from openvla_jax.training.state import TrainState, abstract_state, init_state
+from openvla_jax.training.step import make_eval_step, make_train_step, summarize
+
+CONFIG_FILE = "config.json"
+# An exact data position is saved while the shuffle buffer that it contains stays below this, in bytes per process.
+EXACT_RESUME_LIMIT = 256 * 2**20
+# Changing these between starts of one run would make another run of it.
+FIXED = ("model", "tokenizer", "seed", "data.dataset", "data.text_length", "train.batch_size")
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient stopped being a number; the last good checkpoint is kept."""
+
+
+def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainState:
+    """Trains as `config` says (see `configs/common.py`), resuming from the latest complete checkpoint in `workdir`.
+
+    Returns the final state. Raises ValueError, FileNotFoundError or CheckpointError with one line for bad input, before
+    anything is written; NonFiniteError if the loss is not a number.
+    """
+    from openvla_jax.data.batches import make_eval_batches, make_train_iterator  # TensorFlow comes with it
+
+    train, workdir = config.train, epath.Path(workdir)
+    log = print if jax.process_index() == 0 else logging.debug
+    dtype = jnp.dtype(train.dtype)
+
+    # -- Mesh -----------------------------------------------------------------------------------------------------
+    mesh = make_mesh(config.mesh)
+    check_batch(train.batch_size, train.accumulation, mesh)
+    log(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, mesh {dict(mesh.shape)}")
+
+    # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
+    base = load_contract(config.init_from) if config.init_from else None
+    model = resolve_model(config, base)
+    tokenizer = resolve_tokenizer(config, base, model)
+
+    # -- Data -------------------------------------------------------------------------------------------------------
+    checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
+    start = checkpoints.latest or 0
+    if start:
+        check_same_run(workdir, config)
+    common = dict(image_size=model.image_size, prompt_family=model.prompt_family)
+    local_batch_size = train.batch_size // jax.process_count()
+
+    def open_data(seed: int):
+        return make_train_iterator(
+            config.data, tokenizer, batch_size=local_batch_size, seed=seed,
+            process_index=jax.process_index(), process_count=jax.process_count(), **common,
+        )  # fmt: skip
+
+    iterator = open_data(config.seed)
+    exact = resume_mode(config.data.resume, iterator.state_bytes) == "exact"
+    log(
+        f"data: {', '.join(iterator.dataset_names)}; about {iterator.num_examples} frames per epoch; resume "
+        f"{'exact' if exact else 'reseeded'} (its state is about {iterator.state_bytes / 2**20:.1f} MiB per process)"
+    )
+    if start and not (exact and checkpoints.restore_iterator(start, iterator)):
+        iterator = open_data(config.seed + start)
+        log(f"data: position not restored, the stream goes on with seed {config.seed + start}")
+    eval_batches = []
+    if train.eval_every and train.eval_batches:
+        eval_batches = make_eval_batches(
+            config.data, tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
+            statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(), **common,
+        )  # fmt: skip
+
+    # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
+    schedule = make_schedule(config.optimizer, train.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    abstract, placed = abstract_state(model, dtype, optimizer, mesh)
+    log(f"model: {model.name}, {describe_parameters(abstract.params)}")
+    if start:
+        state = checkpoints.restore(start, abstract, placed)
+        log(f"resumed from step {start}")
+    elif config.init_from:
+        params = load_params(config.init_from, with_shardings(abstract.params, placed.params))
+        fresh = lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        state = jax.jit(fresh, out_shardings=placed, donate_argnums=0)(params)
+        log(f"started from the weights of {config.init_from}")
+    else:
+        state = init_state(model, dtype, optimizer, mesh, config.seed)
+    unused = load_unused(config.init_from) if config.init_from else None
+    contract = Contract(
+        model=model,
+        tokenizer=tokenizer,
+        statistics=iterator.statistics,
+        preprocessing=(base.preprocessing if base else PREPROCESSING) | {"center_crop": bool(config.augment.enabled)},
+        training=json.loads(config.to_json_best_effort()),
+    )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / CONFIG_FILE, contract.training)
+
+    # -- Step ---------------------------------------------------------------------------------------------------------
+    datasets = len(iterator.dataset_names)
+    step_fn = make_train_step(
+        model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation, remat=train.remat,
+        augment=make_augment(config.augment), seed=config.seed,
+    )  # fmt: skip
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
+    eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets))
+    eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
+
+    # -- Loop ---------------------------------------------------------------------------------------------------------
+    if start >= train.steps:
+        log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
+        return state
+    writer = None
+    if jax.process_index() == 0:
+        writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
+    progress = metrics_lib.Progress(start, train.steps, train.batch_size)
+
+    def record(step: int, metrics: Mapping[str, Any]) -> None:
+        """Checks and logs a step's metrics; waits for that step to end."""
+        metrics = jax.device_get(metrics)
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+            kept = f"the last good checkpoint is step {checkpoints.latest}" if checkpoints.latest else "no checkpoint was saved"
+            raise NonFiniteError(
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped, {kept}; "
+                "lower optimizer.learning_rate or look at the data of this step"
+            )
+        if step % train.log_every == 0 or step == train.steps:
+            flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
+            flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
+            if writer is not None:
+                writer.write(step, flat)
+            log(progress.line(step, flat))
+
+    def evaluate(step: int) -> None:
+        sums = None
+        for batch in eval_batches:
+            part = eval_fn(state.params, batch)
+            sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+        flat = metrics_lib.flatten(jax.device_get(summarize(sums)), iterator.dataset_names, "val")
+        if writer is not None:
+            writer.write(step, flat)
+        log(
+            f"step {step}/{train.steps}  validation: loss {flat['val/loss']:.4f}  "
+            f"accuracy {flat['val/action_accuracy']:.1%}  L1 {flat['val/action_l1']:.4f}"
+        )
+
+    stop = StopSignal()
+    with jax.transfer_guard("disallow"), contextlib.ExitStack() as closing:
+        closing.callback(checkpoints.close)
+        if writer is not None:
+            closing.callback(writer.close)
+        closing.enter_context(stop)
+        batch = next_batch(iterator, mesh, progress)
+        for step in range(start + 1, train.steps + 1):
+            state, metrics = step_fn(state, batch)
+            last = step == train.steps or stop.requested
+            evaluates = eval_batches and (step % train.eval_every == 0 or step == train.steps)
+            if last or evaluates or step % train.checkpoint_every == 0:
+                record(step, metrics)  # before saving: a state that is not finite is never saved
+                began = time.perf_counter()
+                with jax.transfer_guard("allow"):
+                    if evaluates:
+                        evaluate(step)
+                    if last or step % train.checkpoint_every == 0:
+                        checkpoints.save(step, state, contract, iterator if exact else None, unused)
+                progress.paused(time.perf_counter() - began)
+                if last:
+                    break
+                batch = next_batch(iterator, mesh, progress)
+            else:
+                batch = next_batch(iterator, mesh, progress)  # while the device works
+                record(step, metrics)
+    if stop.requested and step < train.steps:
+        log(f"stopped by a signal at step {step}, saved; the same command goes on from there")
+        raise SystemExit(stop.EXIT_CODE)
+    log(f"done: step {step} saved in {checkpoints.directory / str(step)}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def next_batch(iterator: Any, mesh: jax.sharding.Mesh, progress: metrics_lib.Progress) -> Any:
+    began = time.perf_counter()
+    batch = global_batch(next(iterator), mesh)
+    progress.waited(time.perf_counter() - began)
+    return batch
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """SIGTERM asks for a save at the end of the running step; a second one ends the process at once."""
+
+    EXIT_CODE = 143  # 128 + SIGTERM: stopped, saved, to be started again
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopSignal":
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, *_: Any) -> None:
+        self.requested = True
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> VLAConfig:
+    """The model to train: the checkpoint's where there is one, which the config may name again but not change."""
+    settings = {key: value for key, value in config.model.to_dict().items() if value is not None}
+    if base is None:
+        return model_config(settings)
+    if settings.get("preset") and model_config(settings) != base.model:
+        raise CheckpointError(
+            f"config.model ({settings['preset']}) differs from the model of {config.init_from} ({base.model.name}); "
+            "leave config.model.preset empty to take the checkpoint's"
+        )
+    return base.model
+
+
+def resolve_tokenizer(config: ml_collections.ConfigDict, base: Contract | None, model: VLAConfig) -> Any:
+    """The checkpoint's tokenizer, or the one that the config names; it must be the one that the model was sized for."""
+    from openvla_jax.tokens import load_tokenizer
+
+    tokenizer = base.tokenizer if base else load_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size != model.base_vocab_size:
+        raise ValueError(
+            f"tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} entries, model {model.name!r} is for "
+            f"{model.base_vocab_size}; set config.tokenizer or config.model.base_vocab_size"
+        )
+    return tokenizer
+
+
+def make_augment(settings: Mapping[str, Any]):
+    """`augment(key, images)` of the config, or None."""
+    if not settings["enabled"]:
+        return None
+    from openvla_jax.data.augment import AugmentConfig, augment
+
+    options = AugmentConfig(**{key: value for key, value in settings.items() if key != "enabled"})
+    return lambda key, images: augment(key, images, options)
+
+
+def resume_mode(mode: str, state_bytes: int) -> str:
+    """`exact` or `reseed`, from `data.resume` and the size of the data stream's state."""
+    if mode not in ("auto", "exact", "reseed"):
+        raise ValueError(f"unknown data.resume {mode!r}: auto, exact or reseed")
+    if mode == "auto":
+        return "exact" if state_bytes <= EXACT_RESUME_LIMIT else "reseed"
+    return mode
+
+
+def check_same_run(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """A workdir is resumed only by a config that agrees with the saved one in what makes the run."""
+    saved = json.loads((open_checkpoint(workdir) / "contract" / CONFIG_FILE).read_text())["training"]
+    now = json.loads(config.to_json_best_effort())
+    differences = []
+    for name in FIXED:
+        before, after = saved, now
+        for part in name.split("."):
+            before, after = before.get(part), after.get(part)
+        if before != after:
+            differences.append(f"{name} was {before!r}, is {after!r}")
+    if differences:
+        raise CheckpointError(
+            f"{workdir} holds checkpoints of another config: {'; '.join(differences)}; use another --workdir or that config"
+        )
+
+
+def describe_parameters(params: nnx.State) -> str:
+    """`1,234,567 parameters (llama 1,000,000, projector 34,567, vision/dino 200,000)`."""
+    sizes: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.as_pure(params)))[0]:
+        name = "/".join(str(p.key) for p in path[: 2 if path[0].key == "vision" else 1])
+        sizes[name] = sizes.get(name, 0) + math.prod(leaf.shape)
+    return f"{sum(sizes.values()):,} parameters ({', '.join(f'{k} {v:,}' for k, v in sorted(sizes.items()))})"
+
+
+def write_json(path: epath.Path, data: Any) -> None:
+    """Atomic."""
+    new = path.parent / (path.name + ".new")
+    new.write_text(json.dumps(data, indent=2))
+    new.replace(path)

@@ -1,0 +1,67 @@
+"""AdamW with global-norm clipping and a constant or cosine learning rate."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+SCHEDULES = ("constant", "cosine")
+
+
+def make_schedule(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up over `warmup_steps`, then constant, or cosine to `final_fraction` of the peak.
+
+    The update that makes step 1 uses the value at 0: without warm-up that is the peak, as in the reference.
+    """
+    peak, warmup = settings["learning_rate"], settings["warmup_steps"]
+    if settings["schedule"] not in SCHEDULES:
+        raise ValueError(f"unknown optimizer.schedule {settings['schedule']!r}: {' or '.join(SCHEDULES)}")
+    if settings["schedule"] == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=settings["final_fraction"])
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decays(params: Any) -> Any:
+    """Which parameters weight decay touches: kernels and the token table, not norms, biases, positions or layer scales.
+
+    The reference decides by the number of dimensions after FSDP has flattened them, which decays nothing; here it is by name.
+    """
+
+    def decayed(variable: nnx.Variable) -> bool:
+        axes = [axis for axis in variable.get_metadata()["axes"] if axis != "layers"]
+        return len(axes) >= 2 and "position" not in axes
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    return jax.tree.map(lambda v: v.replace(decayed(v)), params, is_leaf=is_variable)
+
+
+def make_optimizer(settings: Mapping[str, Any], schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (float32 moments) after clipping by the global norm (0 = no clipping)."""
+    adamw = optax.adamw(
+        schedule,
+        b1=settings["b1"],
+        b2=settings["b2"],
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        mask=decays if settings["weight_decay"] else None,
+    )
+    if settings["clip_norm"]:
+        return optax.chain(clip_by_global_norm(settings["clip_norm"]), adamw)
+    return optax.chain(optax.identity(), adamw)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """As `torch.nn.utils.clip_grad_norm_`: the scale is limit / (norm + 1e-6), never above 1."""
+
+    def update(grads, state, params=None):
+        scale = jnp.minimum(1.0, limit / (optax.global_norm(grads) + 1e-6))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,116 @@
+"""The mesh, and the one table that says where every parameter and activation lives.
+
+Axes: `data` replicates parameters (across slices), `fsdp` shards parameters, optimiser state and batch, `tensor` splits heads,
+mlp and vocabulary. Arrays are placed by the compiler (`AxisType.Auto`) from parameter shardings and few constraints.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Logical axis of a parameter -> mesh axis. The model width of every kernel is sharded, never the layer axis: gathers and
+# reductions then need no layout copies.
+RULES: dict[str, str | None] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "norm": None,
+    "patch": None,
+    "position": None,
+}
+
+MAX_REPLICATED_BYTES = 64 * 2**20
+
+
+def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
+    """A mesh of `('data', 'fsdp', 'tensor')`; one size may be -1: what the other two leave of the devices."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    bad = len(free) > 1 or fixed <= 0 or len(devices) % fixed or (not free and fixed != len(devices))
+    if bad:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh ({wanted}) does not fit {len(devices)} devices: the product must be {len(devices)}, at most one size is -1"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    # Passed explicitly: jax.make_mesh would make Explicit axes.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parameter_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> P:
+    """The partition of one parameter by `RULES`.
+
+    A dimension that its mesh axis does not divide hands the axis on to the largest free dimension that it does divide
+    (4304 or 32064 over 64 chips), other than the layer axis. Two dimensions on one mesh axis raise.
+    """
+    wanted = [RULES[axis] for axis in axes]
+    taken = [axis for axis in wanted if axis is not None]
+    if len(set(taken)) != len(taken):
+        raise ValueError(f"parameter axes {axes} put two dimensions on one mesh axis: {wanted}")
+    spec: list[str | None] = [None] * len(shape)
+    left = []
+    for i, axis in enumerate(wanted):
+        if axis is not None and mesh.shape[axis] > 1:
+            if shape[i] % mesh.shape[axis] == 0:
+                spec[i] = axis
+            else:
+                left.append(axis)
+    for axis in left:
+        free = [i for i in range(len(shape)) if spec[i] is None and axes[i] != "layers" and shape[i] % mesh.shape[axis] == 0]
+        if free:
+            spec[max(free, key=lambda i: shape[i])] = axis
+    return P(*spec)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """`NamedSharding`s for a tree of `nnx.Variable`s (parameters, Adam moments) and plain leaves, which are replicated.
+
+    The result has the structure of `tree`, so that it serves as `in_shardings`, `out_shardings` and restore target.
+    """
+
+    def place(path, leaf):
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, P())
+        array = leaf.get_value()
+        spec = parameter_spec(array.shape, leaf.get_metadata()["axes"], mesh)
+        bytes_replicated = math.prod(array.shape) * array.dtype.itemsize
+        if mesh.shape["fsdp"] > 1 and all(axis is None for axis in spec) and bytes_replicated > MAX_REPLICATED_BYTES:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} {array.shape} would be replicated on every device "
+                f"({bytes_replicated / 2**20:.0f} MiB): no dimension divides by fsdp={mesh.shape['fsdp']}; change the mesh"
+            )
+        return leaf.replace(NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """Joins the hosts' local arrays (leading axis: rows of this host) to global arrays sharded over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """The global batch must split into accumulation steps, each over all data shards, and over processes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for what, divisor in (
+        (f"accumulation {accumulation} x {shards} data shards", accumulation * shards),
+        (f"{jax.process_count()} processes", jax.process_count()),
+    ):
+        if batch_size % divisor:
+            near = max(1, round(batch_size / divisor)) * divisor
+            raise ValueError(f"train.batch_size {batch_size} is not a multiple of {what}; the nearest that is: {near}")

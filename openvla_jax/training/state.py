@@ -1,0 +1,45 @@
+"""The training state: step, parameters, optimiser state. Made abstractly first, then initialised already sharded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from openvla_jax.config import VLAConfig
+from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.training.sharding import shardings
+
+
+@struct.dataclass
+class TrainState:
+    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes."""
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: Any
+
+
+def make_init(model: VLAConfig, dtype, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+    """A jittable function from a key to a fresh state."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = nnx.state(OpenVLA(model, key, dtype), nnx.Param)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return init
+
+
+def abstract_state(model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the state (two trees of one structure); no arrays are made."""
+    state = jax.eval_shape(make_init(model, dtype, optimizer), jax.random.key(0))
+    return state, shardings(state, mesh)
+
+
+def init_state(model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """A fresh state, every leaf created on the devices that hold it."""
+    _, placed = abstract_state(model, dtype, optimizer, mesh)
+    return jax.jit(make_init(model, dtype, optimizer), out_shardings=placed)(jax.random.key(seed))

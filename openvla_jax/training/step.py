@@ -1,0 +1,124 @@
+"""One training step and one evaluation step, as pure functions to be compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from openvla_jax.config import VLAConfig
+from openvla_jax.models.openvla import OpenVLA, abstract_model
+from openvla_jax.tokens import ActionTokenizer
+from openvla_jax.training.sharding import BATCH
+from openvla_jax.training.state import TrainState
+
+Metrics = dict[str, Array]
+
+
+def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, remat: str = "none") -> tuple[Array, Metrics]:
+    """Summed cross-entropy over the batch's target tokens, and sums for the metrics.
+
+    Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
+    behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin centres
+    of normalised actions in [-1, 1].
+    """
+    logits = model.target_logits(model.normalize(batch.images), batch.tokens, batch.target_positions, remat)
+    targets = jnp.take_along_axis(batch.tokens, batch.target_positions, axis=1)
+    mask = batch.target_mask.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
+
+    tokenizer = ActionTokenizer(model.config.base_vocab_size, model.config.action_bins)
+    centers = jnp.asarray(tokenizer.bin_centers, jnp.float32)
+    decode = lambda ids: centers[jnp.clip(model.config.base_vocab_size - ids - 1, 0, len(centers) - 1)]
+    predicted = logits.argmax(axis=-1)
+    is_action = mask * ((targets >= tokenizer.first_token) & (targets <= tokenizer.last_token))
+    per_row = {
+        "loss": losses.sum(axis=1),
+        "targets": mask.sum(axis=1),
+        "correct": ((predicted == targets) * is_action).sum(axis=1),
+        "l1": (jnp.abs(decode(predicted) - decode(targets)) * is_action).sum(axis=1),
+        "actions": is_action.sum(axis=1),
+    }
+    in_dataset = jax.nn.one_hot(batch.dataset, datasets)
+    sums = {name: jnp.matmul(row, in_dataset, precision=jax.lax.Precision.HIGHEST) for name, row in per_row.items()}
+    return losses.sum(), sums
+
+
+def summarize(sums: Metrics) -> Metrics:
+    """Sums by dataset to means: over all, and `*_by_dataset` vectors (NaN where a dataset has no row in the batch)."""
+    total = {name: value.sum() for name, value in sums.items()}
+    return {
+        "loss": total["loss"] / total["targets"],
+        "action_accuracy": total["correct"] / total["actions"],
+        "action_l1": total["l1"] / total["actions"],
+        "action_accuracy_by_dataset": sums["correct"] / sums["actions"],
+        "action_l1_by_dataset": sums["l1"] / sums["actions"],
+    }
+
+
+def make_train_step(
+    model: VLAConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    *,
+    dtype,
+    datasets: int,
+    accumulation: int = 1,
+    remat: str = "none",
+    augment: Callable[[Array, Array], Array] | None = None,
+    seed: int = 0,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """`(state, batch) -> (state, metrics)` on the global batch.
+
+    Gradients of the mean loss over all target tokens of the global batch, in `accumulation` parts that are summed in
+    float32; the result does not depend on the number of parts, devices or hosts beyond rounding. `augment(key, images)`
+    runs on the device, keyed by seed and step.
+    """
+    graph = nnx.graphdef(abstract_model(model, dtype))
+
+    def part_loss(params: nnx.State, batch: Any, total: Array) -> tuple[Array, Metrics]:
+        loss, sums = loss_and_metrics(nnx.merge(graph, params), batch, datasets, remat)
+        return loss / total, sums
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
+        if augment is not None:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            batch = batch._replace(images=augment(key, batch.images))
+        total = batch.target_mask.sum().astype(jnp.float32)
+        gradient = jax.grad(part_loss, has_aux=True)
+        if accumulation == 1:
+            grads, sums = gradient(state.params, batch, total)
+        else:
+            # Rows are dealt out in turn, so that each part spans all devices without moving data.
+            split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+            parts = jax.lax.with_sharding_constraint(jax.tree.map(split, batch), NamedSharding(mesh, P(None, *BATCH)))
+
+            def add(carry, part):
+                return jax.tree.map(jnp.add, carry, gradient(state.params, part, total)), None
+
+            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), total)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = summarize(sums) | {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(model: VLAConfig, *, dtype, datasets: int) -> Callable[[nnx.State, Any], Metrics]:
+    """`(params, batch) -> sums` of `loss_and_metrics`, to be added over batches and given to `summarize`."""
+    graph = nnx.graphdef(abstract_model(model, dtype))
+
+    def eval_step(params: nnx.State, batch: Any) -> Metrics:
+        return loss_and_metrics(nnx.merge(graph, params), batch, datasets)[1]
+
+    return eval_step
