@@ -1,0 +1,38 @@
+"""From RLDS directories to batches.
+
+The way of the data: `rlds` opens a directory and reads episodes, `trajectory` gives them one form and normalises them
+by `statistics`, `mixture` draws frames from several datasets, `images` decodes, `batches` shuffles, batches and adds
+tokens. TensorFlow is imported by those modules, never by this file.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # has to be set before TensorFlow is first imported
+
+
+class DataError(ValueError):
+    """The data on disk, or what was asked of them, cannot be trained on. The message is one line: what, where, mend."""
+
+
+class DatasetNotFoundError(DataError):
+    """A dataset or one of its files is not where it was looked for."""
+
+
+class SplitNotFoundError(DataError):
+    """A dataset has no such split, or no episodes in it."""
+
+
+class CorruptRecordError(DataError):
+    """A record file is damaged, cut off or does not fit the schema beside it."""
+
+
+class BadImageError(DataError):
+    """A camera frame cannot be decoded, or is not stored as an encoded image."""
+
+
+class BadActionError(DataError):
+    """An action (or state) is NaN or infinite."""
+
+
+class StatisticsError(DataError):
+    """Normalisation statistics are missing, malformed, or belong to other actions."""

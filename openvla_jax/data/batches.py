@@ -1,0 +1,299 @@
+"""Frames of a mixture as numpy batches: shuffled while encoded, decoded, resized, tokenised.
+
+All but the tokens happens in one tf.data pipeline per host, with its own prefetching and no Python in it, so the state
+of the stream (shuffle buffer included) can be written beside a checkpoint and taken up again exactly.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from etils import epath
+
+from openvla_jax.data import BadImageError, DataError, images
+from openvla_jax.data.episodes import clear_errors
+from openvla_jax.data.mixture import Mixture, nominal_length, open_mixture
+from openvla_jax.data.statistics import check_finite
+from openvla_jax.tokens import ActionTokenizer, encode_example
+
+_PREFETCHED_BATCHES = 2
+
+
+class Batch(NamedTuple):
+    """Rows of one host. N is the largest action dimension of the mixture + 1 (the end token)."""
+
+    images: np.ndarray  # uint8 [B, H, W, 3]
+    tokens: np.ndarray  # int32 [B, T], right-padded
+    target_positions: np.ndarray  # int32 [B, N], where tokens hold what is to be predicted
+    target_mask: np.ndarray  # bool [B, N], False where a row has fewer targets
+    dataset: np.ndarray  # int32 [B], index into dataset_names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames -> rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _rows(stream: tf.data.Dataset, buffer: int, *, seed: int, image_size: int, batch_size: int) -> tf.data.Dataset:
+    """Frames -> batches of rows: shuffled while encoded, then decoded and resized in parallel, in a fixed order.
+
+    "broken" holds the encoded image where it cannot be decoded, and is empty elsewhere.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def decode(frame: dict) -> dict:
+        image, decoded = images.load(frame["image"], image_size)
+        return frame | {"image": image, "broken": tf.where(decoded, "", frame["image"])}
+
+    stream = stream.shuffle(buffer, seed=seed)
+    stream = stream.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    stream = stream.batch(batch_size, drop_remainder=True).prefetch(_PREFETCHED_BATCHES)
+    options = tf.data.Options()
+    options.deterministic = True
+    # Decoding counts as stateful for TensorFlow, because it catches its own errors. It is not, and `episodes.trace` has
+    # refused what is, so the state of the iterator is complete.
+    options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
+    return stream.with_options(options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows -> Batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Encoder:
+    """Adds tokens to the rows that tf.data delivers, and refuses rows that cannot be trained on."""
+
+    def __init__(self, mixture: Mixture, tokenizer: Any, text_length: int, prompt_family: str):
+        self.mixture = mixture
+        self.names = tuple(source.name for source in mixture.sources)
+        self.action_dims = mixture.action_dims
+        self.action_tokenizer = ActionTokenizer(tokenizer.vocab_size)
+        self.truncated_instructions = 0
+
+        @functools.lru_cache(maxsize=65536)  # robots are told the same things over and over
+        def template(instruction: str, action_dim: int):
+            blank = np.zeros(action_dim)
+            return encode_example(tokenizer, self.action_tokenizer, instruction, blank, text_length, prompt_family)
+
+        self._template = template
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> Batch:
+        self._check(rows)
+        dims = self.action_dims[rows["dataset"]]
+        targets = self.action_dims.max() + 1
+        action_ids = self.action_tokenizer.encode(rows["action"])
+        tokens, positions = [], []
+        for row, dim in enumerate(dims):
+            try:
+                text, places, cut = self._template(rows["language"][row].decode(), int(dim))
+            except ValueError as error:  # an instruction that is empty or not text
+                raise DataError(f"{self._where(rows, row)}: {error}") from error
+            text = text.copy()
+            text[places[:-1]] = action_ids[row, :dim]
+            tokens.append(text)
+            positions.append(np.pad(places, (0, targets - len(places)), mode="edge"))
+            if cut and not self.truncated_instructions:
+                logging.warning(
+                    "%s: the instruction is too long and is cut: raise data.text_length", self._where(rows, row)
+                )
+            self.truncated_instructions += cut
+        return Batch(
+            images=rows["image"],
+            tokens=np.stack(tokens),
+            target_positions=np.stack(positions),
+            target_mask=np.arange(targets) <= dims[:, None],
+            dataset=rows["dataset"],
+        )
+
+    def _where(self, rows: Mapping[str, np.ndarray], row: int) -> str:
+        name, episode = self.names[rows["dataset"][row]], rows["episode"][row].decode()
+        return f"dataset {name!r}, episode {episode}, step {rows['step'][row]}"
+
+    def _check(self, rows: Mapping[str, np.ndarray]) -> None:
+        for row in np.flatnonzero(rows["step"] < 0)[:1].tolist():
+            raise DataError(
+                f"dataset {self.names[rows['dataset'][row]]!r}: not one frame of the episodes that this process reads "
+                f"has an instruction and passes the dataset's filter: label them, or leave the dataset out"
+            )
+        for row in np.flatnonzero(rows["broken"] != b"")[:1].tolist():
+            reason = images.reason(rows["broken"][row])
+            raise BadImageError(f"{self._where(rows, row)}: the image cannot be decoded ({reason})")
+        for row in np.flatnonzero(~np.isfinite(rows["action"]).all(axis=1))[:1].tolist():
+            name, one = self.names[rows["dataset"][row]], slice(row, row + 1)
+            check_finite(rows["action"][one], "action", name, rows["episode"][one], rows["step"][one])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainIterator(Iterator[Batch]):
+    """The endless training stream of one process. The same arguments give the same batches.
+
+    dataset_names: what Batch.dataset indexes. statistics: {name: statistics with mask}. num_examples: frames of a
+    nominal epoch (see `mixture.nominal_length`). truncated_instructions: rows so far whose instruction was cut to fit.
+    state_bytes: about how much memory the shuffle buffer and the prefetched batches take, and `save` writes.
+    """
+
+    def __init__(
+        self, rows: tf.data.Dataset, encoder: _Encoder, *, num_examples: int, state_bytes: int, identity: dict[str, Any]
+    ):
+        self.dataset_names = encoder.names
+        self.statistics = dict(encoder.mixture.statistics)
+        self.num_examples = num_examples
+        self.state_bytes = state_bytes
+        self._encoder, self._identity = encoder, identity
+        self._iterator = iter(rows)
+        self._started = False
+
+    @property
+    def truncated_instructions(self) -> int:
+        return self._encoder.truncated_instructions
+
+    def __next__(self) -> Batch:
+        self._started = True
+        with clear_errors(self._encoder.mixture.sources):
+            rows = next(self._iterator)
+        return self._encoder({key: value.numpy() for key, value in rows.items()})
+
+    def save(self, directory: str) -> None:
+        """Writes the state of the stream, shuffle buffer and prefetched batches included, one file set per process.
+
+        The JSON file comes last: without it the set is not complete, and `restore` refuses it.
+        """
+        prefix = self._prefix(directory)
+        path = prefix.with_name(prefix.name + ".json")
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        tf.train.Checkpoint(iterator=self._iterator).write(str(prefix))
+        notes = {"identity": self._identity, "truncated_instructions": self.truncated_instructions}
+        aside = path.with_name(path.name + ".part")
+        aside.write_text(json.dumps(notes, indent=2) + "\n")
+        aside.replace(path)
+
+    def restore(self, directory: str) -> None:
+        """Takes the stream up where `save` wrote it: the next batch is the one that would have followed.
+
+        Raises DataError where there is no complete state for this process, or one of another data configuration, and
+        RuntimeError after the first batch: tf.data restores all of a stream's state only before that.
+        """
+        if self._started:
+            raise RuntimeError("the stream has begun: restore it before its first batch is drawn")
+        prefix = self._prefix(directory)
+        path = prefix.with_name(prefix.name + ".json")
+        if not path.exists():
+            raise DataError(f"{path} is missing: the stream cannot go on exactly there; use data.resume='reseed'")
+        notes = json.loads(path.read_text())
+        for key in sorted(self._identity.keys() | notes["identity"].keys()):
+            was, now = notes["identity"].get(key), self._identity.get(key)
+            if was != now:
+                raise DataError(f"{path}: {key} was {was!r}, now is {now!r}: set it back, or use data.resume='reseed'")
+        try:
+            tf.train.Checkpoint(iterator=self._iterator).read(str(prefix)).assert_consumed()
+        except tf.errors.OpError as error:
+            reason = error.message.splitlines()[0]
+            raise DataError(f"{prefix}.* cannot be read ({reason}): use data.resume='reseed'") from error
+        self._encoder.truncated_instructions = notes["truncated_instructions"]
+
+    def _prefix(self, directory: str) -> epath.Path:
+        index, count = self._identity["process_index"], self._identity["process_count"]
+        return epath.Path(directory) / f"stream_{index:05d}-of-{count:05d}"
+
+
+def make_train_iterator(
+    data: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    image_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    prompt_family: str = "pure",
+) -> TrainIterator:
+    """The training stream of process process_index of process_count; batch_size is that of this process.
+
+    data: ConfigDict (or dict) with dataset (name, mixture or pairs), data_dir, shuffle_buffer (frames), text_length,
+    statistics, statistics_dir, num_parallel_reads, skip_unlabeled, max_host_ram_gb (None: no limit; the buffer shrinks
+    to fit). Processes read disjoint episodes; none decodes another's frames. Raises DataError for whatever is wrong
+    with the data, before anything is read where that can be known.
+    """
+    mixture = open_mixture(data)
+    num_examples = nominal_length(mixture.weights, mixture.sizes)
+    shuffle_buffer = min(data["shuffle_buffer"], max(num_examples // process_count, batch_size))  # one epoch is enough
+    shuffle_buffer, state_bytes = _fit(data, shuffle_buffer, mixture.mean_frame_bytes(), batch_size, image_size)
+    logging.info(
+        "training data: %s; %d frames per epoch; shuffle buffer of %d frames, about %.2f GB in this process",
+        ", ".join(f"{source.name} {p:.1%}" for source, p in zip(mixture.sources, mixture.probabilities, strict=True)),
+        num_examples,
+        shuffle_buffer,
+        state_bytes / 1e9,
+    )
+    readers = data.get("num_parallel_reads") or 4
+    shard = {"process_index": process_index, "process_count": process_count}
+    skip_unlabeled = data.get("skip_unlabeled", True)
+    stream = mixture.stream("train", seed=seed, readers=readers, skip_unlabeled=skip_unlabeled, **shard)
+    rows = _rows(stream, shuffle_buffer, seed=seed + process_index, image_size=image_size, batch_size=batch_size)
+    identity = {
+        **shard,
+        "datasets": [[s.name, str(s.info.version)] for s in mixture.sources],
+        "weights": mixture.probabilities.tolist(),
+        "seed": seed,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "shuffle_buffer": shuffle_buffer,
+        "num_parallel_reads": readers,
+        "skip_unlabeled": skip_unlabeled,
+        "tensorflow": tf.__version__,
+    }
+    encoder = _Encoder(mixture, tokenizer, data["text_length"], prompt_family)
+    return TrainIterator(rows, encoder, num_examples=num_examples, state_bytes=state_bytes, identity=identity)
+
+
+def _fit(data: Any, buffer: int, frame_bytes: float, batch_size: int, image_size: int) -> tuple[int, int]:
+    """The shuffle buffer, cut to data.max_host_ram_gb, and the bytes that it takes together with prefetched batches."""
+    prefetched = _PREFETCHED_BATCHES * batch_size * image_size**2 * 3
+    limit = data.get("max_host_ram_gb")
+    if limit is not None and buffer * frame_bytes + prefetched > limit * 1e9:
+        fitting = int((limit * 1e9 - prefetched) / frame_bytes)
+        if fitting < batch_size:
+            raise DataError(f"data.max_host_ram_gb={limit} holds not even one batch of {batch_size} frames: raise it")
+        logging.warning("shuffle buffer cut from %d to %d frames by data.max_host_ram_gb=%s", buffer, fitting, limit)
+        buffer = fitting
+    return buffer, int(buffer * frame_bytes) + prefetched
+
+
+def make_eval_batches(
+    data: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    image_size: int,
+    num_batches: int,
+    statistics: Mapping[str, Mapping],
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    prompt_family: str = "pure",
+) -> list[Batch]:
+    """Always the same batches from held-out episodes: split "val", or the last 5 % of "train" where there is none.
+
+    statistics: those that the policy was trained with (`TrainIterator.statistics`). Datasets are drawn as in training;
+    where there are fewer held-out frames than asked for, they come again. Raises SplitNotFoundError where no dataset
+    has any. Datasets without held-out episodes are left out with a warning.
+    """
+    mixture = open_mixture(data, statistics)
+    shard = {"process_index": process_index, "process_count": process_count}
+    stream = mixture.stream("val", seed=seed, skip_unlabeled=data.get("skip_unlabeled", True), **shard)
+    # Out of many more frames than are kept, so that these are not neighbours, but of not much more than one pass.
+    buffer = min(16 * num_batches * batch_size, data["shuffle_buffer"], mixture.expected_frames("val") // process_count)
+    rows = _rows(stream, max(buffer, 1), seed=seed, image_size=image_size, batch_size=batch_size)
+    encoder = _Encoder(mixture, tokenizer, data["text_length"], prompt_family)
+    with clear_errors([mixture.sources[index] for index in mixture.having("val")]):
+        return [encoder(batch) for batch in rows.take(num_batches).as_numpy_iterator()]

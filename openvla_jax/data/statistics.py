@@ -1,0 +1,187 @@
+"""Statistics of actions and states: computed in one pass, cached as JSON, checked before use.
+
+The JSON of one dataset is the reference's: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same
+without mask}, "num_transitions", "num_trajectories"}; a file of several holds {dataset name: that}.
+"""
+
+import difflib
+import json
+import logging
+import math
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from openvla_jax.data import BadActionError, DataError, StatisticsError
+
+_FIELDS = ("mean", "std", "max", "min", "q01", "q99")
+_FALLBACK = "~/.cache/openvla_jax"
+
+
+def summarize(trajectories: Iterable[Mapping], name: str) -> dict:
+    """Statistics of a dataset from its standardised, unfiltered, unnormalised trajectories.
+
+    trajectories: {"action": float [T, A], optionally "proprio": float [T, P], "episode": bytes, "step": int [T]}.
+    Moments and quantiles are float64 over all steps; std is that of the population, quantiles are exact (linear
+    interpolation). Without proprio its statistics are zeros as wide as the action, as in the reference.
+    Raises BadActionError for the first NaN or infinity, naming the dataset, episode, step and dimension, and DataError
+    for an empty dataset. Episodes that the transform leaves without steps count as trajectories and are logged.
+    """
+    columns: dict[str, list[np.ndarray]] = {"action": [], "proprio": []}
+    trajectory_count = empty = 0
+    for trajectory in trajectories:
+        trajectory_count += 1
+        empty += len(trajectory["action"]) == 0
+        for key in columns.keys() & trajectory.keys():
+            episodes = np.repeat(np.array(trajectory["episode"], object), len(trajectory[key]))
+            check_finite(trajectory[key], key, name, episodes, trajectory["step"])
+            columns[key].append(trajectory[key])
+    if trajectory_count == empty:
+        raise DataError(f"dataset {name!r} has no steps at all in {trajectory_count} episodes: nothing to learn from")
+    if empty:
+        logging.warning("dataset %r: %d of %d episodes have no steps", name, empty, trajectory_count)
+    action = np.concatenate(columns["action"])
+    proprio = np.concatenate(columns["proprio"]) if columns["proprio"] else np.zeros((1, action.shape[1]))
+    return {
+        "action": _describe(action),
+        "proprio": _describe(proprio),
+        "num_transitions": len(action),
+        "num_trajectories": trajectory_count,
+    }
+
+
+def _describe(values: np.ndarray) -> dict[str, list[float]]:
+    rows = []
+    for column in values.T:  # one dimension at a time: half the memory, and float64 where it matters
+        column = column.astype(np.float64)
+        low, high = np.quantile(column, [0.01, 0.99])
+        rows.append((column.mean(), column.std(), column.max(), column.min(), low, high))
+    return {field: [float(row[i]) for row in rows] for i, field in enumerate(_FIELDS)}
+
+
+def check_finite(values: np.ndarray, what: str, name: str, episodes: np.ndarray, steps: np.ndarray) -> None:
+    """Raises BadActionError for the first NaN or infinity of values [N, D], with its row of episodes and steps [N]."""
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, dimension = bad[0]
+        raise BadActionError(
+            f"dataset {name!r}, episode {episodes[row].decode()}, step {steps[row]}: {what} dimension {dimension} is "
+            f"{values[row, dimension]}: mend the data or its transform"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str, name: str) -> dict:
+    """The statistics of dataset `name` from a JSON file of one dataset or of several.
+
+    Raises StatisticsError where the file is missing or malformed, or lacks the dataset; it lists the names there are.
+    """
+    try:
+        content = json.loads(epath.Path(path).expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise StatisticsError(f"statistics file {path} cannot be read ({_line(error)}): mend its path") from error
+    if not isinstance(content, dict):
+        raise StatisticsError(f"statistics file {path} holds a {type(content).__name__}, not an object: mend its path")
+    if "action" not in content and name not in content:
+        near = difflib.get_close_matches(name, content, 1, 0.0)
+        raise StatisticsError(
+            f"statistics file {path} has no dataset {name!r}, only {', '.join(sorted(content))}"
+            f"{f' (nearest: {near[0]!r})' if near else ''}: compute them, or name another file"
+        )
+    return content if "action" in content else content[name]
+
+
+def cached(file_name: str, folders: Sequence[str], compute: Callable[[], dict]) -> dict:
+    """The JSON `file_name` from the first folder that has it; else computed and written to the first that takes it.
+
+    The user's cache folder is tried last, for data that are read-only. Files appear whole (written aside, then
+    renamed), so processes that compute at the same time do not disturb each other.
+    """
+    paths = [epath.Path(folder).expanduser() / file_name for folder in (*folders, _FALLBACK)]
+    for path in paths:
+        if path.exists():
+            try:
+                return json.loads(path.read_text())
+            except ValueError:
+                logging.warning("%s is not JSON: computing the statistics anew", path)
+    result = compute()
+    for path in paths:
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(result, indent=2) + "\n")
+            aside.replace(path)
+        except Exception as error:  # whatever a remote file system raises; the cache is a convenience
+            logging.info("cannot keep statistics at %s (%s)", path, _line(error))
+            continue
+        logging.info("statistics written to %s", path)
+        break
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(statistics: Mapping, name: str, mask: Sequence[bool], with_proprio: bool = False) -> dict:
+    """The same statistics with the normalisation mask in "action", checked.
+
+    Raises StatisticsError where a field is missing, is not all finite numbers, or has another length than the mask, and
+    where another mask is there already. Dimensions that never change are logged: they are trained, and act, as 0.
+    """
+    for part in ("action", "proprio") if with_proprio else ("action",):
+        for field in _FIELDS:
+            values = statistics.get(part, {}).get(field)
+            if not isinstance(values, list) or not all(_is_finite(value) for value in values):
+                raise StatisticsError(f"statistics of {name!r}: {part}/{field} is {values!r}, not a list of numbers")
+    action = {field: statistics["action"][field] for field in _FIELDS}
+    for field, values in action.items():
+        if len(values) != len(mask):
+            raise StatisticsError(
+                f"statistics of {name!r}: action/{field} has {len(values)} dimensions, the actions have {len(mask)}: "
+                f"use those of the same dataset"
+            )
+    if list(statistics["action"].get("mask", mask)) != list(mask):
+        raise StatisticsError(
+            f"statistics of {name!r}: their mask {statistics['action']['mask']} is not the dataset's, {list(mask)}: "
+            f"use those of the same dataset"
+        )
+    if not statistics.get("num_transitions", 0) > 0:
+        raise StatisticsError(f"statistics of {name!r}: num_transitions is {statistics.get('num_transitions')!r}")
+    constant = [i for i in range(len(mask)) if action["min"][i] == action["max"][i]]
+    normalised = [i for i in range(len(mask)) if mask[i] and i not in constant]
+    spiky = [i for i in normalised if action["q01"][i] == action["q99"][i]]
+    if constant:
+        logging.warning("dataset %r: action dimensions %s never change; they are trained as 0", name, constant)
+    if spiky:
+        logging.warning("dataset %r: action dimensions %s have q01 == q99; they are trained as -1 or 1", name, spiky)
+    return {**statistics, "action": {**action, "mask": list(mask)}}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def table(statistics: Mapping[str, Mapping]) -> str:
+    """A text table of the action statistics of several datasets, to be printed."""
+    lines = []
+    for name, stats in statistics.items():
+        lines.append(f"{name}: {stats['num_transitions']:,} steps in {stats['num_trajectories']:,} episodes")
+        lines.append("  dim" + "".join(f"{field:>10}" for field in _FIELDS) + "  normalised")
+        action = stats["action"]
+        for i, mask in enumerate(action["mask"]):
+            row = "".join(f"{action[field][i]:10.4f}" for field in _FIELDS)
+            constant = action["min"][i] == action["max"][i]
+            lines.append(f"  {i:3}{row}  {'constant' if constant else 'yes' if mask else 'no'}")
+    return "\n".join(lines)
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
