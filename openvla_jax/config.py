@@ -7,7 +7,7 @@ checkpoint states about itself (RMSNorm eps, image statistics) is kept in the ch
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -32,7 +32,7 @@ class VisionConfig:
     layer_scale: bool = False
     pre_norm: bool = False  # LayerNorm before the first block; its patch convolution has no bias (CLIP)
     attention_pool: bool = False  # SigLIP's pooling head: in checkpoints, never run
-    activation: Literal["gelu", "quick_gelu"] = "gelu"  # exact erf GELU, as timm evaluates it
+    activation: str = "gelu"  # exact erf GELU, as timm evaluates it; or quick_gelu
     norm_eps: float = 1e-6
     mean: tuple[float, ...] = HALF[0]
     std: tuple[float, ...] = HALF[1]
@@ -51,7 +51,7 @@ class VisionConfig:
 class ProjectorConfig:
     """Vision features to language embeddings: `linear`, `gelu-mlp` (two layers) or `fused-gelu-mlp` (three, 4x wide)."""
 
-    kind: Literal["linear", "gelu-mlp", "fused-gelu-mlp"] = "fused-gelu-mlp"
+    kind: str = "fused-gelu-mlp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class VLAConfig:
     towers: tuple[VisionConfig, ...]
     llama: LlamaConfig
     projector: ProjectorConfig = ProjectorConfig()
-    resize: Literal["resize-naive", "resize-crop", "letterbox"] = "resize-naive"
+    resize: str = "resize-naive"  # or resize-crop, letterbox
     prompt_family: str = "pure"
     base_vocab_size: int = 32000  # the tokenizer's own entries: action tokens are its last `action_bins`
     action_bins: int = 256
@@ -262,7 +262,7 @@ def compose(vision: str, llm: str, projector: str | None = None, resize: str = "
         raise ValueError(f"unknown language model {llm!r}; {nearest(llm, LANGUAGE_MODELS)}")
     towers, (llama, family) = VISION_BACKBONES[vision], LANGUAGE_MODELS[llm]
     kind = projector or ("fused-gelu-mlp" if len(towers) > 1 else "gelu-mlp")
-    return VLAConfig(name or f"{vision}+{llm}", towers, llama, ProjectorConfig(kind), resize, family)  # type: ignore[arg-type]
+    return VLAConfig(name or f"{vision}+{llm}", towers, llama, ProjectorConfig(kind), resize, family)
 
 
 def _prism(vision: str, llm: str) -> dict[str, str]:
@@ -313,14 +313,18 @@ def preset(name: str) -> VLAConfig:
     raise ValueError(f"unknown model preset {name!r}; {nearest(name, [*PRESETS, 'tiny'])}; or VISION+LLM of backbone ids")
 
 
+def padded_vocab_size(base_vocab_size: int) -> int:
+    """Embedding rows: the tokenizer's entries and the pad token, rounded up to a multiple of 64 as the reference does."""
+    return -(-(base_vocab_size + 1) // 64) * 64
+
+
 def tiny(name: str = "tiny", image_size: int = 56, patch_size: int = 14, base_vocab_size: int = 32000) -> VLAConfig:
     """The dual-tower architecture shrunken to run in milliseconds on a CPU; every mechanism of openvla-7b is in it."""
     common = {"image_size": image_size, "patch_size": patch_size}
     dino = VisionConfig("dino", 48, 3, 4, 96, registers=4, class_token=True, layer_scale=True,
                         mean=IMAGENET[0], std=IMAGENET[1], **common)  # fmt: skip
     siglip = VisionConfig("siglip", 64, 3, 4, 128, attention_pool=True, **common)
-    vocab_size = -(-(base_vocab_size + 1) // 64) * 64
-    llama = LlamaConfig(width=64, depth=2, heads=4, kv_heads=4, mlp_dim=176, vocab_size=vocab_size)
+    llama = LlamaConfig(width=64, depth=2, heads=4, kv_heads=4, mlp_dim=176, vocab_size=padded_vocab_size(base_vocab_size))
     return VLAConfig(name, (dino, siglip), llama, base_vocab_size=base_vocab_size)
 
 
@@ -328,11 +332,14 @@ def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     """The model of a training config's `model` section: `{"preset": name, **overrides}`.
 
     Overrides are nested by section (`llama`, `projector`, `towers` by tower name, and the top-level fields), for example
-    `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. Unknown keys raise.
+    `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. Unknown keys raise. A
+    `base_vocab_size` of its own (another tokenizer) pads the language model's vocabulary anew, to a multiple of 64.
     """
     settings = dict(settings)
     base = preset(settings.pop("preset", "openvla-7b"))
     data = base.to_dict()
+    if settings.get("base_vocab_size", base.base_vocab_size) != base.base_vocab_size:
+        data["llama"]["vocab_size"] = padded_vocab_size(settings["base_vocab_size"])
     for section in ("llama", "projector"):
         data[section] |= dict(settings.pop(section, None) or {})
     overrides = dict(settings.pop("towers", None) or {})

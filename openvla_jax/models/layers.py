@@ -150,6 +150,11 @@ def save_name(x: Array, name: str) -> Array:
     return checkpoint_name(x, name)
 
 
+def check_remat(name: str) -> None:
+    if name not in REMAT_POLICIES:
+        raise ValueError(f"unknown remat policy {name!r}: one of {', '.join(REMAT_POLICIES)}")
+
+
 def scan_layers(body: Callable[[Any, Array, Any], Array], x: Array, layers: Any, remat: str = "none") -> Array:
     """Runs a stack of layers: `x = body(layer, x)` for each slice of `layers` along its leading axis.
 
@@ -159,8 +164,7 @@ def scan_layers(body: Callable[[Any, Array, Any], Array], x: Array, layers: Any,
     def step(carry, layer):
         return body(layer, carry), None
 
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
+    check_remat(remat)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from openvla_jax.config import LlamaConfig
 from openvla_jax.models.layers import (
@@ -84,7 +85,7 @@ class Embedding(nnx.Module):
     def __init__(self, key, config: LlamaConfig):
         self.table = make_param(key, (config.vocab_size, config.width), ("vocab", "embed"), scale=0.02)
 
-    def __call__(self, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    def __call__(self, ids: Int[Array | np.ndarray, "B T"], dtype) -> Float[Array, "B T D"]:
         # Rows first, then the cast: the gradient adds up in float32. In bfloat16 a token seen 4096 times counts 256.
         return self.table[...][ids].astype(dtype)
 
@@ -98,13 +99,18 @@ class Llama(nnx.Module):
         self.head = Linear(keys[2], config.width, config.vocab_size, ("embed", "vocab"), bias=False)
         self.config = config
 
-    def __call__(self, x: Float[Array, "B T D"], remat: str = "none") -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], remat: str = "none", keys: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         """Normed hidden states of a whole sequence at positions 0..T-1.
 
-        Attention is causal and nothing else: text is padded on the right, so no real token sees a pad.
+        Attention is causal and needs nothing else: text is padded on the right, so no real token sees a pad. `keys` hides
+        positions from all queries, which changes the outputs at pads only.
         """
         positions = _positions(x)
         mask = self._visible(positions, jnp.arange(x.shape[1]))
+        if keys is not None:
+            mask = mask & keys[:, None]
 
         def body(block: LlamaBlock, x: Array) -> Array:
             q, k, v = block.attention.project(block.norm1(x), positions)

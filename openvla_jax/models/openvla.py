@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -11,6 +12,8 @@ from openvla_jax.config import VLAConfig
 from openvla_jax.models.layers import ACTIVATIONS, Linear
 from openvla_jax.models.llama import Cache, Llama
 from openvla_jax.models.vit import UnusedViT, ViT
+
+HostOrDevice = Array | np.ndarray
 
 
 class Projector(nnx.Module):
@@ -51,52 +54,55 @@ class OpenVLA(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(
-        self, pixel_values: Float[Array, "B height width channels"], input_ids: Int[Array, "B T"], remat: str = "none"
+        self, pixel_values: Float[HostOrDevice, "B height width channels"], input_ids: Int[HostOrDevice, "B T"], remat: str = "none"
     ) -> Float[Array, "B S V"]:
         """Logits at every position: S = patches + T.
 
         `pixel_values` are normalised, three channels per tower in the towers' order; `input_ids` start with BOS and are
         padded on the right. Returns float32.
         """
-        return self.llama.logits(self.hidden(pixel_values, input_ids, remat))
+        input_ids = jnp.asarray(input_ids)
+        seen = jnp.pad(input_ids != self.config.pad_token, ((0, 0), (self.config.patches, 0)), constant_values=True)
+        x = self.splice(self.project(pixel_values, remat), input_ids)
+        return self.llama.logits(self.llama(x, remat, seen))
 
-    def hidden(self, pixel_values: Array, input_ids: Int[Array, "B T"], remat: str = "none") -> Float[Array, "B S D"]:
+    def hidden(self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], remat: str = "none") -> Float[Array, "B S D"]:
         """Final normed hidden states of the multimodal sequence."""
         return self.llama(self.splice(self.project(pixel_values, remat), input_ids), remat)
 
     def target_logits(
-        self, pixel_values: Array, input_ids: Int[Array, "B T"], targets: Int[Array, "B N"], remat: str = "none"
+        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], targets: Int[HostOrDevice, "B N"], remat: str = "none"
     ) -> Float[Array, "B N V"]:
         """Logits that predict the tokens at text indices `targets` (each from the position before it), and no others."""
         hidden = self.hidden(pixel_values, input_ids, remat)
-        before = targets + (self.config.patches - 1)
+        before = jnp.asarray(targets) + (self.config.patches - 1)
         return self.llama.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
 
-    def normalize(self, images: UInt8[Array, "B height width 3"]) -> Float[Array, "B height width channels"]:
+    def normalize(self, images: UInt8[HostOrDevice, "B height width 3"]) -> Float[Array, "B height width channels"]:
         """uint8 RGB to each tower's normalised pixels, stacked on channels."""
-        unit = images.astype(jnp.float32) / 255.0
+        unit = jnp.asarray(images).astype(jnp.float32) / 255.0
         towers = self.config.towers
         pixels = [(unit - jnp.asarray(t.mean, jnp.float32)) / jnp.asarray(t.std, jnp.float32) for t in towers]
         return jnp.concatenate(pixels, axis=-1)
 
-    def project(self, pixel_values: Float[Array, "B height width channels"], remat: str = "none") -> Float[Array, "B P D"]:
+    def project(self, pixel_values: Float[HostOrDevice, "B height width channels"], remat: str = "none") -> Float[Array, "B P D"]:
         """Projected patch embeddings: each tower reads its own three channels; features are joined in tower order."""
         size, towers = self.config.image_size, self.config.towers
         if pixel_values.shape[1:] != (size, size, 3 * len(towers)):
             raise ValueError(
                 f"pixel_values {pixel_values.shape}: model {self.config.name!r} takes [B, {size}, {size}, {3 * len(towers)}]"
             )
-        pixels = pixel_values.astype(self.dtype)
+        pixels = jnp.asarray(pixel_values, self.dtype)
         features = [self.vision[t.name](pixels[..., 3 * i : 3 * i + 3], remat) for i, t in enumerate(towers)]
         return self.projector(jnp.concatenate(features, axis=-1))
 
-    def splice(self, patches: Float[Array, "B P D"], input_ids: Int[Array, "B T"]) -> Float[Array, "B P+T D"]:
+    def splice(self, patches: Float[Array, "B P D"], input_ids: Int[HostOrDevice, "B T"]) -> Float[Array, "B P+T D"]:
         """Patches go directly after BOS, without separators."""
         text = self.llama.embed(input_ids, self.dtype)
         return jnp.concatenate([text[:, :1], patches, text[:, 1:]], axis=1)
 
     def prefill(
-        self, pixel_values: Array, input_ids: Int[Array, "B T"], lengths: Int[Array, "B"], steps: int
+        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], lengths: Int[HostOrDevice, "B"], steps: int
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of the token after each row's `lengths` text tokens, and a cache with room for `steps` more."""
         x = self.splice(self.project(pixel_values), input_ids)
@@ -105,7 +111,7 @@ class OpenVLA(nnx.Module):
         return self.llama.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
     def decode(
-        self, tokens: Int[Array, "B"], lengths: Int[Array, "B"], cache: Cache
+        self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token, which is text token number `lengths` of its row."""
         x = self.llama.embed(tokens[:, None], self.dtype)

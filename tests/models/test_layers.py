@@ -1,0 +1,205 @@
+"""The layers against PyTorch's: float32 near a float64 oracle, bfloat16 as near as PyTorch's own bfloat16."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from openvla_jax.config import LlamaConfig
+from openvla_jax.models import layers
+from openvla_jax.models.llama import Embedding
+
+torch = pytest.importorskip("torch")
+from torch_reference import difference, filled, jit
+from transformers.models.llama import modeling_llama
+
+pytestmark = pytest.mark.torch
+
+few = hypothesis.settings(max_examples=8)
+seeds = st.integers(0, 2**31)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def in_bfloat16(x: np.ndarray) -> tuple[jax.Array, "torch.Tensor", "torch.Tensor"]:
+    """The array in bfloat16 for both, and the same values in float64."""
+    rounded = torch.tensor(x).bfloat16()
+    return jnp.asarray(x, jnp.bfloat16), rounded, rounded.double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear and norms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias):
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(24, 40, bias=bias)
+    arrays = {"kernel": theirs.weight.detach().numpy().T} | ({"bias": theirs.bias.detach().numpy()} if bias else {})
+    ours = filled(lambda key: layers.Linear(key, 24, 40, ("embed", "mlp"), bias=bias), arrays)
+    x = normal(0, 3, 5, 24)
+    assert difference(ours(jnp.asarray(x)), theirs.double()(torch.tensor(x).double())) < 1e-6
+
+
+@few
+@hypothesis.given(seed=seeds, eps=st.sampled_from([1e-6, 1e-5, 1e-2]), offset=st.sampled_from([0.0, 30.0]))
+def test_layer_norm(seed, eps, offset):
+    """Also where the mean is far from zero: a one-pass variance would lose three digits there."""
+    x, scale, bias = normal(seed, 4, 48) + np.float32(offset), normal(seed + 1, 48), normal(seed + 2, 48)
+    ours = filled(lambda _: layers.LayerNorm(48, eps), {"scale": scale, "bias": bias})
+    expected = torch.nn.functional.layer_norm(torch.tensor(x).double(), (48,), eps=eps)
+    expected = expected * torch.tensor(scale) + torch.tensor(bias)
+    assert difference(ours(jnp.asarray(x)), expected) < 1e-5
+
+
+@few
+@hypothesis.given(seed=seeds, eps=st.sampled_from([1e-6, 1e-5, 1e-1]), size=st.sampled_from([1e-3, 1.0, 100.0]))
+def test_rms_norm(seed, eps, size):
+    x, scale = normal(seed, 4, 48) * np.float32(size), normal(seed + 1, 48)
+    ours = filled(lambda _: layers.RMSNorm(48, eps), {"scale": scale})
+    wide = torch.tensor(x).double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * torch.tensor(scale)
+    assert difference(ours(jnp.asarray(x)), expected) < 1e-6
+
+
+def test_rms_norm_rounds_as_llama():
+    """In bfloat16 the normed value is rounded before the weight multiplies it: bits equal to transformers'."""
+    x, scale = normal(0, 400, 64), 1 + normal(1, 64) / 4
+    theirs = modeling_llama.LlamaRMSNorm(64, 1e-5)
+    theirs.weight.data = torch.tensor(scale)
+    ours = filled(lambda _: layers.RMSNorm(64, 1e-5), {"scale": scale})
+    jax_x, torch_x, _ = in_bfloat16(x)
+    with torch.no_grad():
+        expected = theirs.bfloat16()(torch_x).float().numpy()
+    # A handful of values may sit on a rounding boundary, where the order of the sum decides.
+    assert np.mean(np.asarray(ours(jax_x), np.float32) != expected) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theta", [100.0, 10_000.0, 1_000_000.0])
+def test_rope(theta):
+    x = normal(0, 2, 40, 3, 16)
+    positions = np.random.default_rng(1).integers(0, 2048, (2, 40))
+    settings = modeling_llama.LlamaConfig(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    heads_first = torch.tensor(x).transpose(1, 2)
+    cos, sin = modeling_llama.LlamaRotaryEmbedding(settings)(heads_first, torch.tensor(positions))
+    expected = modeling_llama.apply_rotary_pos_emb(heads_first, heads_first, cos, sin)[0].transpose(1, 2)
+    # The angles reach 2047 and are float32 on both sides: 2047 * 2**-24 = 1.2e-4 of a radian.
+    assert difference(layers.rope(jnp.asarray(x), jnp.asarray(positions), theta), expected) < 1e-4
+
+
+@few
+@hypothesis.given(seed=seeds, shift=st.integers(0, 200))
+def test_rope_scores_depend_on_distance_alone(seed, shift):
+    q, k = jnp.asarray(normal(seed, 1, 6, 1, 16)), jnp.asarray(normal(seed + 1, 1, 6, 1, 16))
+    positions = jnp.arange(6)[None]
+
+    def scores(positions):
+        return jnp.einsum("BTNH,BSNH->TS", layers.rope(q, positions, 1e4), layers.rope(k, positions, 1e4))
+
+    np.testing.assert_allclose(scores(positions), scores(positions + shift), atol=5e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+attention = jit(layers.attention)
+
+
+def torch_attention(q, k, v, mask):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else torch.tensor(mask)[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+
+
+@few
+@hypothesis.given(seed=seeds, kv_heads=st.sampled_from([1, 2, 4]), masked=st.booleans(), size=st.sampled_from([1, 20]))
+def test_attention(seed, kv_heads, masked, size):
+    """Any grouping of heads, any mask with a key for each query, scores of up to hundreds."""
+    q, k, v = normal(seed, 2, 5, 4, 6) * size, normal(seed + 1, 2, 9, kv_heads, 6), normal(seed + 2, 2, 9, kv_heads, 6)
+    mask = None
+    if masked:
+        mask = np.random.default_rng(seed).random((2, 5, 9)) < 0.5
+        mask[..., 3] = True
+    ours = attention(*(jnp.asarray(x) for x in (q, k, v)), None if mask is None else jnp.asarray(mask))
+    expected = torch_attention(*(torch.tensor(x).double() for x in (q, k, v)), mask)
+    assert difference(ours, expected) < 1e-5
+
+
+def test_attention_in_bfloat16_is_as_exact_as_torch():
+    """Value product and division in float32, one rounding at the end, as fused kernels do."""
+    arrays = [in_bfloat16(normal(i, 1, 200, 4, 32)) for i in range(3)]
+    mask = np.tril(np.ones((1, 200, 200), bool))
+    exact = torch_attention(*(a[2] for a in arrays), mask).numpy()
+    theirs = torch_attention(*(a[1] for a in arrays), mask).double().numpy()
+    ours = np.asarray(attention(*(a[0] for a in arrays), jnp.asarray(mask)), np.float64)
+    assert np.square(ours - exact).mean() < 1.1**2 * np.square(theirs - exact).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+# ---------------------------------------------------------------------------------------------------------------------
+
+TORCH_ACTIVATIONS = {
+    "gelu": torch.nn.functional.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": torch.nn.functional.silu,
+}
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activation(name):
+    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    function, oracle = layers.ACTIVATIONS[name], TORCH_ACTIVATIONS[name]
+    assert np.abs(np.asarray(function(jnp.asarray(x))) - oracle(torch.tensor(x).double()).numpy()).max() < 1e-6
+    jax_x, _, exact_x = in_bfloat16(x)
+    exact = oracle(exact_x).numpy()
+    ours = np.asarray(function(jax_x), np.float64)
+    # Half a unit in the last of eight bits (2**-8 relative), and nothing from steps in between.
+    assert (np.abs(ours - exact) <= 2**-8 * 1.01 * np.abs(exact) + 1e-6).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients, stacks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_embedding_gradient_adds_up_in_float32():
+    """A token that a batch repeats 4096 times gets 4096 gradients; a bfloat16 sum would stop at 256."""
+    embedding = Embedding(jax.random.key(0), LlamaConfig(width=4, vocab_size=8))
+    ids = jnp.full((8, 512), 3)
+    gradient = jax.grad(lambda module: module(ids, jnp.bfloat16).astype(jnp.float32).sum())(embedding).table[...]
+    np.testing.assert_array_equal(gradient, np.where(np.arange(8)[:, None] == 3, 4096.0, 0.0) * np.ones(4))
+
+
+class Stack(nnx.Module):
+    def __init__(self, key):
+        self.linear = layers.Linear(key, 6, 6, ("embed", "mlp"), bias=True, layers=3)
+
+
+def test_scan_layers_runs_the_stack_in_order():
+    stack = Stack(jax.random.key(0))
+    x = jnp.asarray(normal(0, 2, 6))
+    scanned = jit(lambda x, stack: layers.scan_layers(lambda l, x: jnp.tanh(l.linear(x)), x, stack))(x, stack)
+    kernel, bias = np.asarray(stack.linear.kernel[...], np.float64), np.asarray(stack.linear.bias[...], np.float64)
+    expected = np.asarray(x, np.float64)
+    for i in range(3):
+        expected = np.tanh(expected @ kernel[i] + bias[i])
+    assert difference(scanned, expected) < 1e-6
+
+
+def test_unknown_remat_policy_lists_the_known():
+    with pytest.raises(ValueError, match="unknown remat policy 'ful': one of full, save_qkv"):
+        layers.scan_layers(lambda layer, x: x, jnp.zeros(6), Stack(jax.random.key(0)), "ful")
