@@ -1,0 +1,148 @@
+"""PyTorch weights into an Orbax checkpoint with its contract: read from mapped files, written slice by slice."""
+
+import concurrent.futures
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from openvla_jax.convert.names import ConversionError, Slot
+from openvla_jax.convert.orbax_io import OrbaxWriter
+from openvla_jax.convert.sources import Source, TorchWeights, open_source
+
+T = TypeVar("T")
+# Tensors in flight: one is transposed while another is written. Each costs about three times its bytes.
+WORKERS = 2
+NEVER_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # the exponent bits of NaN and infinity
+
+
+def import_weights(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    model_config: str | Mapping[str, Any] | None = None,
+    parts: Mapping[str, str] | None = None,
+    center_crop: bool = False,
+    overwrite: bool = False,
+) -> Source:
+    """Converts HuggingFace, Prismatic or base weights at `src` into the checkpoint directory `dst`; dtypes stay.
+
+    `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop` notes that
+    the policy was trained with random crops. Raises ConversionError or OSError; then `dst` is as it was.
+    """
+    dst = Path(dst)
+    refuse_existing(dst, overwrite)
+    source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts)
+    if not isinstance(source.weights, TorchWeights):
+        raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
+    contract = source.contract()
+    contract.preprocessing["center_crop"] = center_crop
+    weights = source.weights
+    with finished_or_gone(dst, source.nbytes) as folder:
+        writer = OrbaxWriter(folder)
+        arrays = {leaf: writer.create(leaf, shape, dtype) for leaf, (dtype, shape) in weights.leaves.items()}
+
+        def copy(slot: Slot) -> int:
+            x = weights.read_slot(slot)
+            require_finite(x, slot.source, source.path)
+            array = arrays[slot.target]
+            (array if slot.layer is None else array[slot.layer]).write(x).result()
+            return x.nbytes
+
+        run_with_progress(copy, weights.slots, source.nbytes, f"import {dst.name}")
+        (folder / "contract").mkdir()
+        contract.save(folder / "contract")
+        writer.finish()
+    return source
+
+
+def require_finite(x: np.ndarray, name: str, where: object) -> None:
+    """Raises unless every value is a number; looks at exponent bits, in blocks that fit a cache."""
+    limit = NEVER_FINITE[x.dtype.name]
+    bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
+    mask = bits.dtype.type((1 << (8 * x.dtype.itemsize - 1)) - 1)
+    for start in range(0, bits.size, 1 << 19):
+        if (bits[start : start + (1 << 19)] & mask).max() >= limit:
+            raise ConversionError(
+                f"{where}: {name} holds NaN or infinity: the checkpoint is damaged, or its training diverged"
+            )
+
+
+def run_with_progress(job: Callable[[T], int], items: Iterable[T], total: int, title: str) -> None:
+    """Runs `job` on all items, a few at a time; each returns the bytes it dealt with. The first failure stops the rest."""
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=title) as bar,
+        concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        waiting = iter(items)
+        running = {pool.submit(job, item) for item in itertools.islice(waiting, WORKERS)}
+        while running:
+            done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                bar.update(future.result())
+            running |= {pool.submit(job, item) for item in itertools.islice(waiting, len(done))}
+        if bar.n != total:
+            raise ConversionError(
+                f"{title}: {bar.n} of {total} bytes were dealt with: this is a bug, do not use the result"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All or nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refuse_existing(dst: Path, overwrite: bool) -> None:
+    if dst.exists() and not overwrite:
+        raise ConversionError(f"{dst} exists: name another destination, or pass --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def finished_or_gone(dst: Path, nbytes: int) -> Iterator[Path]:
+    """A folder beside `dst` to write into, which takes its name when the block ends well and is removed when it does not.
+
+    A killed process leaves `.DST.incomplete-*` behind and nothing under the name `dst`.
+    """
+    parent = dst.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < nbytes * 1.02:
+        raise ConversionError(
+            f"{parent}: {free / 1e9:.1f} GB free, {nbytes / 1e9:.1f} GB are needed: free space or write elsewhere"
+        )
+    folder = Path(tempfile.mkdtemp(prefix=f".{dst.name}.incomplete-", dir=parent))
+    folder.chmod(0o777 & ~_umask())
+    try:
+        yield folder
+        old = Path(tempfile.mkdtemp(prefix=f".{dst.name}.replaced-", dir=parent)) if dst.exists() else None
+        if old is not None:
+            os.replace(dst, old / dst.name)
+        os.replace(folder, dst)
+        if old is not None:
+            shutil.rmtree(old)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if _is_disk_full(error):
+            raise ConversionError(
+                f"{parent}: the disk filled up, {nbytes / 1e9:.1f} GB are needed: free space"
+            ) from error
+        raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

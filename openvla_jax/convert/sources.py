@@ -1,0 +1,321 @@
+"""Opens what holds weights: a HuggingFace OpenVLA folder or hub id, a Prismatic run or `.pt`, an Orbax checkpoint.
+
+All three give their leaves in the tree's arrangement, layer by layer (`Source.weights`), so that importing, exporting and
+comparing do not care which it is.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from openvla_jax.config import VLAConfig
+from openvla_jax.convert.describe import HF_DEFAULTS, describe, merge, named_hf, named_native, read_json, read_overrides
+from openvla_jax.convert.names import (
+    TRANSFORMS,
+    ConversionError,
+    Shape,
+    Slot,
+    by_leaf,
+    canonical_names,
+    check,
+    leaf_shapes,
+    table,
+    tower_prefix,
+)
+from openvla_jax.convert.orbax_io import OrbaxReader
+from openvla_jax.convert.torch_io import Tensor, read_pt, read_torch_folder
+from openvla_jax.training.checkpoint import PREPROCESSING, Contract, is_complete, load_contract, open_checkpoint
+
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+
+
+class TorchWeights:
+    """Leaves of the tree, read from the tensors of a PyTorch checkpoint; checked one to one against the table of names."""
+
+    def __init__(self, config: VLAConfig, layout: str, tensors: Mapping[str, Tensor], where: str):
+        self.slots = table(config, layout)
+        named = canonical_names(tensors, layout)
+        self.tensors = {name: tensors[original] for name, original in named.items()}
+        check(self.slots, self.tensors, where)
+        self._by_leaf = by_leaf(self.slots)
+        self.leaves: dict[str, tuple[np.dtype, Shape]] = {}
+        shapes = leaf_shapes(config)
+        for leaf, slots in self._by_leaf.items():
+            self.leaves[leaf] = self.tensors[slots[0].source].dtype, shapes[leaf]
+
+    def read_slot(self, slot: Slot) -> np.ndarray:
+        rows = slot.shape[0]
+        block = self.tensors[slot.source].read()[slot.block * rows : (slot.block + 1) * rows]
+        return TRANSFORMS[slot.transform].to_tree(block)
+
+    def step(self, leaf: str) -> int:
+        """Layers of a stacked leaf to be read at a time."""
+        return 1
+
+    def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
+        """Layers first..first + count of a stacked leaf, or all of another one."""
+        slots = self._by_leaf[leaf]
+        if slots[0].layer is None:
+            return np.asarray(self.read_slot(slots[0]))
+        return np.stack([self.read_slot(slot) for slot in slots[first : first + count]])
+
+
+class OrbaxWeights:
+    """Leaves of the tree in an Orbax checkpoint."""
+
+    def __init__(self, config: VLAConfig, directory: Path):
+        self._reader = OrbaxReader(directory)
+        arrays = self._reader.arrays
+        self.leaves = {leaf: (array.dtype.numpy_dtype, tuple(array.shape)) for leaf, array in arrays.items()}
+
+    def step(self, leaf: str) -> int:
+        return self._reader.step(leaf)
+
+    def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
+        return self._reader.read(leaf, first, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights and everything that is known about them; `tokenizer` is a folder or None."""
+
+    kind: Literal["hf", "native", "orbax", "parts"]
+    path: Path
+    model: VLAConfig
+    weights: TorchWeights | OrbaxWeights
+    statistics: Mapping[str, Any]
+    tokenizer: Path | None
+    preprocessing: Mapping[str, Any]
+    origin: Mapping[str, Any]  # what a checkpoint keeps about where it came from
+    notes: Sequence[str] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.weights.leaves.values())
+
+    def contract(self) -> Contract:
+        from openvla_jax.tokens import load_tokenizer
+
+        tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
+        if tokenizer is not None and tokenizer.pad_token_id != self.model.pad_token:
+            raise ConversionError(
+                f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: not its tokenizer"
+            )
+        return Contract(self.model, tokenizer, self.statistics, self.preprocessing, {"source": dict(self.origin)})
+
+
+def open_source(
+    src: str | Path,
+    *,
+    model_config: str | Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    parts: Mapping[str, str] | None = None,
+) -> Source:
+    """The weights at `src`. `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`).
+
+    Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such weights.
+    """
+    from openvla_jax.convert.parts import open_parts
+
+    overrides = read_overrides(model_config)
+    path = Path(src)
+    given = {"overrides": overrides, "tokenizer": None if tokenizer is None else Path(tokenizer)}
+    if not path.exists() and parts and "llm" in parts:
+        return open_parts(str(src), parts, **given)
+    path = path if path.exists() else _from_hub(str(src))
+    if path.is_file():
+        return open_native(path, parts or {}, **given)
+    runs = path / "checkpoints"
+    if is_complete(epath.Path(path)) or (runs.is_dir() and not list(runs.glob("*.pt"))):
+        return open_orbax(path)
+    if runs.is_dir():
+        return open_native(_latest_pt(runs), parts or {}, **given)
+    if (path / "config.json").exists():
+        return open_hf(path, **given)
+    if (path / "adapter_config.json").exists():
+        raise ConversionError(f"{path} is a LoRA adapter: import the model that it belongs to, or the merged weights")
+    return open_orbax(path)
+
+
+def _from_hub(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConversionError(
+            f"{name} does not exist: pass a folder, a .pt file or a hub id such as openvla/openvla-7b"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises its own, requests' and OS errors
+        line = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"{name} is no folder here, and the hub gave nothing ({type(error).__name__}: {line})"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HuggingFace
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) -> Source:
+    """A folder as the reference's HF class saves it. `dataset_statistics.json` beside it replaces `norm_stats`."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in ("openvla", "prismatic"):
+        raise ConversionError(
+            f"{folder} holds a {config.get('model_type')!r} model, not an 'openvla' one: name an OpenVLA checkpoint"
+        )
+    processor = folder / "preprocessor_config.json"
+    named = named_hf(config, read_json(processor) if processor.exists() else {})
+    tensors = read_torch_folder(folder)
+    described = describe(
+        named,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        lambda index: tower_prefix(named, index, "hf"),
+        "language_model.",
+        text_config=config.get("text_config") or {},
+        padding_rows=config.get("pad_to_multiple_of", HF_DEFAULTS["pad_to_multiple_of"]),
+        name=folder.name,
+    )
+    overrides = merge(config.get("model_config") or {}, overrides)
+    model = described.model(overrides)
+    if config.get("pad_token_id", model.pad_token) != model.pad_token:
+        raise ConversionError(
+            f"{folder}/config.json: pad_token_id {config['pad_token_id']}, but vocab_size {model.llama.vocab_size} less "
+            f"pad_to_multiple_of is {model.pad_token}: mend config.json"
+        )
+    statistics = _statistics(folder, config.get("norm_stats") or {})
+    tokenizer, notes = _tokenizer(folder, tokenizer, described.notes(overrides))
+    origin = {"kind": "hf", "name": folder.name, "config": {k: v for k, v in config.items() if k != "norm_stats"}}
+    weights = TorchWeights(model, "hf", tensors, str(folder))
+    preprocessing = PREPROCESSING | {"resize_kernel": "bicubic"}
+    return Source("hf", folder, model, weights, statistics, tokenizer, preprocessing, origin, notes)
+
+
+def _statistics(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
+    path = folder / "dataset_statistics.json"
+    statistics = read_json(path) if path.exists() else otherwise
+    where = path if path.exists() else "config.json: norm_stats"
+    for name, entry in statistics.items():
+        action = entry.get("action") if isinstance(entry, Mapping) else None
+        lengths = {len(row) for row in action.values()} if isinstance(action, Mapping) else set()
+        if len(lengths) != 1 or not {"q01", "q99"} <= set(action):
+            raise ConversionError(
+                f"{where}: {name!r} has no action statistics of one length with q01 and q99: mend or remove it"
+            )
+    return statistics
+
+
+def _tokenizer(folder: Path, given: Path | None, notes: Sequence[str]) -> tuple[Path | None, list[str]]:
+    if given is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        given = folder
+    missing = (
+        [] if given else ["no tokenizer files beside the weights: a policy needs them, --tokenizer FOLDER brings them"]
+    )
+    return given, [*notes, *missing]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Native (Prismatic)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_native(path: Path, parts: Mapping[str, str], overrides: Mapping[str, Any], tokenizer: Path | None) -> Source:
+    """A `.pt` of the reference's trainer, with its run directory's JSON files where they are.
+
+    Checkpoints of VLM training hold no vision backbone: `parts` then names the towers.
+    """
+    from openvla_jax.convert.parts import load_towers
+
+    content = read_pt(path)
+    if not isinstance(content.get("model"), Mapping):
+        raise ConversionError(
+            f"{path}: no 'model' in it ({', '.join(map(str, list(content)[:5]))}): not a Prismatic checkpoint"
+        )
+    run = next((folder for folder in path.absolute().parents[:2] if (folder / "config.json").exists()), path.parent)
+    if "preset" in overrides:
+        from openvla_jax.config import preset
+
+        named = preset(overrides["preset"])
+        config = {}
+    else:
+        config = read_json(run / "config.json")
+        named = named_native(config)
+    tensors = flatten(content["model"])
+    if parts or not any(name.startswith("vision_backbone.") for name in tensors):
+        prefixes = {tower.name: tower_prefix(named, i, "native") for i, tower in enumerate(named.towers)}
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("vision_backbone.")}
+        tensors = load_towers(named, parts, prefixes, where=str(path)) | tensors
+    described = describe(
+        named,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        lambda index: tower_prefix(named, index, "native"),
+        "llm_backbone.llm.",
+        name=run.name,
+    )
+    overrides = merge(config.get("model_config") or {}, overrides)
+    model = described.model(overrides)
+    weights = TorchWeights(model, "native", tensors, str(path))
+    statistics = _statistics(run, {})
+    tokenizer, notes = _tokenizer(run, tokenizer, described.notes(overrides))
+    origin = {"kind": "native", "name": path.stem, "config": config}
+    preprocessing = PREPROCESSING | {"resize_kernel": "bicubic"}
+    return Source("native", path, model, weights, statistics, tokenizer, preprocessing, origin, notes)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested dicts of tensors by dotted name."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            tensors |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value
+        else:
+            raise ConversionError(
+                f"model.{prefix}{key} is {type(value).__name__}, not a tensor: not a Prismatic checkpoint"
+            )
+    return tensors
+
+
+def _latest_pt(folder: Path) -> Path:
+    """The latest step of a run, as its file names count them (`step-295000-epoch-40-loss=0.2200.pt`)."""
+
+    def step(path: Path) -> tuple[int, str]:
+        match = re.match(r"step-(\d+)", path.name)
+        return (int(match[1]) if match else -1), path.name
+
+    latest = folder / "latest-checkpoint.pt"
+    return latest if latest.exists() else max(folder.glob("*.pt"), key=step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orbax
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_orbax(path: Path) -> Source:
+    """A checkpoint of this project: an import, a step of a run, or a run (its latest step)."""
+    directory = Path(open_checkpoint(path))
+    contract = load_contract(directory)
+    tokenizer = directory / "contract" / "tokenizer" if contract.tokenizer is not None else None
+    weights = OrbaxWeights(contract.model, directory)
+    origin = contract.training.get("source", {})
+    notes = [] if tokenizer else ["the checkpoint has no tokenizer: import it again with --tokenizer"]
+    return Source(
+        "orbax",
+        directory,
+        contract.model,
+        weights,
+        contract.statistics,
+        tokenizer,
+        contract.preprocessing,
+        origin,
+        notes,
+    )

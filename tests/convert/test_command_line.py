@@ -1,0 +1,82 @@
+"""The three commands of a user, and the memory that they take."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from fabricate import write_hf
+
+from openvla_jax.convert.torch_io import read_torch_folder
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "convert_weights.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.slow
+def test_import_verify_export_inspect_and_errors(tmp_path):
+    tensors = write_hf(tmp_path / "hf", "siglip-letterbox", "bfloat16")
+    imported = run("import", tmp_path / "hf", tmp_path / "orbax")
+    assert imported.returncode == 0, imported.stderr
+    assert "4 assumed" in imported.stdout and "B/s" in imported.stderr  # progress shows bytes per second
+    verified = run("verify", tmp_path / "hf", tmp_path / "orbax")
+    assert verified.returncode == 0 and verified.stdout.strip().endswith("PASSED"), verified.stdout + verified.stderr
+    assert run("export", tmp_path / "orbax", tmp_path / "back", "--format", "hf").returncode == 0
+    back = read_torch_folder(tmp_path / "back")
+    assert {name: t.read().tobytes() for name, t in back.items()} == {name: x.tobytes() for name, x in tensors.items()}
+    inspected = run("inspect", tmp_path / "orbax")
+    assert inspected.returncode == 0 and "statistics: bridge_orig" in inspected.stdout
+    refused = run("import", tmp_path / "hf", tmp_path / "orbax")
+    assert refused.returncode == 1
+    assert refused.stderr.strip() == (
+        f"convert_weights.py import: {tmp_path / 'orbax'} exists: name another destination, or pass --overwrite to replace it"
+    )
+    write_hf(tmp_path / "other", "siglip-letterbox", seed=1)
+    different = run("verify", tmp_path / "other", tmp_path / "orbax")
+    assert different.returncode == 1 and "FAILED: logits differ" in different.stdout
+
+
+MEASURE = """
+import resource, sys
+from openvla_jax.convert import export_weights, import_weights
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "import":
+    import_weights(sys.argv[2], sys.argv[3])
+else:
+    export_weights(sys.argv[2], sys.argv[3], format=sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_some_tensors_not_of_the_checkpoint(tmp_path, monkeypatch):
+    """A model of 600 MB with leaves of 180 MB is converted in far less than one leaf beyond what an empty run takes."""
+    import dataclasses
+
+    import fabricate
+
+    small = fabricate.shrunken
+    sizes = {"width": 512, "heads": 4, "kv_heads": 4, "mlp_dim": 1408, "depth": 64}
+
+    def large(variant):
+        config = small(variant)
+        return dataclasses.replace(config, llama=dataclasses.replace(config.llama, **sizes))
+
+    monkeypatch.setattr(fabricate, "shrunken", large)
+    tensors = write_hf(tmp_path / "hf", "siglip-letterbox", shards=4)
+    total = sum(x.nbytes for x in tensors.values())
+    leaf = 64 * 512 * 1408 * 4
+    assert total > 800e6
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for mode, src, dst in (("import", "hf", "orbax"), ("hf", "orbax", "hf2"), ("prismatic", "orbax", "run")):
+        command = [sys.executable, "-c", MEASURE, mode, str(tmp_path / src), str(tmp_path / dst)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        grown = int(done.stdout.split()[-1])
+        assert grown < leaf, f"{mode} took {grown / 1e6:.0f} MB for {total / 1e6:.0f} MB"
+    names = np.random.default_rng(0).choice(sorted(tensors), 20, replace=False)
+    back = read_torch_folder(tmp_path / "hf2")
+    assert all(back[name].read().tobytes() == tensors[name].tobytes() for name in names)
