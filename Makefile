@@ -8,6 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help demo test bench lint clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -38,7 +39,7 @@ clean: ## remove environments, caches and the demo's output
 $(VENV)/venv.stamp:
 	@py='$(PYTHON)'; \
 	"$$py" -c pass 2>/dev/null || \
-	    py=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(notdir $(PYTHON)) 2>/dev/null | tail -n 1); \
+	    py=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(PYTHON) 2>/dev/null | tail -n 1); \
 	fail() { echo "error: $$*" >&2; exit 1; }; \
 	[ -n "$$py" ] || fail "PYTHON=$(PYTHON) does not run; install it or name another: make test PYTHON=/path/to/python"; \
 	"$$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,10 +48,14 @@ $(VENV)/venv.stamp:
 	    fail "$$py cannot make environments; install its venv package (Debian, Ubuntu: apt install python3-venv)"; \
 	"$$py" -m venv --clear $(VENV) && touch $@
 
+# Compiling every installed file to bytecode takes half a minute, for files that are mostly never imported: it is left to
+# the first import, which must then be free to write what it compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 # What make demo needs, and (dev) what tests and checks need besides: PyTorch, which is large.
 $(VENV)/demo.stamp: extras := data,plots
 $(VENV)/dev.stamp: extras := dev
 $(VENV)/demo.stamp $(VENV)/dev.stamp: $(VENV)/venv.stamp setup.py constraints.txt
 	@echo "installing openvla_jax[$(extras)] into $(VENV) (minutes, the first time)"
-	@$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(extras)]'
+	@$(RUN) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(extras)]'
 	@touch $(VENV)/demo.stamp $@

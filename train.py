@@ -7,7 +7,7 @@ from); SIGTERM saves, and exits with 143.
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 BAD_INPUT = 2
@@ -16,12 +16,16 @@ BAD_INPUT = 2
 def main(needs_init_from: bool = False) -> None:
     config = config_flags.DEFINE_config_file("config", None, "Config file, as FILE or FILE:ARG.", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every thread at the level below
     flags.mark_flags_as_required(["config", "workdir"])
+    app.run(lambda _: _run(config.value, workdir.value, needs_init_from), flags_parser=_parse)
+
+
+def _parse(argv):
     try:
-        flags.FLAGS(sys.argv)
+        return flags.FLAGS(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
         fail(error)
-    app.run(lambda _: _run(config.value, workdir.value, needs_init_from), argv=sys.argv[:1])
 
 
 def _run(config, workdir: str, needs_init_from: bool) -> None:

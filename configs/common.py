@@ -14,14 +14,13 @@ def base() -> ConfigDict:
     config.data = data = ConfigDict()
     data.dataset = ""  # a dataset or a mixture by name
     data.data_dir = ""  # folder with one directory per dataset; gs:// works
-    data.module = ""
     data.text_length = 64  # tokens of text; a longer instruction is cut and counted
     data.shuffle_buffer = 256_000  # encoded frames
     data.num_parallel_reads = 8
     data.max_host_ram_gb = 64.0
     data.skip_unlabeled = True
-    data.statistics = ""  # an existing dataset_statistics.json to use instead of computing
-    data.statistics_dir = ""  # where computed statistics are cached; empty: beside the data
+    data.statistics = placeholder(str)  # an existing dataset_statistics.json to use instead of computing
+    data.statistics_dir = placeholder(str)  # where computed statistics are cached; default: beside the data
     data.resume = "auto"  # exact (the stream's state is saved), reseed, or auto: exact where that is small
 
     config.augment = augment = ConfigDict()

@@ -73,7 +73,7 @@ class Policy:
         return self.predict_actions([image], [instruction], None if unnorm_key is None else [unnorm_key])[0]
 
     def predict_actions(
-        self, images: Sequence[np.ndarray], instructions: Sequence[str], unnorm_keys: Sequence[str | None] | None = None
+        self, images: Sequence[np.ndarray] | np.ndarray, instructions: Sequence[str], unnorm_keys: Sequence[str | None] | None = None
     ) -> np.ndarray | list[np.ndarray]:
         """One action per row, equal to the single calls: float64 [B, action_dim]; a list if action sizes differ."""
         keys = [None] * len(images) if unnorm_keys is None else list(unnorm_keys)
@@ -90,15 +90,18 @@ class Policy:
         ]
         return np.stack(actions) if len(set(dims)) == 1 else actions
 
-    def predict_tokens(self, images: Sequence[np.ndarray], instructions: Sequence[str], steps: int) -> np.ndarray:
+    def predict_tokens(self, images: Sequence[np.ndarray] | np.ndarray, instructions: Sequence[str], steps: int) -> np.ndarray:
         """Greedy action tokens int32 [B, steps]."""
         model = self.contract.model
         pixels = np.stack([prepare_image(image, model, self.contract.preprocessing) for image in images])
         prompts = [prompt_ids(self.contract.tokenizer, instruction, model.prompt_family) for instruction in instructions]
-        longest = max(len(prompt) for prompt in prompts)
-        bucket = next((length for length in TEXT_LENGTHS if length >= longest), None)
-        if bucket is None:
-            raise ValueError(f"instruction of {longest} tokens: at most {TEXT_LENGTHS[-1]} with its prompt; shorten it")
+        longest, limit = max(len(prompt) for prompt in prompts), self.contract.preprocessing["text_length"] - steps - 1
+        if longest > limit:
+            text = instructions[[len(prompt) for prompt in prompts].index(longest)]
+            raise ValueError(
+                f"instruction {text[:40]!r}... is {longest} tokens with its prompt, the model was trained with at most {limit}; shorten it"
+            )
+        bucket = next((length for length in TEXT_LENGTHS if length >= longest), longest)
         input_ids = np.full((len(prompts), bucket), model.pad_token, np.int32)
         for row, prompt in zip(input_ids, prompts, strict=True):
             row[: len(prompt)] = prompt

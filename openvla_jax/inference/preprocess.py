@@ -17,9 +17,28 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Mapping[st
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image has dtype {image.dtype} and shape {image.shape}; give uint8 RGB [height, width, 3]")
-    if preprocessing["resize_kernel"] == "lanczos3":
-        return resize_lanczos3(image, model.image_size, model.image_size)
-    raise ValueError(f"unknown preprocessing resize_kernel {preprocessing['resize_kernel']!r} in the checkpoint")
+    if preprocessing["resize_kernel"] != "lanczos3":
+        raise ValueError(f"unknown preprocessing resize_kernel {preprocessing['resize_kernel']!r} in the checkpoint")
+    image = resize_lanczos3(image, model.image_size, model.image_size)
+    return center_crop(image) if preprocessing["center_crop"] else image
+
+
+def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
+    """The middle of the image at its original size, for policies trained with random crops of that area.
+
+    As the reference evaluates: `tf.image.crop_and_resize` (bilinear between the corners of the box), then uint8.
+    """
+    low, high = 0.5 - area**0.5 / 2, 0.5 + area**0.5 / 2
+    rows, columns = (_bilinear_weights(size, low, high) for size in image.shape[:2])
+    cropped = np.einsum("yh,xw,hwc->yxc", rows, columns, image.astype(np.float32) / 255, optimize=True)
+    return (np.clip(cropped, 0, 1) * 255.5).astype(np.uint8)
+
+
+@lru_cache(maxsize=64)
+def _bilinear_weights(size: int, low: float, high: float) -> np.ndarray:
+    """float32 [size, size]: samples evenly spaced from `low` to `high` of the way between first and last pixel."""
+    position = np.linspace(low, high, size) * (size - 1)
+    return np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(size))).astype(np.float32)
 
 
 def resize_lanczos3(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,7 +15,7 @@ under its final name only when it is complete.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics
 PREPROCESSING = {
     "resize_kernel": "lanczos3",  # "bicubic": PIL's, as the HF processor of imported checkpoints
     "center_crop": False,  # true when trained with random crops
+    "text_length": 64,  # tokens of a training row: prompt, action and end token
     "action_normalization": "bounds_q99",
 }
 
@@ -98,6 +99,12 @@ def _read_json(path: epath.Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def absolute(path: os.PathLike | str) -> epath.Path:
+    """Orbax takes absolute paths only; remote ones (gs://) are."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
 def steps_in(directory: os.PathLike | str) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending; unfinished saves carry other names and are not seen."""
     path = epath.Path(directory)
@@ -112,7 +119,7 @@ def is_complete(path: epath.Path) -> bool:
 
 def open_checkpoint(path: os.PathLike | str, step: int | None = None) -> epath.Path:
     """The directory of a complete checkpoint, from itself, a `checkpoints` folder or a run's workdir (latest step)."""
-    path = epath.Path(path)
+    path = absolute(path)
     if step is None and path.is_dir() and is_complete(path):
         return path
     for folder in (path, path / "checkpoints"):
@@ -185,12 +192,35 @@ def with_shardings(abstract: Any, placed: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Files:
-    """An Orbax item that writes plain files: `write(directory)` at once, or `read(directory)` when restored."""
+def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: Any) -> Any:
+    """The training state of a step, onto the shardings in `placed`, whatever mesh saved it."""
+    path = open_checkpoint(workdir, step)
+    check_tree(path, abstract.params)
+    target = with_shardings(abstract, placed)
+    rest = nnx.as_pure({"step": target.step, "opt_state": target.opt_state})
+    loaded = ocp.load_checkpointables(path, {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest})
+    rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
+    rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
+    params = _refill(abstract.params, loaded["params"])
+    return abstract.replace(step=rest["step"], opt_state=rest["opt_state"], params=params)
 
-    def __init__(self, write=None, read=None, every_process: bool = False):
-        self._write, self._read = write, read
-        self._every_process = every_process
+
+def restore_iterator(workdir: os.PathLike | str, step: int, iterator: Any) -> None:
+    """Moves the data stream to where it was at `step`; raises ValueError where that was not saved for this process."""
+    directory = open_checkpoint(workdir, step) / "data"
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is missing: the stream's position was not saved")
+    iterator.restore(os.fspath(directory))
+
+
+class Files:
+    """An Orbax item of plain files: `write(directory)` runs at once, on the first process or on every one.
+
+    Reading needs no Orbax: the files lie in the item's directory.
+    """
+
+    def __init__(self, write: Callable[[epath.Path], None], every_process: bool = False):
+        self._write, self._every_process = write, every_process
 
     async def save(self, directory):
         if jax.process_index() == 0 or self._every_process:
@@ -202,12 +232,7 @@ class Files:
         return nothing()
 
     async def load(self, directory):
-        self._read(directory)
-
-        async def nothing() -> None:
-            return None
-
-        return nothing()
+        raise NotImplementedError(f"the files of {directory} are read where they lie")
 
 
 class Checkpoints:
@@ -216,7 +241,7 @@ class Checkpoints:
     def __init__(self, workdir: os.PathLike | str, keep_last: int, keep_every: int | None):
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -235,36 +260,13 @@ class Checkpoints:
         items = {
             "params": nnx.to_pure_dict(nnx.as_pure(state.params)),
             "optimizer": nnx.as_pure({"step": state.step, "opt_state": state.opt_state}),
-            "contract": Files(write=contract.save),
+            "contract": Files(contract.save),
         }
         if unused is not None:
             items["unused"] = unused
         if iterator is not None:
-            items["data"] = Files(write=lambda directory: iterator.save(_process_dir(directory)), every_process=True)
+            items["data"] = Files(lambda directory: iterator.save(os.fspath(directory)), every_process=True)
         self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
-
-    def restore(self, step: int, abstract: Any, placed: Any) -> Any:
-        """The state of a step, onto the shardings in `placed`, whatever mesh saved it."""
-        path = self.directory / str(step)
-        target = with_shardings(abstract, placed)
-        rest = nnx.as_pure({"step": target.step, "opt_state": target.opt_state})
-        check_tree(path, abstract.params)
-        loaded = ocp.load_checkpointables(
-            path, {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest}
-        )
-        rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
-        rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
-        return abstract.replace(
-            step=rest["step"], opt_state=rest["opt_state"], params=_refill(abstract.params, loaded["params"])
-        )
-
-    def restore_iterator(self, step: int, iterator: Any) -> bool:
-        """Moves the data stream to where it was at `step`; False if that was not saved for this number of processes."""
-        directory = self.directory / str(step) / "data"
-        if not directory.is_dir() or len(list(directory.glob("process_*"))) != jax.process_count():
-            return False
-        iterator.restore(os.fspath(directory / f"process_{jax.process_index()}"))
-        return True
 
     def wait(self) -> None:
         """Blocks until a save under way is complete; raises if it failed."""
@@ -276,8 +278,3 @@ class Checkpoints:
         self.wait()
         self._checkpointer.close()
 
-
-def _process_dir(directory: epath.Path) -> str:
-    path = epath.Path(directory) / f"process_{jax.process_index()}"
-    path.mkdir(parents=True, exist_ok=True)
-    return os.fspath(path)

@@ -19,16 +19,21 @@ from etils import epath
 from flax import nnx
 
 from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.models.layers import check_remat
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import (
     PREPROCESSING,
     CheckpointError,
     Checkpoints,
     Contract,
+    absolute,
     load_contract,
     load_params,
     load_unused,
     open_checkpoint,
+    restore_iterator,
+    restore_state,
+    steps_in,
     with_shardings,
 )
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
@@ -55,23 +60,22 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     """
     from openvla_jax.data.batches import make_eval_batches, make_train_iterator  # TensorFlow comes with it
 
-    train, workdir = config.train, epath.Path(workdir)
+    train, workdir = config.train, absolute(workdir)
     log = print if jax.process_index() == 0 else logging.debug
     dtype = jnp.dtype(train.dtype)
 
     # -- Mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
+    check_remat(train.remat)
     check_batch(train.batch_size, train.accumulation, mesh)
     log(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, mesh {dict(mesh.shape)}")
 
     # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
     base = load_contract(config.init_from) if config.init_from else None
-    model = resolve_model(config, base)
-    tokenizer = resolve_tokenizer(config, base, model)
+    model, tokenizer = resolve_model(config, base)
 
     # -- Data -------------------------------------------------------------------------------------------------------
-    checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
-    start = checkpoints.latest or 0
+    start = max(steps_in(workdir / "checkpoints"), default=0)
     if start:
         check_same_run(workdir, config)
     common = dict(image_size=model.image_size, prompt_family=model.prompt_family)
@@ -89,9 +93,16 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
         f"data: {', '.join(iterator.dataset_names)}; about {iterator.num_examples} frames per epoch; resume "
         f"{'exact' if exact else 'reseeded'} (its state is about {iterator.state_bytes / 2**20:.1f} MiB per process)"
     )
-    if start and not (exact and checkpoints.restore_iterator(start, iterator)):
-        iterator = open_data(config.seed + start)
-        log(f"data: position not restored, the stream goes on with seed {config.seed + start}")
+    if start:
+        try:
+            if not exact:
+                raise ValueError("data.resume is not exact")
+            restore_iterator(workdir, start, iterator)
+        except ValueError as error:  # another number of processes, say
+            if config.data.resume == "exact":
+                raise
+            iterator = open_data(config.seed + start)
+            log(f"data: the stream goes on with another seed, {config.seed + start} ({error})")
     eval_batches = []
     if train.eval_every and train.eval_batches:
         eval_batches = make_eval_batches(
@@ -105,7 +116,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     abstract, placed = abstract_state(model, dtype, optimizer, mesh)
     log(f"model: {model.name}, {describe_parameters(abstract.params)}")
     if start:
-        state = checkpoints.restore(start, abstract, placed)
+        state = restore_state(workdir, start, abstract, placed)
         log(f"resumed from step {start}")
     elif config.init_from:
         params = load_params(config.init_from, with_shardings(abstract.params, placed.params))
@@ -119,12 +130,10 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
         model=model,
         tokenizer=tokenizer,
         statistics=iterator.statistics,
-        preprocessing=(base.preprocessing if base else PREPROCESSING) | {"center_crop": bool(config.augment.enabled)},
+        preprocessing=dict(base.preprocessing if base else PREPROCESSING)
+        | {"center_crop": bool(config.augment.enabled), "text_length": config.data.text_length},
         training=json.loads(config.to_json_best_effort()),
     )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / CONFIG_FILE, contract.training)
 
     # -- Step ---------------------------------------------------------------------------------------------------------
     datasets = len(iterator.dataset_names)
@@ -135,13 +144,19 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
     eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets))
     eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
-
-    # -- Loop ---------------------------------------------------------------------------------------------------------
     if start >= train.steps:
         log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
         return state
+    batch = global_batch(next(iterator), mesh)
+    began = time.perf_counter()
+    step_fn = step_fn.lower(state, batch).compile()
+    log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+
+    # -- Loop: only from here on is anything written ---------------------------------------------------------------------
+    checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
     writer = None
     if jax.process_index() == 0:
+        write_json(workdir / CONFIG_FILE, contract.training)
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
     progress = metrics_lib.Progress(start, train.steps, train.batch_size)
 
@@ -180,26 +195,27 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
         if writer is not None:
             closing.callback(writer.close)
         closing.enter_context(stop)
-        batch = next_batch(iterator, mesh, progress)
+        pending: list[tuple[int, Any]] = []  # metrics of steps that may still be running
         for step in range(start + 1, train.steps + 1):
             state, metrics = step_fn(state, batch)
+            pending.append((step, metrics))
             last = step == train.steps or stop.requested
-            evaluates = eval_batches and (step % train.eval_every == 0 or step == train.steps)
-            if last or evaluates or step % train.checkpoint_every == 0:
-                record(step, metrics)  # before saving: a state that is not finite is never saved
-                began = time.perf_counter()
-                with jax.transfer_guard("allow"):
-                    if evaluates:
-                        evaluate(step)
-                    if last or step % train.checkpoint_every == 0:
-                        checkpoints.save(step, state, contract, iterator if exact else None, unused)
-                progress.paused(time.perf_counter() - began)
-                if last:
-                    break
-                batch = next_batch(iterator, mesh, progress)
-            else:
-                batch = next_batch(iterator, mesh, progress)  # while the device works
-                record(step, metrics)
+            evaluates = bool(eval_batches) and (step % train.eval_every == 0 or step == train.steps)
+            saves = last or step % train.checkpoint_every == 0
+            # One step is left in flight while the host goes on, but none where its outcome is needed: a state that is
+            # not finite is never saved.
+            while len(pending) > (0 if evaluates or saves else 1):
+                record(*pending.pop(0))
+            began = time.perf_counter()
+            with jax.transfer_guard("allow"):
+                if evaluates:
+                    evaluate(step)
+                if saves:
+                    checkpoints.save(step, state, contract, iterator if exact else None, unused)
+            progress.paused(time.perf_counter() - began)
+            if last:
+                break
+            batch = next_batch(iterator, mesh, progress)
     if stop.requested and step < train.steps:
         log(f"stopped by a signal at step {step}, saved; the same command goes on from there")
         raise SystemExit(stop.EXIT_CODE)
@@ -241,33 +257,32 @@ class StopSignal(contextlib.AbstractContextManager):
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> VLAConfig:
-    """The model to train: the checkpoint's where there is one, which the config may name again but not change."""
+def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> tuple[VLAConfig, Any]:
+    """The model to train and its tokenizer: the checkpoint's where there is one, else the config's.
+
+    The config may name the checkpoint's model again but not change it. A fresh model is sized by its tokenizer.
+    """
+    from openvla_jax.tokens import load_tokenizer
+
     settings = {key: value for key, value in config.model.to_dict().items() if value is not None}
+    tokenizer = base.tokenizer if base else load_tokenizer(config.tokenizer)
     if base is None:
-        return model_config(settings)
-    if settings.get("preset") and model_config(settings) != base.model:
+        model = model_config({"base_vocab_size": tokenizer.vocab_size} | settings)
+        if tokenizer.vocab_size != model.base_vocab_size:
+            raise ValueError(
+                f"config.model.base_vocab_size is {model.base_vocab_size}, tokenizer {config.tokenizer!r} has "
+                f"{tokenizer.vocab_size} entries: leave the former out"
+            )
+        return model, tokenizer
+    if settings.get("preset") and model_config({"base_vocab_size": tokenizer.vocab_size} | settings) != base.model:
         raise CheckpointError(
             f"config.model ({settings['preset']}) differs from the model of {config.init_from} ({base.model.name}); "
             "leave config.model.preset empty to take the checkpoint's"
         )
-    return base.model
+    return base.model, tokenizer
 
 
-def resolve_tokenizer(config: ml_collections.ConfigDict, base: Contract | None, model: VLAConfig) -> Any:
-    """The checkpoint's tokenizer, or the one that the config names; it must be the one that the model was sized for."""
-    from openvla_jax.tokens import load_tokenizer
-
-    tokenizer = base.tokenizer if base else load_tokenizer(config.tokenizer)
-    if tokenizer.vocab_size != model.base_vocab_size:
-        raise ValueError(
-            f"tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} entries, model {model.name!r} is for "
-            f"{model.base_vocab_size}; set config.tokenizer or config.model.base_vocab_size"
-        )
-    return tokenizer
-
-
-def make_augment(settings: Mapping[str, Any]):
+def make_augment(settings: ml_collections.ConfigDict):
     """`augment(key, images)` of the config, or None."""
     if not settings["enabled"]:
         return None

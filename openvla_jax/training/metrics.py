@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,7 +21,7 @@ class MetricLog:
     validation has lines of its own with keys `val/...`.
     """
 
-    def __init__(self, workdir: os.PathLike | str, resume_step: int, wandb: Mapping[str, Any], config: Mapping[str, Any]):
+    def __init__(self, workdir: os.PathLike | str, resume_step: int, wandb: ConfigDict, config: Mapping[str, Any]):
         import tensorboardX
 
         path = epath.Path(workdir) / METRICS_FILE

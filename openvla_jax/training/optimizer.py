@@ -1,17 +1,17 @@
 """AdamW with global-norm clipping and a constant or cosine learning rate."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 SCHEDULES = ("constant", "cosine")
 
 
-def make_schedule(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
+def make_schedule(settings: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up over `warmup_steps`, then constant, or cosine to `final_fraction` of the peak.
 
     The update that makes step 1 uses the value at 0: without warm-up that is the peak, as in the reference.
@@ -42,7 +42,7 @@ def decays(params: Any) -> Any:
     return jax.tree.map(lambda v: v.replace(decayed(v)), params, is_leaf=is_variable)
 
 
-def make_optimizer(settings: Mapping[str, Any], schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(settings: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (float32 moments) after clipping by the global norm (0 = no clipping)."""
     adamw = optax.adamw(
         schedule,
@@ -61,7 +61,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """As `torch.nn.utils.clip_grad_norm_`: the scale is limit / (norm + 1e-6), never above 1."""
 
     def update(grads, state, params=None):
-        scale = jnp.minimum(1.0, limit / (optax.global_norm(grads) + 1e-6))
+        scale = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

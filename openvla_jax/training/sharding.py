@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -51,7 +51,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def parameter_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> P:
+def parameter_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> P:
     """The partition of one parameter by `RULES`.
 
     A dimension that its mesh axis does not divide hands the axis on to the largest free dimension that it does divide

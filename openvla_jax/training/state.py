@@ -16,10 +16,13 @@ from openvla_jax.training.sharding import shardings
 
 @struct.dataclass
 class TrainState:
-    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes."""
+    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes.
 
-    step: jax.Array
-    params: nnx.State
+    The same structure holds arrays, shapes or shardings, hence the loose types.
+    """
+
+    step: Any  # int32 []
+    params: Any
     opt_state: Any
 
 

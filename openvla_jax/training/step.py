@@ -25,9 +25,11 @@ def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, remat: str = "no
 
     Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
     behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin centres
-    of normalised actions in [-1, 1].
+    of normalised actions in [-1, 1]. Images are uint8; floating ones are taken as normalised already.
     """
-    logits = model.target_logits(model.normalize(batch.images), batch.tokens, batch.target_positions, remat)
+    normalised = jnp.issubdtype(batch.images.dtype, jnp.floating)
+    pixels = batch.images if normalised else model.normalize(batch.images)
+    logits = model.target_logits(pixels, batch.tokens, batch.target_positions, remat)
     targets = jnp.take_along_axis(batch.tokens, batch.target_positions, axis=1)
     mask = batch.target_mask.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
@@ -108,7 +110,7 @@ def make_train_step(
             (grads, sums), _ = jax.lax.scan(add, zeros, parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = summarize(sums) | {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

@@ -1,0 +1,91 @@
+"""Train, kill -9, run again: the curve is the uninterrupted run's. Through the command line, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from openvla_jax.sim.dataset import write_dataset
+from openvla_jax.training.checkpoint import steps_in
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    write_dataset(directory, episodes=12)
+    return directory
+
+
+def start(workdir, data_dir, devices, *overrides):
+    command = [
+        sys.executable, "train.py", "--config", "configs/debug.py", "--workdir", str(workdir),
+        f"--config.data.data_dir={data_dir}", f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=6",
+        "--config.train.eval_every=12", *overrides,
+    ]  # fmt: skip
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def curve(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    keep = ("train/loss", "train/grad_norm", "train/action_accuracy", "val/loss")
+    return [{"step": line["step"]} | {key: line[key] for key in keep if key in line} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data_dir, devices):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, data_dir, devices))
+
+    process = start(killed, data_dir, devices)
+    metrics = killed / "metrics.jsonl"
+    deadline = time.time() + 600
+    while time.time() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 10 and steps_in(killed / "checkpoints"):
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0][-3000:]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    saved = steps_in(killed / "checkpoints")[-1]
+    assert saved < STEPS
+
+    output = finish(start(killed, data_dir, devices))
+    assert f"resumed from step {saved}" in output
+    assert curve(killed) == curve(whole)
+    assert [line["step"] for line in curve(whole) if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert finish(start(killed, data_dir, devices)).count("nothing to do") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_another_config_is_refused(tmp_path, data_dir):
+    workdir = tmp_path / "run"
+    process = start(workdir, data_dir, 1, "--config.train.steps=100000", "--config.train.checkpoint_every=50000")
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 143, output[-3000:]
+    assert len(steps_in(workdir / "checkpoints")) == 1
+
+    other = start(workdir, data_dir, 1, "--config.model.preset=openvla-7b", "--config.seed=8")
+    output = other.communicate(timeout=300)[0]
+    assert other.returncode == 2
+    assert "seed was 7, is 8" in output.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("error: ")

@@ -1,0 +1,25 @@
+"""Random batches of the right form, for tests that need no data."""
+
+import numpy as np
+
+from openvla_jax.config import VLAConfig, tiny
+from openvla_jax.data.batches import Batch
+
+MODEL = tiny(base_vocab_size=700)
+
+
+def random_batch(rows: int, seed: int = 0, model: VLAConfig = MODEL, text_length: int = 20, action_dim: int = 7) -> Batch:
+    """Rows of different text length; the targets are the row's last `action_dim + 1` tokens, action tokens and EOS."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((rows, text_length), model.pad_token, np.int32)
+    positions = np.zeros((rows, action_dim + 1), np.int32)
+    for row in range(rows):
+        length = rng.integers(action_dim + 4, text_length + 1)
+        tokens[row, :length] = rng.integers(3, model.base_vocab_size - 256, length)
+        tokens[row, 0] = 1
+        positions[row] = np.arange(length - action_dim - 1, length)
+        tokens[row, positions[row, :-1]] = rng.integers(model.base_vocab_size - 256, model.base_vocab_size, action_dim)
+        tokens[row, length - 1] = 2
+    images = rng.integers(0, 256, (rows, model.image_size, model.image_size, 3), dtype=np.uint8)
+    dataset = (np.arange(rows) % 2).astype(np.int32)
+    return Batch(images, tokens, positions, np.ones(positions.shape, bool), dataset)

@@ -1,0 +1,142 @@
+"""Checkpoints: what is written comes back, on any mesh, and nothing else is taken for one."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training.batches import MODEL, random_batch
+from training.test_step import SETTINGS
+
+from openvla_jax.config import tiny
+from openvla_jax.inference.policy import load_model
+from openvla_jax.tokens import load_tokenizer
+from openvla_jax.training import checkpoint as lib
+from openvla_jax.training.optimizer import make_optimizer, make_schedule
+from openvla_jax.training.sharding import global_batch, make_mesh
+from openvla_jax.training.state import abstract_state, init_state
+from openvla_jax.training.step import make_train_step
+
+STATISTICS = {"toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3, "num_trajectories": 1}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def contract(tokenizer):
+    return lib.Contract(MODEL, tokenizer, STATISTICS, training={"seed": 1})
+
+
+def setup(sizes):
+    mesh = make_mesh(sizes)
+    schedule = make_schedule(SETTINGS, 10)
+    optimizer = make_optimizer(SETTINGS, schedule)
+    abstract, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
+    step = make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2)
+    return mesh, optimizer, abstract, placed, jax.jit(step, out_shardings=(placed, None))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, contract):
+    """A run of two steps on an fsdp mesh, saved, and the losses with which it went on."""
+    workdir = tmp_path_factory.mktemp("run")
+    mesh, optimizer, _, _, step = setup({"fsdp": -1})
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    for i in range(2):
+        state, _ = step(state, global_batch(random_batch(8, i), mesh))
+    checkpoints = lib.Checkpoints(workdir, keep_last=2, keep_every=None)
+    checkpoints.save(2, state, contract, unused={"dino": {"norm": {"scale": np.arange(5.0, dtype=np.float32)}}})
+    checkpoints.close()
+    host_state = jax.device_get(state)
+    losses = []
+    for i in range(2, 5):
+        state, metrics = step(state, global_batch(random_batch(8, i), mesh))
+        losses.append(float(metrics["loss"]))
+    return workdir, host_state, losses
+
+
+@pytest.mark.slow
+def test_state_returns_bit_for_bit_and_goes_on_on_another_mesh(saved):
+    workdir, host_state, losses = saved
+    mesh, _, abstract, placed, step = setup({"data": 2, "fsdp": 2, "tensor": 2})
+    state = lib.restore_state(workdir, 2, abstract, placed)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for before, after, where in zip(jax.tree.leaves(host_state), jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert after.sharding == where
+    for i, loss in zip(range(2, 5), losses, strict=True):
+        state, metrics = step(state, global_batch(random_batch(8, i), mesh))
+        assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_contract_returns(saved, contract, tokenizer):
+    loaded = lib.load_contract(saved[0])
+    assert loaded.model == contract.model
+    assert loaded.statistics == STATISTICS
+    assert loaded.preprocessing == lib.PREPROCESSING
+    assert loaded.training == {"seed": 1}
+    text = "In: What action should the robot take to pick up the red cube?\nOut:"
+    assert loaded.tokenizer(text).input_ids == tokenizer(text).input_ids
+
+
+def test_model_loads_for_inference_in_another_dtype(saved):
+    model, config = load_model(saved[0], dtype="bfloat16")
+    assert config == MODEL
+    kernel = model.llama.head.kernel[...]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(kernel, saved[1].params.llama.head.kernel[...].astype(jnp.bfloat16))
+
+
+def test_unused_tensors_travel_along(saved):
+    np.testing.assert_array_equal(lib.load_unused(saved[0])["dino"]["norm"]["scale"], np.arange(5.0))
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/2"])
+def test_a_checkpoint_is_found_from_every_level(saved, below):
+    assert lib.open_checkpoint(saved[0] / below).name == "2"
+
+
+def test_only_the_latest_are_kept_and_every_nth_for_good(tmp_path, contract):
+    mesh, optimizer, *_ = setup({"fsdp": -1})
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    checkpoints = lib.Checkpoints(tmp_path, keep_last=1, keep_every=4)
+    for step in range(2, 9, 2):
+        checkpoints.save(step, state, contract)
+    checkpoints.close()
+    assert lib.steps_in(tmp_path / "checkpoints") == [4, 8]
+
+
+def test_a_checkpoint_of_another_model_names_the_differences(saved):
+    other = tiny(base_vocab_size=900)
+    mesh, optimizer = make_mesh({"fsdp": -1}), make_optimizer(SETTINGS, make_schedule(SETTINGS, 10))
+    abstract, _ = abstract_state(other, jnp.float32, optimizer, mesh)
+    with pytest.raises(lib.CheckpointError, match=r"embed/table has shape \(704, 64\), the model \(960, 64\)"):
+        lib.load_params(saved[0], abstract.params)
+
+
+def test_unfinished_and_foreign_directories_are_refused(tmp_path, saved):
+    with pytest.raises(lib.CheckpointError, match="does not exist"):
+        lib.open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(lib.CheckpointError, match="holds: notes.txt"):
+        lib.open_checkpoint(tmp_path)
+    unfinished = tmp_path / "checkpoints" / "7"
+    (unfinished / "params").mkdir(parents=True)  # as a crash during a copy would leave it
+    with pytest.raises(lib.CheckpointError, match="no complete checkpoint"):
+        lib.open_checkpoint(tmp_path)
+    with pytest.raises(lib.CheckpointError, match=r"no complete checkpoint of step 9; it has \[2\]"):
+        lib.open_checkpoint(saved[0], step=9)
+
+
+def test_a_damaged_contract_says_so(tmp_path, contract):
+    contract.save(tmp_path)
+    (tmp_path / lib.CONFIG_FILE).write_text('{"format": 1, "model": {')
+    with pytest.raises(lib.CheckpointError, match=r"config.json is not JSON"):
+        lib.Contract.load(tmp_path)
+    (tmp_path / lib.CONFIG_FILE).write_text(json.dumps({"format": 99}))
+    with pytest.raises(lib.CheckpointError, match="format 99, this version reads 1"):
+        lib.Contract.load(tmp_path)

@@ -1,0 +1,74 @@
+"""The mesh and the placement of every parameter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from training.batches import MODEL, random_batch
+
+from openvla_jax.config import preset
+from openvla_jax.models.openvla import abstract_model
+from openvla_jax.training import sharding
+
+
+def test_free_axis_takes_the_remaining_devices():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 2})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2, "fsdp": 2}, {"fsdp": 0}])
+def test_a_mesh_that_does_not_fit_says_so(sizes):
+    with pytest.raises(ValueError, match="8 devices"):
+        sharding.make_mesh(sizes)
+
+
+def test_dimensions_that_the_mesh_does_not_divide_pass_the_axis_on():
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    spec = lambda shape, axes: sharding.parameter_spec(shape, axes, mesh)
+    assert spec((3, 64, 32), ("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert spec((3, 64, 33), ("layers", "embed", "mlp")) == P(None, "fsdp", None)
+    assert spec((4, 66, 32), ("layers", "embed", "norm")) == P(None, None, "fsdp")  # never the layer axis
+    assert spec((5,), ("norm",)) == P(None)
+
+
+def test_two_dimensions_on_one_axis_raise():
+    with pytest.raises(ValueError, match="one mesh axis"):
+        sharding.parameter_spec((8, 8), ("embed", "embed"), sharding.make_mesh({"fsdp": -1}))
+
+
+def test_the_7b_is_sharded_leaf_by_leaf():
+    """On an abstract 64-way mesh every leaf above 64 MiB is split 64 ways, stacked and odd-sized ones included."""
+    mesh = jax.sharding.AbstractMesh((1, 64, 1), sharding.AXES)
+    params = nnx.state(abstract_model(preset("openvla-7b")), nnx.Param)
+    variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    total = split = 0
+    for variable in variables:
+        shape = variable.get_value().shape
+        spec = sharding.parameter_spec(shape, variable.get_metadata()["axes"], mesh)
+        size = int(np.prod(shape))
+        total += size
+        split += size if "fsdp" in spec else 0
+        assert "fsdp" in spec or size * 4 <= sharding.MAX_REPLICATED_BYTES, (shape, spec)
+    assert split / total > 0.999
+
+
+def test_an_accidental_replica_is_refused():
+    mesh = sharding.make_mesh({"fsdp": -1})
+    big = nnx.Param(jax.ShapeDtypeStruct((4099, 4099), jnp.float32), axes=("embed", "mlp"))
+    with pytest.raises(ValueError, match=r"4099.*replicated"):
+        sharding.shardings({"kernel": big}, mesh)
+
+
+def test_batch_is_split_over_data_and_fsdp():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    batch = sharding.global_batch(random_batch(16), mesh)
+    assert batch.images.shape == (16, MODEL.image_size, MODEL.image_size, 3)
+    assert all(shard.data.shape[0] == 2 for shard in batch.tokens.addressable_shards)
+
+
+def test_batch_that_does_not_divide_names_the_nearest():
+    with pytest.raises(ValueError, match="batch_size 20 is not a multiple .* nearest that is: 16"):
+        sharding.check_batch(20, 1, sharding.make_mesh({"fsdp": -1}))

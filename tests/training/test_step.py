@@ -1,0 +1,131 @@
+"""The training step: its loss and metrics against plain numpy, and its independence of how the work is divided."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from training.batches import MODEL, random_batch
+
+from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.training.optimizer import make_optimizer, make_schedule
+from openvla_jax.training.sharding import global_batch, make_mesh
+from openvla_jax.training.state import abstract_state, init_state
+from openvla_jax.training.step import loss_and_metrics, make_train_step, summarize
+
+SETTINGS = ConfigDict(
+    dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
+         b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)
+)  # fmt: skip
+
+
+def losses(mesh_sizes, steps, devices=None, accumulation=1, rows=16):
+    mesh = make_mesh(mesh_sizes, devices)
+    schedule = make_schedule(SETTINGS, steps)
+    optimizer = make_optimizer(SETTINGS, schedule)
+    _, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=3)
+    step = make_train_step(
+        MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2, accumulation=accumulation, remat="full"
+    )
+    step = jax.jit(step, out_shardings=(placed, None))
+    collected = []
+    for i in range(steps):
+        state, metrics = step(state, global_batch(random_batch(rows, i), mesh))
+        collected.append(jax.device_get(metrics))
+    return collected, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return losses({"fsdp": 1}, 10, jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_any_mesh_gives_the_losses_of_one_device(sizes, reference):
+    collected, params = losses(sizes, 10)
+    for one, many in zip(reference[0], collected, strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        np.testing.assert_allclose(many["action_accuracy_by_dataset"], one["action_accuracy_by_dataset"], atol=1e-6)
+
+
+def test_accumulation_gives_the_losses_of_the_whole_batch(reference):
+    collected, _ = losses({"fsdp": 1}, 3, jax.devices()[:1], accumulation=4)
+    for one, parts in zip(reference[0][:3], collected, strict=True):
+        assert parts["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert parts["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert parts["action_l1"] == pytest.approx(one["action_l1"], rel=1e-6)
+
+
+def test_training_lowers_the_loss_of_one_batch():
+    mesh = make_mesh({}, jax.devices()[:1])
+    schedule = make_schedule(SETTINGS, 30)
+    optimizer = make_optimizer(SETTINGS, schedule)
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    step = jax.jit(make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2))
+    batch = global_batch(random_batch(4), mesh)
+    first = None
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        first = metrics["loss"] if first is None else first
+    assert metrics["loss"] < 0.6 * first
+
+
+def test_metrics_equal_a_plain_computation():
+    model = OpenVLA(MODEL, jax.random.key(0))
+    batch = random_batch(6)._replace(target_mask=np.arange(8) < np.array([8, 8, 5, 8, 3, 8])[:, None])
+    _, sums = loss_and_metrics(model, batch, 3)
+    got = jax.device_get(summarize(sums))
+
+    logits = np.asarray(model(model.normalize(batch.images), batch.tokens), np.float64)
+    base, edges = MODEL.base_vocab_size, np.linspace(-1, 1, 256)
+    centers = (edges[1:] + edges[:-1]) / 2
+    cross_entropy, correct, l1 = [], {0: [], 1: []}, {0: [], 1: []}
+    for row in range(6):
+        for column in range(8):
+            if not batch.target_mask[row, column]:
+                continue
+            at = batch.target_positions[row, column]
+            target, scores = batch.tokens[row, at], logits[row, MODEL.patches + at - 1]
+            cross_entropy.append(np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target])
+            if base - 256 <= target < base:
+                predicted = scores.argmax()
+                correct[batch.dataset[row]].append(predicted == target)
+                value = lambda token: centers[np.clip(base - token - 1, 0, 254)]
+                l1[batch.dataset[row]].append(abs(value(predicted) - value(target)))
+    assert got["loss"] == pytest.approx(np.mean(cross_entropy), rel=1e-5)
+    assert got["action_accuracy"] == pytest.approx(np.mean(correct[0] + correct[1]), abs=1e-6)
+    assert got["action_l1"] == pytest.approx(np.mean(l1[0] + l1[1]), rel=1e-5)
+    np.testing.assert_allclose(got["action_l1_by_dataset"][:2], [np.mean(l1[0]), np.mean(l1[1])], rtol=1e-5)
+    assert np.isnan(got["action_l1_by_dataset"][2])  # a dataset without rows has no accuracy, not zero
+
+
+def test_pixels_reach_the_loss():
+    """A model that ignores the image would pass every other test here."""
+    model = OpenVLA(MODEL, jax.random.key(0))
+    batch = random_batch(2)
+    loss = lambda images: loss_and_metrics(model, batch._replace(images=images), 2)[0]
+    black, white = np.zeros_like(batch.images), np.full_like(batch.images, 255)
+    assert abs(loss(black) - loss(white)) > 1e-3
+
+
+def test_unused_text_positions_do_not_matter():
+    model = OpenVLA(MODEL, jax.random.key(0))
+    batch = random_batch(4)
+    padded = batch._replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 9)), constant_values=MODEL.pad_token))
+    assert loss_and_metrics(model, padded, 2)[0] == pytest.approx(loss_and_metrics(model, batch, 2)[0], rel=1e-6)
+
+
+def test_parameters_move_everywhere_but_nowhere_else():
+    """Every parameter that is run gets a gradient; the tree holds no dead one."""
+    model = OpenVLA(MODEL, jax.random.key(0))
+    graph, params = nnx.split(model, nnx.Param)
+    batch = random_batch(8)
+    gradient = jax.grad(lambda p: loss_and_metrics(nnx.merge(graph, p), batch, 2)[0])(params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        # The key bias shifts all scores of a query alike: softmax does not see it.
+        silent = "'k'" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path)
+        assert silent or float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
