@@ -1,0 +1,1 @@
+"""Closed-loop evaluation: rollouts in the embedded world, success rates with intervals, figures."""

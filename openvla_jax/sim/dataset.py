@@ -1,0 +1,171 @@
+"""Writes the tabletop's expert episodes as a TFDS/RLDS dataset, as robot datasets are published.
+
+python -m openvla_jax.sim.dataset --out data --episodes 2000
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # has to be set before TensorFlow is first imported
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from openvla_jax.sim import tabletop
+from openvla_jax.sim.tabletop import ACTION_DIM, STATE_DIM, Tabletop, expert_action
+
+tf.config.set_visible_devices([], "GPU")  # TensorFlow only writes files; it must not take the accelerator's memory
+
+NAME = "tabletop"
+VERSION = "1.0.0"
+IMAGE_SIZE = 48
+# Scenes of the splits never meet, nor those of the evaluation, which counts from 0.
+FIRST_SEED = {"train": 1_000_000, "val": 2_000_000}
+MAX_STEPS = 24
+SHARDS = 8  # of the train split
+
+# Steps are laid out as in Open X-Embodiment: observation, action, instruction and the RLDS flags.
+FEATURES = tfds.features.FeaturesDict(
+    {
+        "steps": tfds.features.Dataset(
+            {
+                "observation": {
+                    "image": tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
+                    "state": tfds.features.Tensor(shape=(STATE_DIM,), dtype=np.float32),
+                },
+                "action": tfds.features.Tensor(shape=(ACTION_DIM,), dtype=np.float32),
+                "language_instruction": tfds.features.Text(),
+                "reward": tfds.features.Scalar(np.float32),
+                "discount": tfds.features.Scalar(np.float32),
+                "is_first": tfds.features.Scalar(np.bool_),
+                "is_last": tfds.features.Scalar(np.bool_),
+                "is_terminal": tfds.features.Scalar(np.bool_),
+            }
+        ),
+        "episode_metadata": {"seed": tfds.features.Scalar(np.int64)},
+    }
+)
+
+
+def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
+    """(instruction, steps) of one episode; each step has image uint8 [48, 48, 3], state [8], action [7] float32.
+
+    What is stored is what the expert would do; what is executed is that plus noise now and then (and rarely the wrong
+    gripper command), so that the episodes also visit states beside the expert's path and show the way back
+    (Laskey et al. 2017, DART). `noise` is its standard deviation in metres.
+    """
+    rng = np.random.default_rng([seed, 1])
+    world = Tabletop(seed)
+    steps = []
+    for _ in range(MAX_STEPS):
+        action = expert_action(world)
+        steps.append({"image": world.render(IMAGE_SIZE), "state": world.state, "action": action})
+        executed = action.astype(np.float64)
+        executed[:3] += rng.normal(0.0, noise, 3) * (rng.random() < 0.4)
+        if noise and rng.random() < 0.03:
+            executed[6] = 1.0 - executed[6]
+        if world.step(executed):
+            break
+    return world.instruction, steps
+
+
+def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = None, noise: float = 0.02) -> Path:
+    """Writes out/tabletop/1.0.0 with splits train and val (5% of `episodes` by default); returns that folder.
+
+    A complete dataset of the same parameters is kept. It is written beside that folder and renamed when complete.
+    Raises FileExistsError where a dataset of other parameters lies there, ValueError for a number of episodes below 1.
+    """
+    counts = {"train": episodes, "val": max(1, episodes // 20) if val_episodes is None else val_episodes}
+    if min(counts.values()) < 1:
+        raise ValueError(f"episodes {counts}: write at least 1 in each split")
+    world = hashlib.sha256(Path(tabletop.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    parameters = {"episodes": counts, "noise": noise, "world": world}
+    directory = Path(out) / NAME / VERSION
+    if directory.exists():
+        found = _parameters(directory)
+        if found == parameters:
+            print(f"{directory} is complete and has these parameters: kept")
+            return directory
+        raise FileExistsError(f"{directory} holds a dataset with other parameters ({found}): remove it or choose another --out")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{VERSION}.incomplete.", dir=directory.parent) as incomplete:
+        _write(Path(incomplete) / VERSION, parameters)
+        (Path(incomplete) / VERSION).rename(directory)
+    return directory
+
+
+def _write(directory: Path, parameters: dict) -> None:
+    directory.mkdir()
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(name=NAME, version=VERSION, data_dir=str(directory), module_name="openvla_jax.sim.dataset"),
+        description="Scripted pick-up episodes in a rendered tabletop world (openvla_jax.sim).",
+        features=FEATURES,
+        metadata=tfds.core.MetadataDict(parameters),
+    )
+    counts = parameters["episodes"]
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=-(-max(counts.values()) // SHARDS))
+    writer.initialize_splits(list(counts))
+    for split, count in counts.items():
+        seeds = range(FIRST_SEED[split], FIRST_SEED[split] + count)
+        for start in range(0, count, 100):  # the writer rewrites its description after every call
+            writer.add_examples({split: [_example(seed, parameters["noise"]) for seed in seeds[start : start + 100]]})
+    writer.close_all()
+
+
+def _parameters(directory: Path) -> dict | None:
+    try:
+        return json.loads((directory / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _example(seed: int, noise: float) -> dict:
+    instruction, steps = expert_episode(seed, noise)
+    last = len(steps) - 1
+    return {
+        "steps": [
+            {
+                "observation": {"image": _png(step["image"]), "state": step["state"]},
+                "action": step["action"],
+                "language_instruction": instruction,
+                "reward": float(i == last),
+                "discount": 1.0,
+                "is_first": i == 0,
+                "is_last": i == last,
+                "is_terminal": i == last,
+            }
+            for i, step in enumerate(steps)
+        ],
+        "episode_metadata": {"seed": seed},
+    }
+
+
+def _png(image: np.ndarray) -> io.BytesIO:
+    """Encoded here: TFDS's own encoder takes several times as long on small images."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="PNG", compress_level=1)
+    stream.seek(0)
+    return stream
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m openvla_jax.sim.dataset", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder in which tabletop/1.0.0 is written")
+    parser.add_argument("--episodes", type=int, default=2000, help="episodes of the train split; val gets 5%% more")
+    parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of the executed noise in metres")
+    args = parser.parse_args()
+    try:
+        print(write_dataset(args.out, args.episodes, noise=args.noise))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
