@@ -1,4 +1,5 @@
-"""Fine-tunes a checkpoint: python finetune.py --config configs/finetune/full.py --config.init_from=CKPT --workdir runs/mine
+"""Fine-tunes a checkpoint: python finetune.py --config configs/finetune/full.py --config.init_from=CKPT --workdir
+runs/mine
 
 The same loop and flags as train.py, started from a checkpoint's weights, model, tokenizer and preprocessing.
 """

@@ -1,7 +1,8 @@
-"""Trains a policy: python train.py --config configs/bridge_tiny.py --workdir runs/bridge_tiny [--config.train.steps=100]
+"""Trains a policy: python train.py --config configs/bridge_tiny.py --workdir runs/bridge_tiny
+[--config.train.steps=100]
 
-Run the same command again to resume. Bad input prints one line and exits with 2 (OPENVLA_TRACEBACK=1 shows where it came
-from); SIGTERM saves, and exits with 143.
+Run the same command again to resume. Bad input prints one line and exits with 2 (OPENVLA_TRACEBACK=1 shows where it
+came from); SIGTERM saves, and exits with 143.
 """
 
 import os
@@ -18,7 +19,7 @@ def main(needs_init_from: bool = False) -> None:
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every thread at the level below
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(lambda _: _run(config.value, workdir.value, needs_init_from), flags_parser=_parse)
+    app.run(lambda _: _run(config.value, str(workdir.value), needs_init_from), flags_parser=_parse)
 
 
 def _parse(argv):

@@ -1,4 +1,6 @@
-"""Every setting of a training run with its default; the other configs start from here. Plain data and arithmetic only."""
+"""Every setting of a training run with its default; the other configs start from here. Plain data and arithmetic
+only.
+"""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -8,7 +10,9 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 7
     config.init_from = ""  # a checkpoint whose weights, model and tokenizer to start from
-    config.tokenizer = ""  # directory with tokenizer.json or tokenizer.model, or "tiny"; the checkpoint's with init_from
+    config.tokenizer = (
+        ""  # directory with tokenizer.json or tokenizer.model, or "tiny"; the checkpoint's with init_from
+    )
     config.model = ConfigDict({"preset": "openvla-7b"})  # and overrides, see openvla_jax.config.model_config
 
     config.data = data = ConfigDict()

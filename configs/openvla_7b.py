@@ -1,4 +1,5 @@
-"""python train.py --config configs/openvla_7b.py --config.data.data_dir=gs://BUCKET/oxe --config.init_from=VLM --workdir gs://BUCKET/run
+"""python train.py --config configs/openvla_7b.py --config.data.data_dir=gs://BUCKET/oxe --config.init_from=VLM
+--workdir gs://BUCKET/run
 
 Pretraining as in the paper: batch 2048, constant 2e-5, all weights trained, 224 px, Open X-Embodiment.
 """

@@ -16,8 +16,8 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """One ViT tower. `name` is its place in the parameter tree; `depth` counts the reference's blocks, of which the last
-    is never run (features are the output of block `depth - 2`, without final norm, prefix tokens dropped)."""
+    """One ViT tower. `name` is its place in the parameter tree; `depth` counts the reference's blocks, of which the
+    last is never run (features are the output of block `depth - 2`, without final norm, prefix tokens dropped)."""
 
     name: str
     width: int
@@ -49,7 +49,9 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-    """Vision features to language embeddings: `linear`, `gelu-mlp` (two layers) or `fused-gelu-mlp` (three, 4x wide)."""
+    """Vision features to language embeddings: `linear`, `gelu-mlp` (two layers) or `fused-gelu-mlp` (three, 4x
+    wide).
+    """
 
     kind: str = "fused-gelu-mlp"
 
@@ -110,10 +112,12 @@ class VLAConfig:
                 problems.append(f"tower {t.name!r}: unknown activation {t.activation!r}: gelu or quick_gelu")
         if self.llama.width % self.llama.heads or self.llama.heads % self.llama.kv_heads:
             problems.append(
-                f"llama: width {self.llama.width}, heads {self.llama.heads} and kv_heads {self.llama.kv_heads} do not divide"
+                f"llama: width {self.llama.width}, heads {self.llama.heads}, kv_heads {self.llama.kv_heads} are at odds"
             )
         elif self.llama.head_dim % 2:
-            problems.append(f"llama: head dim {self.llama.head_dim} (width / heads) is odd, rotary embedding pairs halves")
+            problems.append(
+                f"llama: head dim {self.llama.head_dim} (width / heads) is odd, rotary embedding pairs halves"
+            )
         if self.llama.sliding_window is not None and self.llama.sliding_window < 1:
             problems.append(f"llama: sliding_window {self.llama.sliding_window} sees no key: None or at least 1")
         if not 1 <= self.action_bins < self.base_vocab_size:
@@ -121,10 +125,12 @@ class VLAConfig:
         if len({t.name for t in self.towers}) != len(self.towers) or not self.towers:
             problems.append(f"towers need distinct names, got {[t.name for t in self.towers]}")
         if len({(t.image_size, t.patches) for t in self.towers}) > 1:
-            problems.append(f"towers differ in image size or patches: {[(t.name, t.image_size, t.patches) for t in self.towers]}")
+            problems.append(
+                f"towers differ in image size or patches: {[(t.name, t.image_size, t.patches) for t in self.towers]}"
+            )
         if self.base_vocab_size >= self.llama.vocab_size:
             problems.append(
-                f"llama.vocab_size {self.llama.vocab_size} leaves no row for the pad token after {self.base_vocab_size} entries"
+                f"llama.vocab_size {self.llama.vocab_size} has no row for the pad token, {self.base_vocab_size}"
             )
         if self.projector.kind not in ("linear", "gelu-mlp", "fused-gelu-mlp"):
             problems.append(f"unknown projector.kind {self.projector.kind!r}: linear, gelu-mlp or fused-gelu-mlp")
@@ -204,7 +210,9 @@ def _siglip_b16(image_size: int) -> VisionConfig:
     return VisionConfig("siglip", 768, 12, 12, 3072, image_size, patch_size=16, attention_pool=True)
 
 
-def _clip(width: int, depth: int, heads: int, image_size: int, patch_size: int, activation="quick_gelu") -> VisionConfig:
+def _clip(
+    width: int, depth: int, heads: int, image_size: int, patch_size: int, activation="quick_gelu"
+) -> VisionConfig:
     return VisionConfig(
         "clip", width, depth, heads, 4 * width, image_size, patch_size, class_token=True, position_for_class_token=True,
         pre_norm=True, activation=activation, norm_eps=1e-5, mean=CLIP[0], std=CLIP[1],
@@ -221,9 +229,7 @@ VISION_BACKBONES: dict[str, tuple[VisionConfig, ...]] = {
     "siglip-vit-so400m": (_siglip(224),),
     "siglip-vit-so400m-384px": (_siglip(384),),
     "dinov2-vit-l": (_dino(224),),
-    "in1k-vit-l": (
-        VisionConfig("in1k", 1024, 24, 16, 4096, 224, 16, class_token=True, position_for_class_token=True),
-    ),
+    "in1k-vit-l": (VisionConfig("in1k", 1024, 24, 16, 4096, 224, 16, class_token=True, position_for_class_token=True),),
     "dinosiglip-vit-so-224px": (_dino(224), _siglip(224)),
     "dinosiglip-vit-so-384px": (_dino(384), _siglip(384)),
     # The native class keeps timm's erf GELU in the CLIP tower, unlike the stand-alone CLIP backbones.
@@ -254,8 +260,12 @@ LANGUAGE_MODELS: dict[str, tuple[LlamaConfig, str]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compose(vision: str, llm: str, projector: str | None = None, resize: str = "resize-naive", name: str = "") -> VLAConfig:
-    """A model from a vision backbone's and a language model's id; two towers take the three-layer projector by default."""
+def compose(
+    vision: str, llm: str, projector: str | None = None, resize: str = "resize-naive", name: str = ""
+) -> VLAConfig:
+    """A model from a vision backbone's and a language model's id; two towers take the three-layer projector by
+    default.
+    """
     if vision not in VISION_BACKBONES:
         raise ValueError(f"unknown vision backbone {vision!r}; {nearest(vision, VISION_BACKBONES)}")
     if llm not in LANGUAGE_MODELS:
@@ -310,29 +320,35 @@ def preset(name: str) -> VLAConfig:
     vision, _, llm = name.partition("+")
     if vision in VISION_BACKBONES or llm in LANGUAGE_MODELS:
         return compose(vision, llm)
-    raise ValueError(f"unknown model preset {name!r}; {nearest(name, [*PRESETS, 'tiny'])}; or VISION+LLM of backbone ids")
+    raise ValueError(
+        f"unknown model preset {name!r}; {nearest(name, [*PRESETS, 'tiny'])}; or VISION+LLM of backbone ids"
+    )
 
 
 def padded_vocab_size(base_vocab_size: int) -> int:
-    """Embedding rows: the tokenizer's entries and the pad token, rounded up to a multiple of 64 as the reference does."""
+    """Embedding rows: the tokenizer's entries and the pad token, rounded up to a multiple of 64 as the reference
+    does.
+    """
     return -(-(base_vocab_size + 1) // 64) * 64
 
 
 def tiny(name: str = "tiny", image_size: int = 56, patch_size: int = 14, base_vocab_size: int = 32000) -> VLAConfig:
     """The dual-tower architecture shrunken to run in milliseconds on a CPU; every mechanism of openvla-7b is in it."""
-    common = {"image_size": image_size, "patch_size": patch_size}
+    common: Any = {"image_size": image_size, "patch_size": patch_size}
     dino = VisionConfig("dino", 48, 3, 4, 96, registers=4, class_token=True, layer_scale=True,
                         mean=IMAGENET[0], std=IMAGENET[1], **common)  # fmt: skip
     siglip = VisionConfig("siglip", 64, 3, 4, 128, attention_pool=True, **common)
-    llama = LlamaConfig(width=64, depth=2, heads=4, kv_heads=4, mlp_dim=176, vocab_size=padded_vocab_size(base_vocab_size))
+    llama = LlamaConfig(
+        width=64, depth=2, heads=4, kv_heads=4, mlp_dim=176, vocab_size=padded_vocab_size(base_vocab_size)
+    )
     return VLAConfig(name, (dino, siglip), llama, base_vocab_size=base_vocab_size)
 
 
 def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     """The model of a training config's `model` section: `{"preset": name, **overrides}`.
 
-    Overrides are nested by section (`llama`, `projector`, `towers` by tower name, and the top-level fields), for example
-    `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. Unknown keys raise. A
+    Overrides are nested by section (`llama`, `projector`, `towers` by tower name, and the top-level fields), for
+    example `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. Unknown keys raise. A
     `base_vocab_size` of its own (another tokenizer) pads the language model's vocabulary anew, to a multiple of 64.
     """
     settings = dict(settings)

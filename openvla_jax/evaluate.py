@@ -14,11 +14,17 @@ from openvla_jax.evaluation.rollouts import FIRST_SEED, evaluate
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m openvla_jax.evaluate", description="Evaluate a checkpoint.")
     commands = parser.add_subparsers(dest="command", required=True)
-    rollout = commands.add_parser("rollout", help="success in the embedded tabletop world, on scenes that no training saw")
+    rollout = commands.add_parser(
+        "rollout", help="success in the embedded tabletop world, on scenes that no training saw"
+    )
     rollout.add_argument("--checkpoint", type=Path, required=True, help="a training run's workdir, or one checkpoint")
     rollout.add_argument("--episodes", type=int, default=100, help="scenes, all run in parallel")
-    rollout.add_argument("--first-seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones")
-    rollout.add_argument("--controls", action="store_true", help="also with another object named, without image, at random")
+    rollout.add_argument(
+        "--first-seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
+    )
+    rollout.add_argument(
+        "--controls", action="store_true", help="also with another object named, without image, at random"
+    )
     rollout.add_argument("--out", type=Path, required=True, help="folder for report.md and figures")
     args = parser.parse_args(argv)
     try:

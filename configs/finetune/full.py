@@ -1,4 +1,5 @@
-"""python finetune.py --config configs/finetune/full.py --config.init_from=CKPT --config.data.dataset=NAME --config.data.data_dir=DIR --workdir runs/NAME
+"""python finetune.py --config configs/finetune/full.py --config.init_from=CKPT --config.data.dataset=NAME
+--config.data.data_dir=DIR --workdir runs/NAME
 
 Full fine-tuning: all weights, batch 16, image augmentation on. Model, tokenizer and prompt come from the checkpoint.
 """

@@ -1,9 +1,9 @@
 """Which model a PyTorch checkpoint holds: named by its JSON files, sized by its tensors.
 
-The reference's files name a vision backbone and a language model, and say little else. Widths, depths and so on are read
-off the tensors' shapes. What shapes do not show is taken from the named model where the width is the named one's, so for
-every published checkpoint. In shrunken ones (tests) an attention has `SHRUNKEN_HEADS` heads and the rest are transformers'
-defaults, unless the files or the user's overrides say otherwise; every such guess is noted.
+The reference's files name a vision backbone and a language model, and say little else. Widths, depths and so on are
+read off the tensors' shapes. What shapes do not show is taken from the named model where the width is the named
+one's, so for every published checkpoint. In shrunken ones (tests) an attention has `SHRUNKEN_HEADS` heads and the
+rest are transformers' defaults, unless the files or the user's overrides say otherwise; every such guess is noted.
 """
 
 import copy
@@ -46,7 +46,7 @@ TIMM_IDS: dict[str, tuple[str, ...]] = {
     "dinoclip-vit-l-336px": ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_large_patch14_clip_336.openai"),
 }
 # What the HF class fills in where config.json is silent.
-HF_DEFAULTS = {
+HF_DEFAULTS: dict[str, Any] = {
     "vision_backbone_id": "siglip-vit-so400m",
     "llm_backbone_id": "vicuna-v15-7b",
     "image_resize_strategy": "letterbox",
@@ -65,7 +65,9 @@ _NESTED = ("preset", "towers", "llama", "projector")  # keys of overrides that a
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint says of its model, as `VLAConfig.to_dict`, and where heads were guessed: {tower or "llama": width}."""
+    """What a checkpoint says of its model, as `VLAConfig.to_dict`, and where heads were guessed: {tower or "llama":
+    width}.
+    """
 
     data: Mapping[str, Any]
     guessed: Mapping[str, int]
@@ -150,7 +152,7 @@ def named_hf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> VLAConf
 
     `processor` is preprocessor_config.json, or empty: what it states of images is what the HF code normalises with.
     """
-    config = HF_DEFAULTS | dict(config)
+    config = {**HF_DEFAULTS, **config}
     _known(config["vision_backbone_id"], VISION_BACKBONES, "vision_backbone_id")
     _known(config["llm_backbone_id"], LANGUAGE_MODELS, "llm_backbone_id")
     named = compose(config["vision_backbone_id"], config["llm_backbone_id"], None, config["image_resize_strategy"])
@@ -170,7 +172,7 @@ def named_hf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> VLAConf
         raise ConversionError(f"preprocessor_config.json: image statistics for {len(stated)} towers of {len(sizes)}")
     towers = []
     for index, (tower, size, act) in enumerate(zip(named.towers, sizes, acts, strict=True)):
-        pixels = {key: tuple(stated[index][key]) for key in ("mean", "std")} if stated else {}
+        pixels: Any = {key: tuple(stated[index][key]) for key in ("mean", "std")} if stated else {}
         towers.append(dataclasses.replace(tower, image_size=int(size), activation=act or "gelu", **pixels))
     return dataclasses.replace(
         named,
@@ -186,7 +188,7 @@ def named_native(config: Mapping[str, Any]) -> VLAConfig:
     if "vla" in config:
         names = [str(config["vla"].get(key, "")) for key in ("base_vlm", "vla_id")]
         # `base_vlm` may be a path to the VLM's checkpoint: some part of it is the name.
-        for name in [part for name in names for part in [name, *reversed(Path(name).parts)]]:
+        for name in [part for given in names for part in [given, *reversed(Path(given).parts)]]:
             if name in PRESETS:
                 return preset(name)
         raise ConversionError(

@@ -36,8 +36,8 @@ def export_weights(
 ) -> list[str]:
     """Writes the checkpoint `src` for the reference's PyTorch code; returns remarks. `dst` appears when it is complete.
 
-    Without `dtype` every tensor keeps its stored dtype, so that an import comes back bit for bit. Tensors that the policy
-    never runs and the checkpoint lacks (it was trained from scratch) are written as zeros, with a remark. Raises
+    Without `dtype` every tensor keeps its stored dtype, so that an import comes back bit for bit. Tensors that the
+    policy never runs and the checkpoint lacks (it was trained from scratch) are written as zeros, with a remark. Raises
     ConversionError or OSError; then `dst` is as it was.
     """
     if format not in ("hf", "prismatic") or dtype not in (None, *DTYPES):
@@ -75,7 +75,9 @@ def export_weights(
 
 
 def _require_leaves(source: Source) -> list[str]:
-    """Raises with all differences between what the checkpoint holds and its model; remarks on unused leaves it lacks."""
+    """Raises with all differences between what the checkpoint holds and its model; remarks on unused leaves it
+    lacks.
+    """
     held, wanted = source.weights.leaves, leaf_shapes(source.model)
     problems = [f"{leaf} is missing" for leaf in wanted if leaf not in held and not leaf.startswith("unused/")]
     problems += [f"{leaf} is not part of the model" for leaf in held if leaf not in wanted]

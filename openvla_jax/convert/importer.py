@@ -36,8 +36,8 @@ def import_weights(
 ) -> Source:
     """Converts HuggingFace, Prismatic or base weights at `src` into the checkpoint directory `dst`; dtypes stay.
 
-    `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop` notes that
-    the policy was trained with random crops. Raises ConversionError or OSError; then `dst` is as it was.
+    `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop`
+    notes that the policy was trained with random crops. Raises ConversionError or OSError; then `dst` is as it was.
     """
     dst = Path(dst)
     refuse_existing(dst, overwrite)
@@ -49,13 +49,13 @@ def import_weights(
     weights = source.weights
     with finished_or_gone(dst, source.nbytes) as folder:
         writer = OrbaxWriter(folder)
-        arrays = {leaf: writer.create(leaf, shape, dtype) for leaf, (dtype, shape) in weights.leaves.items()}
+        for leaf, (dtype, shape) in weights.leaves.items():
+            writer.create(leaf, shape, dtype)
 
         def copy(slot: Slot) -> int:
             x = weights.read_slot(slot)
             require_finite(x, slot.source, source.path)
-            array = arrays[slot.target]
-            (array if slot.layer is None else array[slot.layer]).write(x).result()
+            writer.write(slot.target, slot.layer, x)
             return x.nbytes
 
         run_with_progress(copy, weights.slots, source.nbytes, f"import {dst.name}")
@@ -78,7 +78,9 @@ def require_finite(x: np.ndarray, name: str, where: object) -> None:
 
 
 def run_with_progress(job: Callable[[T], int], items: Iterable[T], total: int, title: str) -> None:
-    """Runs `job` on all items, a few at a time; each returns the bytes it dealt with. The first failure stops the rest."""
+    """Runs `job` on all items, a few at a time; each returns the bytes it dealt with. The first failure stops the
+    rest.
+    """
     with (
         tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=title) as bar,
         concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
@@ -108,7 +110,8 @@ def refuse_existing(dst: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def finished_or_gone(dst: Path, nbytes: int) -> Iterator[Path]:
-    """A folder beside `dst` to write into, which takes its name when the block ends well and is removed when it does not.
+    """A folder beside `dst` to write into, which takes its name when the block ends well and is removed when it does
+    not.
 
     A killed process leaves `.DST.incomplete-*` behind and nothing under the name `dst`.
     """
@@ -123,6 +126,7 @@ def finished_or_gone(dst: Path, nbytes: int) -> Iterator[Path]:
     folder.chmod(0o777 & ~_umask())
     try:
         yield folder
+        _flush(folder)
         old = Path(tempfile.mkdtemp(prefix=f".{dst.name}.replaced-", dir=parent)) if dst.exists() else None
         if old is not None:
             os.replace(dst, old / dst.name)
@@ -136,6 +140,16 @@ def finished_or_gone(dst: Path, nbytes: int) -> Iterator[Path]:
                 f"{parent}: the disk filled up, {nbytes / 1e9:.1f} GB are needed: free space"
             ) from error
         raise
+
+
+def _flush(folder: Path) -> None:
+    """Everything is on the disk before the folder takes its name: a power cut must not leave holes in it."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """The one table of names: which tensor of a PyTorch checkpoint is which leaf of the parameter tree.
 
-It is used in both directions. A `Slot` joins a tensor, or one of the equal row blocks of a fused tensor, to one leaf, or to
-one layer of a stacked leaf, by a named transform. Leaves are spelled `params/llama/blocks/attention/q/kernel` for what the
-policy runs and `unused/dino/norm/scale` for reference tensors that it never runs.
+It is used in both directions. A `Slot` joins a tensor, or one of the equal row blocks of a fused tensor, to one leaf,
+or to one layer of a stacked leaf, by a named transform. Leaves are spelled `params/llama/blocks/attention/q/kernel`
+for what the policy runs and `unused/dino/norm/scale` for reference tensors that it never runs.
 
 Layouts: `hf` is the reference's HuggingFace class, `native` its own training checkpoints (flattened with dots).
 """
@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,13 +41,23 @@ class Transform(NamedTuple):
 
 
 def _transpose(x: np.ndarray) -> np.ndarray:
-    """Contiguous transpose in square blocks: NumPy's own walks one operand against its memory order."""
-    block = 128
-    bits = x.view(f"u{x.dtype.itemsize}")  # bfloat16 as integers: copied at full speed
+    """Contiguous transpose of a matrix, several times faster than NumPy's own on matrices that no cache holds.
+
+    Neighbours in a row move together, as one 8-byte word, in blocks; then each word's parts go to their rows.
+    """
+    bits = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+    lanes = 8 // x.dtype.itemsize
+    if bits.shape[1] % lanes:
+        return np.ascontiguousarray(bits.T).view(x.dtype)
+    words = bits.view(np.uint64)
     out = np.empty(bits.shape[::-1], bits.dtype)
-    for i in range(0, bits.shape[0], block):
-        for j in range(0, bits.shape[1], block):
-            out[j : j + block, i : i + block] = bits[i : i + block, j : j + block].T
+    for i in range(0, len(words), 128):
+        band = np.empty((words.shape[1], len(words[i : i + 128])), np.uint64)
+        for j in range(0, len(band), 64):
+            band[j : j + 64] = words[i : i + 128, j : j + 64].T
+        parts = band.view(bits.dtype).reshape(*band.shape, lanes)
+        for lane in range(lanes):
+            out[lane::lanes, i : i + 128] = parts[:, :, lane]
     return out.view(x.dtype)
 
 
@@ -72,8 +82,8 @@ TRANSFORMS = {
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 
-# (PyTorch name, tree path, transform); a comma lists the equal row blocks of a fused tensor. Rows whose path a model lacks
-# (registers, LayerScale, the pool) do not apply to it. The order is that of the reference's state dict.
+# (PyTorch name, tree path, transform); a comma lists the equal row blocks of a fused tensor. Rows whose path a model
+# lacks (registers, LayerScale, the pool) do not apply to it. The order is that of the reference's state dict.
 Rows = tuple[tuple[str, str, str], ...]
 
 
@@ -229,14 +239,16 @@ def source_shapes(slots: Iterable[Slot]) -> dict[str, Shape]:
 
 
 def canonical_names(names: Iterable[str], layout: str) -> dict[str, str]:
-    """LayerScale is `gamma` in some files and `scale_factor` in others, in either layout: {name as in the table: name}."""
+    """LayerScale is `gamma` in some files and `scale_factor` in others, in either layout: {name as in the table:
+    name}.
+    """
     wanted, other = ("scale_factor", "gamma") if layout == "hf" else ("gamma", "scale_factor")
     return {
         re.sub(rf"\.ls([12])\.{other}$", rf".ls\1.{wanted}", name): name for name in names if not IGNORED.search(name)
     }
 
 
-def check(slots: Iterable[Slot], tensors: Mapping[str, object], where: str) -> None:
+def check(slots: Iterable[Slot], tensors: Mapping[str, Any], where: str) -> None:
     """Raises with every difference at once unless tensors and slots match one to one, in shape and (per leaf) dtype.
 
     `tensors` have `shape` and `dtype`.

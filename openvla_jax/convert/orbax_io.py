@@ -1,8 +1,8 @@
 """Arrays of an Orbax checkpoint, slice by slice: a stacked leaf of 6 GB is never in memory.
 
-Orbax itself saves and restores whole arrays. Its format on disk is Zarr arrays under `<item>/`, named by their dotted path,
-and a `_METADATA` file that lists them; this module writes that format (uncompressed, chunks of at most `CHUNK_BYTES`, so
-that each host of a pod reads little more than its share) and reads whatever Orbax wrote.
+Orbax itself saves and restores whole arrays. Its format on disk is Zarr arrays under `<item>/`, named by their dotted
+path, and a `_METADATA` file that lists them; this module writes that format (uncompressed, chunks of at most
+`CHUNK_BYTES`, so that each host of a pod reads little more than its share) and reads whatever Orbax wrote.
 """
 
 import json
@@ -22,14 +22,12 @@ _CONTEXT = {"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_lim
 
 
 def chunk_shape(leaf: str, shape: Shape, dtype: np.dtype) -> Shape:
-    """One layer at most, and of that as many leading rows as fit into `CHUNK_BYTES` (at least one)."""
-    stacked = is_stacked(leaf)
-    layer = shape[1:] if stacked else shape
-    if not layer:
-        return (1,) * len(shape)
-    rows = max(1, min(layer[0], CHUNK_BYTES // max(1, math.prod(layer[1:]) * dtype.itemsize)))
-    rows = -(-layer[0] // -(-layer[0] // rows))  # equal blocks
-    return ((1,) if stacked else ()) + (rows, *layer[1:])
+    """One layer at most, and of that an equal share of its rows, as many as fit into `CHUNK_BYTES` (at least one)."""
+    lead = shape[:1] if is_stacked(leaf) else ()
+    rows, *rest = shape[len(lead) :]
+    fit = CHUNK_BYTES // max(1, math.prod(rest) * dtype.itemsize)
+    share = next(size for size in range(max(1, min(rows, fit)), 0, -1) if rows % size == 0)
+    return (*(1 for _ in lead), share, *rest)
 
 
 class OrbaxWriter:
@@ -37,37 +35,50 @@ class OrbaxWriter:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._context = ts.Context(_CONTEXT)
-        self._leaves: dict[str, list[tuple[str, ...]]] = {}
+        self._chunks: dict[str, Shape] = {}
 
-    def create(self, leaf: str, shape: Shape, dtype: np.dtype) -> Any:
-        """A leaf `item/path/of/array`, to be assigned in slices: `result[layer].write(array).result()`."""
+    def _folder(self, leaf: str) -> Path:
         item, *path = leaf.split("/")
-        self._leaves.setdefault(item, []).append(tuple(path))
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{self.directory / item / '.'.join(path)}/"},
-            "metadata": {
-                "shape": list(shape),
-                "chunks": list(chunk_shape(leaf, shape, dtype)),
-                "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.str,
-                "compressor": None,
-            },
-            "store_data_equal_to_fill_value": True,
-            "create": True,
-            "recheck_cached_data": False,
+        return self.directory / item / ".".join(path)
+
+    def create(self, leaf: str, shape: Shape, dtype: np.dtype) -> None:
+        """Announces the leaf `item/path/of/array`."""
+        self._chunks[leaf] = chunk_shape(leaf, shape, dtype)
+        array = {
+            "zarr_format": 2,
+            "shape": list(shape),
+            "chunks": list(self._chunks[leaf]),
+            "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.str,
+            "fill_value": None,
+            "order": "C",
+            "filters": None,
+            "compressor": None,
+            "dimension_separator": ".",
         }
-        return ts.open(spec, context=self._context).result()
+        self._folder(leaf).mkdir(parents=True)
+        (self._folder(leaf) / ".zarray").write_text(json.dumps(array))
+
+    def write(self, leaf: str, layer: int | None, x: np.ndarray) -> None:
+        """Writes a layer of a stacked leaf, or all of another one; layers may come in any order and from any thread."""
+        chunk = self._chunks[leaf]
+        rows = chunk[0 if layer is None else 1]
+        x = np.ascontiguousarray(x)
+        for index, first in enumerate(range(0, len(x), rows)):
+            place = (*(() if layer is None else (layer,)), index, *(0 for _ in x.shape[1:]))
+            with open(self._folder(leaf) / ".".join(map(str, place)), "wb", buffering=0) as file:
+                file.write(x[first : first + rows].reshape(-1).view(np.uint8).data)
 
     def finish(self) -> None:
-        for item, leaves in self._leaves.items():
+        items = sorted({leaf.partition("/")[0] for leaf in self._chunks})
+        for item in items:
+            paths = [tuple(leaf.split("/")[1:]) for leaf in self._chunks if leaf.startswith(f"{item}/")]
             metadata = {
                 "tree_metadata": {
                     str(path): {
                         "key_metadata": [{"key": key, "key_type": 2} for key in path],
                         "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
                     }
-                    for path in leaves
+                    for path in paths
                 },
                 "use_ocdbt": False,
                 "use_zarr3": False,
@@ -77,7 +88,7 @@ class OrbaxWriter:
             (self.directory / item / "_METADATA").write_text(json.dumps(metadata))
         now = time.time_ns()
         checkpoint = {
-            "item_handlers": dict.fromkeys(self._leaves, _TREE_HANDLER),
+            "item_handlers": dict.fromkeys(items, _TREE_HANDLER),
             "metrics": {},
             "performance_metrics": {},
             "init_timestamp_nsecs": now,
@@ -93,6 +104,7 @@ class OrbaxReader:
 
     def __init__(self, directory: Path, items: tuple[str, ...] = ("params", "unused")):
         self.arrays: dict[str, Any] = {}
+        self._directory = directory
         context = ts.Context(_CONTEXT)
         for item in items:
             folder = directory / item
@@ -119,7 +131,11 @@ class OrbaxReader:
     def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
         """Layers first..first + count of a stacked leaf, or all of another one."""
         array = self.arrays[leaf]
-        return np.asarray((array[first : first + count] if is_stacked(leaf) else array).read().result())
+        try:
+            return np.asarray((array[first : first + count] if is_stacked(leaf) else array).read().result())
+        except ValueError as error:
+            line = str(error).splitlines()[0]
+            raise ConversionError(f"{self._directory}: {leaf} is damaged ({line}): convert or save it again") from None
 
 
 def _open_spec(folder: Path, path: tuple[str, ...], metadata: dict[str, Any]) -> dict[str, Any]:
@@ -129,4 +145,7 @@ def _open_spec(folder: Path, path: tuple[str, ...], metadata: dict[str, Any]) ->
     else:
         store = {"driver": "file", "path": f"{folder / name}/"}
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    return {"driver": driver, "kvstore": store, "open": True, "recheck_cached_data": False}
+    spec = {"driver": driver, "kvstore": store, "open": True, "recheck_cached_data": False}
+    if metadata.get("store_array_data_equal_to_fill_value"):
+        spec["fill_missing_data_reads"] = False  # a chunk that is not there is lost, not zero
+    return spec

@@ -1,10 +1,13 @@
-"""The parts that pretraining starts from: vision towers in timm's naming, a Llama in transformers', a Prismatic projector.
+"""The parts that pretraining starts from: vision towers in timm's naming, a Llama in transformers', a Prismatic
+projector.
 
 They are put together under the names of a HuggingFace OpenVLA checkpoint, as the reference puts its modules together:
-position tables resampled to the image size, a pad token's row (and rows up to a multiple of 64) added to the vocabulary.
+position tables resampled to the image size, a pad token's row (and rows up to a multiple of 64) added to the
+vocabulary.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -13,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from openvla_jax.config import VisionConfig, VLAConfig, preset
+from openvla_jax.config import VisionConfig, VLAConfig, padded_vocab_size, preset
 from openvla_jax.convert.describe import describe, read_json
 from openvla_jax.convert.names import ConversionError, Shape, tower_prefix
 from openvla_jax.convert.sources import Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_safetensors, read_torch_folder
 from openvla_jax.training.checkpoint import PREPROCESSING
 
-VOCABULARY_MULTIPLE = 64
 NEW_ROW_SCALE = 0.02  # standard deviation of new embedding rows, transformers' initializer_range
 # Heads for other tasks, and what was only used to pretrain a tower: no part of it here.
 NOT_OF_A_TOWER = ("head.", "head_dist.", "fc_norm.", "mask_token")
@@ -37,7 +39,9 @@ class Made:
 
 
 def open_parts(name: str, parts: Mapping[str, str], overrides: Mapping[str, Any], tokenizer: Path | None) -> Source:
-    """Base weights for the model of the preset `name`. `parts`: a path for each tower by name, `llm`, and maybe `projector`."""
+    """Base weights for the model of the preset `name`. `parts`: a path for each tower by name, `llm`, and maybe
+    `projector`.
+    """
     named = preset(str(overrides.get("preset", name)))
     folder = Path(parts["llm"])
     known = {*(tower.name for tower in named.towers), "llm", "projector"}
@@ -91,7 +95,7 @@ def load_towers(
     missing = [tower.name for tower in named.towers if tower.name not in parts]
     if missing:
         raise ConversionError(
-            f"{where}: no vision tower {' and '.join(missing)} in it: pass {' '.join(f'--part {name}=PATH' for name in missing)}"
+            f"{where}: no vision tower {' and '.join(missing)} in it: pass {' '.join(f'--part {name}=PATH' for name in missing)}"  # noqa: E501
         )
     return {
         prefixes[tower.name] + name: tensor
@@ -163,7 +167,7 @@ def _language_model(folder: Path, seed: int) -> tuple[dict[str, Tensor | Made], 
     if missing:
         raise ConversionError(f"{folder}: {' and '.join(missing)} missing: not a Llama for causal language modelling")
     rows, width = stored["model.embed_tokens.weight"].shape
-    padded = -(-(rows + 1) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    padded = padded_vocab_size(rows)
 
     def extended(tensor: Tensor, key: int) -> Made:
         def read() -> np.ndarray:
@@ -195,5 +199,5 @@ def _projector(kind: str, path: str | None, vision: int, width: int) -> tuple[di
     for i, (size_in, size_out) in enumerate(itertools.pairwise(sizes), start=1):
         for part, shape in (("weight", (size_out, size_in)), ("bias", (size_out,))):
             values = random.uniform(-(size_in**-0.5), size_in**-0.5, shape).astype(np.float32)
-            tensors[f"projector.fc{i}.{part}"] = Made(shape, values.dtype, lambda values=values: values)
+            tensors[f"projector.fc{i}.{part}"] = Made(shape, values.dtype, functools.partial(np.asarray, values))
     return tensors, ["no projector given: it is initialised at random, as for a first alignment"]

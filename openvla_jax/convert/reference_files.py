@@ -82,7 +82,7 @@ def hf_files(source: Source, dtype: str) -> dict[str, Any]:
         lambda index: tower_prefix(model, index, "hf"),
         "language_model.",
         text_config=text_config,
-        padding_rows=config["pad_to_multiple_of"],
+        padding_rows=llama.vocab_size - model.base_vocab_size,
         name=model.name,
     )
     return {
@@ -176,7 +176,9 @@ def _vlm(model: VLAConfig, spec: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _vision_id(source: Source) -> str:
-    """The registered backbone with these towers: of this size, else (shrunken) of this image size, else of these names."""
+    """The registered backbone with these towers: of this size, else (shrunken) of this image size, else of these
+    names.
+    """
     towers = source.model.towers
     named = source.origin.get("config", {}).get("vision_backbone_id")
     ids = [key for key, known in VISION_BACKBONES.items() if [t.name for t in known] == [t.name for t in towers]]

@@ -1,7 +1,7 @@
 """Opens what holds weights: a HuggingFace OpenVLA folder or hub id, a Prismatic run or `.pt`, an Orbax checkpoint.
 
-All three give their leaves in the tree's arrangement, layer by layer (`Source.weights`), so that importing, exporting and
-comparing do not care which it is.
+All three give their leaves in the tree's arrangement, layer by layer (`Source.weights`), so that importing, exporting
+and comparing do not care which it is.
 """
 
 import dataclasses
@@ -36,9 +36,11 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
 class TorchWeights:
-    """Leaves of the tree, read from the tensors of a PyTorch checkpoint; checked one to one against the table of names."""
+    """Leaves of the tree, read from the tensors of a PyTorch checkpoint; checked one to one against the table of
+    names.
+    """
 
-    def __init__(self, config: VLAConfig, layout: str, tensors: Mapping[str, Tensor], where: str):
+    def __init__(self, config: VLAConfig, layout: str, tensors: Mapping[str, Any], where: str):
         self.slots = table(config, layout)
         named = canonical_names(tensors, layout)
         self.tensors = {name: tensors[original] for name, original in named.items()}
@@ -105,9 +107,9 @@ class Source:
         tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
         if tokenizer is not None and tokenizer.pad_token_id != self.model.pad_token:
             raise ConversionError(
-                f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: not its tokenizer"
+                f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: not its tokenizer"  # noqa: E501
             )
-        return Contract(self.model, tokenizer, self.statistics, self.preprocessing, {"source": dict(self.origin)})
+        return Contract(self.model, tokenizer, self.statistics, dict(self.preprocessing), {"source": dict(self.origin)})
 
 
 def open_source(
@@ -119,13 +121,14 @@ def open_source(
 ) -> Source:
     """The weights at `src`. `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`).
 
-    Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such weights.
+    Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such
+    weights.
     """
     from openvla_jax.convert.parts import open_parts
 
     overrides = read_overrides(model_config)
     path = Path(src)
-    given = {"overrides": overrides, "tokenizer": None if tokenizer is None else Path(tokenizer)}
+    given: Any = {"overrides": overrides, "tokenizer": None if tokenizer is None else Path(tokenizer)}
     if not path.exists() and parts and "llm" in parts:
         return open_parts(str(src), parts, **given)
     path = path if path.exists() else _from_hub(str(src))
@@ -187,7 +190,7 @@ def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) 
     model = described.model(overrides)
     if config.get("pad_token_id", model.pad_token) != model.pad_token:
         raise ConversionError(
-            f"{folder}/config.json: pad_token_id {config['pad_token_id']}, but vocab_size {model.llama.vocab_size} less "
+            f"{folder}/config.json: pad_token_id {config['pad_token_id']}, but vocab_size {model.llama.vocab_size} less "  # noqa: E501
             f"pad_to_multiple_of is {model.pad_token}: mend config.json"
         )
     statistics = _statistics(folder, config.get("norm_stats") or {})
@@ -205,7 +208,7 @@ def _statistics(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]
     for name, entry in statistics.items():
         action = entry.get("action") if isinstance(entry, Mapping) else None
         lengths = {len(row) for row in action.values()} if isinstance(action, Mapping) else set()
-        if len(lengths) != 1 or not {"q01", "q99"} <= set(action):
+        if len(lengths) != 1 or not {"q01", "q99"} <= set(action or ()):
             raise ConversionError(
                 f"{where}: {name!r} has no action statistics of one length with q01 and q99: mend or remove it"
             )
@@ -247,7 +250,7 @@ def open_native(path: Path, parts: Mapping[str, str], overrides: Mapping[str, An
     else:
         config = read_json(run / "config.json")
         named = named_native(config)
-    tensors = flatten(content["model"])
+    tensors: dict[str, Any] = flatten(content["model"])
     if parts or not any(name.startswith("vision_backbone.") for name in tensors):
         prefixes = {tower.name: tower_prefix(named, i, "native") for i, tower in enumerate(named.towers)}
         tensors = {name: t for name, t in tensors.items() if not name.startswith("vision_backbone.")}

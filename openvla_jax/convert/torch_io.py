@@ -1,8 +1,8 @@
 """PyTorch's two file formats, without PyTorch: safetensors and the zip archives of `torch.save`.
 
-Reading finds out where each tensor's bytes lie (`Tensor`) and maps them into memory one at a time. Writing lays a file out
-first and then fills tensors in any order, in parts. Nothing of a file is ever executed: the pickle inside a `.pt` may build
-containers and describe tensors, and every other object in it is refused.
+Reading finds out where each tensor's bytes lie (`Tensor`) and maps them into memory one at a time. Writing lays a
+file out first and then fills tensors in any order, in parts. Nothing of a file is ever executed: the pickle inside a
+`.pt` may build containers and describe tensors, and every other object in it is refused.
 """
 
 import collections
@@ -193,7 +193,7 @@ def read_pt(path: Path) -> dict[str, Any]:
                 content = _Unpickler(data).load()
     except zipfile.BadZipFile as error:
         raise ConversionError(
-            f"{path}: not a complete torch.save archive ({error}): download it again, or save it again with PyTorch >= 1.6"
+            f"{path}: not a complete torch.save archive ({error}): download it again, or save it again with PyTorch >= 1.6"  # noqa: E501
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{error}" if str(error).startswith(str(path)) else f"{path} {error}") from None
@@ -245,7 +245,7 @@ Specs = Mapping[str, tuple[np.dtype, Shape]]
 
 def fill(tensor: Tensor, start: int, data: np.ndarray) -> None:
     """Writes contiguous `data` at byte `start` of a tensor's place."""
-    view, at = memoryview(data.reshape(-1).view(np.uint8)), tensor.offset + start
+    view, at = data.reshape(-1).view(np.uint8).data, tensor.offset + start
     assert start + len(view) <= tensor.nbytes, (tensor, start, len(view))
     with open(tensor.file, "r+b", buffering=0) as file:
         while view:

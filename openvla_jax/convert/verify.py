@@ -4,6 +4,7 @@ Also `inspect`: what a checkpoint is, without converting it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from openvla_jax.tokens import ActionTokenizer, prompt_ids, unnormalize_actions
 # Relative rounding of a dtype: two dtypes of one value differ by no more than the coarser one's.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 INSTRUCTIONS = ("pick up the red cube", "put the carrot on the plate and close the drawer")
+# Else XLA converts the stacked layers to float32 ahead of the scan over them: 30 GB beside the 15 GB of openvla-7b.
+FROM_STORED_DTYPE = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 MAX_KEYS = 8  # statistics keys whose actions are compared
 
 
@@ -56,8 +59,8 @@ def verify_weights(
     """Compares any two of HF, native and Orbax weights.
 
     Tensors must be equal bit for bit where their dtypes are, within rounding where not. Logits (float32 computation),
-    greedy action tokens and actions are computed on seeded images and instructions; they may differ by `threshold` at most,
-    tokens and actions not at all. One model is in memory at a time.
+    greedy action tokens and actions are computed on seeded images and instructions; they may differ by `threshold` at
+    most, tokens and actions not at all. One model is in memory at a time.
     """
     sources = [open_source(path, model_config=model_config) for path in (a, b)]
     lines, failures = _compare_descriptions(*sources)
@@ -68,8 +71,8 @@ def verify_weights(
     if comparable and not tensors_only:
         inputs = make_inputs(sources[0], seed)
         outputs = [compute(source, inputs) for source in sources]
-        difference, *more = _compare_outputs(outputs, sources, threshold)
-        lines, failures = lines + more[0], failures + more[1]
+        difference, *found = _compare_outputs(outputs, sources, threshold)
+        lines, failures = lines + found[0], failures + found[1]
     return Report(tuple(lines), tuple(failures), difference)
 
 
@@ -151,7 +154,7 @@ def _compare_tensors(a: Source, b: Source) -> tuple[list[str], list[str]]:
             if beyond:
                 failures.append(f"{leaf} differs by up to {worst:.3g}")
     lines = [
-        f"tensors of {name}: {row['equal']} of {row['leaves']} leaves equal, max |d| {row['worst']:.3g} ({', '.join(sorted(row['dtypes']))})"
+        f"tensors of {name}: {row['equal']} of {row['leaves']} leaves equal, max |d| {row['worst']:.3g} ({', '.join(sorted(row['dtypes']))})"  # noqa: E501
         for name, row in components.items()
     ]
     return lines, failures[:20] + ([f"and {len(failures) - 20} more leaves"] if len(failures) > 20 else [])
@@ -228,7 +231,7 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
     sizes = [len(entry["action"]["q01"]) for entry in source.statistics.values()]
     steps = max(sizes, default=7)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
     def run(state, images, ids, lengths):
         model: OpenVLA = nnx.merge(graph, state)
         pixels = model.normalize(images)
@@ -264,7 +267,7 @@ def _compare_outputs(
     divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
     agreement = float((a.logits.argmax(-1) == b.logits.argmax(-1)).mean())
     lines = [
-        f"logits at {len(a.logits)} text positions: max |d| {difference:.3g} (threshold {threshold:g}), mean KL {divergence:.3g}, "
+        f"logits at {len(a.logits)} text positions: max |d| {difference:.3g} (threshold {threshold:g}), mean KL {divergence:.3g}, "  # noqa: E501
         f"argmax agreement {agreement:.2%}",
         f"greedy action tokens: {float((a.tokens == b.tokens).mean()):.2%} equal",
     ]
@@ -302,12 +305,12 @@ def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | 
     lines = [
         _title(source),
         *(
-            f"tower {t.name}: {t.image_size} px, patch {t.patch_size}, width {t.width}, depth {t.depth}, heads {t.heads}, "
+            f"tower {t.name}: {t.image_size} px, patch {t.patch_size}, width {t.width}, depth {t.depth}, heads {t.heads}, "  # noqa: E501
             f"mlp {t.mlp_dim}, {t.activation}, mean {list(t.mean)}, std {list(t.std)}"
             for t in model.towers
         ),
         f"projector: {model.projector.kind}",
-        f"language model: width {model.llama.width}, depth {model.llama.depth}, heads {model.llama.heads} ({model.llama.kv_heads} kv), "
+        f"language model: width {model.llama.width}, depth {model.llama.depth}, heads {model.llama.heads} ({model.llama.kv_heads} kv), "  # noqa: E501
         f"mlp {model.llama.mlp_dim}, vocabulary {model.llama.vocab_size} ({model.base_vocab_size} + padding), "
         f"rms eps {model.llama.norm_eps:g}, rope theta {model.llama.rope_theta:g}",
         f"prompt: {model.prompt_family}; images: {model.resize}; {dict(source.preprocessing)}",

@@ -196,8 +196,8 @@ class TrainIterator(Iterator[Batch]):
                 raise DataError(f"{path}: {key} was {was!r}, now is {now!r}: set it back, or use data.resume='reseed'")
         try:
             tf.train.Checkpoint(iterator=self._iterator).read(str(prefix)).assert_consumed()
-        except tf.errors.OpError as error:
-            reason = error.message.splitlines()[0]
+        except Exception as error:  # TensorFlow's reader has no error of its own for files that are cut off
+            reason = str(error).splitlines()[0]
             raise DataError(f"{prefix}.* cannot be read ({reason}): use data.resume='reseed'") from error
         self._encoder.truncated_instructions = notes["truncated_instructions"]
 

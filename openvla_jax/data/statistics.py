@@ -30,18 +30,20 @@ def summarize(trajectories: Iterable[Mapping], name: str) -> dict:
     for an empty dataset. Episodes that the transform leaves without steps count as trajectories and are logged.
     """
     columns: dict[str, list[np.ndarray]] = {"action": [], "proprio": []}
-    trajectory_count = empty = 0
+    trajectory_count, empty = 0, []
     for trajectory in trajectories:
         trajectory_count += 1
-        empty += len(trajectory["action"]) == 0
+        if len(trajectory["action"]) == 0:
+            empty.append(trajectory["episode"].decode())
         for key in columns.keys() & trajectory.keys():
             episodes = np.repeat(np.array(trajectory["episode"], object), len(trajectory[key]))
             check_finite(trajectory[key], key, name, episodes, trajectory["step"])
             columns[key].append(trajectory[key])
-    if trajectory_count == empty:
+    if trajectory_count == len(empty):
         raise DataError(f"dataset {name!r} has no steps at all in {trajectory_count} episodes: nothing to learn from")
     if empty:
-        logging.warning("dataset %r: %d of %d episodes have no steps", name, empty, trajectory_count)
+        first = ", ".join(empty[:5])
+        logging.warning("dataset %r: %d of %d episodes have no steps: %s", name, len(empty), trajectory_count, first)
     action = np.concatenate(columns["action"])
     proprio = np.concatenate(columns["proprio"]) if columns["proprio"] else np.zeros((1, action.shape[1]))
     return {

@@ -26,10 +26,15 @@ def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
         raise ValueError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw in {path}")
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
-        for split, style in (("train", {"color": "#9aa7b5", "linewidth": 1}), ("val", {"color": "#c0392b", "marker": "o"})):
+        for split, style in (
+            ("train", {"color": "#9aa7b5", "linewidth": 1}),
+            ("val", {"color": "#c0392b", "marker": "o"}),
+        ):
             points = [(row["step"], row[f"{split}/{name}"]) for row in metrics if f"{split}/{name}" in row]
             if points:
-                axes.plot(*zip(*points, strict=True), label={"train": "training", "val": "held-out episodes"}[split], **style)
+                axes.plot(
+                    *zip(*points, strict=True), label={"train": "training", "val": "held-out episodes"}[split], **style
+                )
         axes.set(xlabel="step", title=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -39,7 +44,9 @@ def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
 
 
 def rollout_strip(rollouts: Rollouts, path: Path, columns: int = 8, scale: int = 2) -> Path:
-    """PNG: one recorded scene per row, `columns` frames from first to last, the instruction above, green where it succeeded."""
+    """PNG: one recorded scene per row, `columns` frames from first to last, the instruction above, green where it
+    succeeded.
+    """
     return _save(_grid([_strip(rollouts, index, columns, scale) for index in range(len(rollouts.frames))], 1), path)
 
 
@@ -86,14 +93,18 @@ def _strip(rollouts: Rollouts, index: int, columns: int, scale: int) -> Image.Im
     tiles = [_enlarge(frames[i], scale) for i in chosen] + [_enlarge(empty, scale)] * (columns - len(chosen))
     success = bool(rollouts.success[index])
     outcome = f"lifted after {rollouts.steps[index]} steps" if success else "not lifted"
-    return _captioned(_grid(tiles, columns, gap=2), f"{rollouts.instructions[index]}: {outcome}", SUCCESS if success else FAILURE)
+    return _captioned(
+        _grid(tiles, columns, gap=2), f"{rollouts.instructions[index]}: {outcome}", SUCCESS if success else FAILURE
+    )
 
 
 def _enlarge(frame: np.ndarray, scale: int) -> Image.Image:
     return Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST)
 
 
-def _captioned(picture: Image.Image, caption: str, color: tuple[int, int, int], border: int = 3, line: int = 18) -> Image.Image:
+def _captioned(
+    picture: Image.Image, caption: str, color: tuple[int, int, int], border: int = 3, line: int = 18
+) -> Image.Image:
     framed = Image.new("RGB", (picture.width + 2 * border, picture.height + 2 * border + line), PAPER)
     framed.paste(color, (0, line, framed.width, framed.height))
     framed.paste(picture, (border, border + line))

@@ -80,7 +80,7 @@ def run_rollouts(
     frames = [[image] for image in images[:record]]
     for step in range(1, max_steps + 1):
         actions = policy.predict_actions(images, instructions)
-        for index in np.flatnonzero(~success):
+        for index in map(int, np.flatnonzero(~success)):
             if worlds[index].step(actions[index]):
                 success[index], steps[index] = True, step
             images[index] = worlds[index].render(image_size)
@@ -120,12 +120,18 @@ def misnamed(world: Tabletop) -> str:
 
 
 def evaluate(
-    policy: Any, episodes: int, *, controls: bool = False, image_size: int = 48, first_seed: int = FIRST_SEED, record: int = 8
+    policy: Any,
+    episodes: int,
+    *,
+    controls: bool = False,
+    image_size: int = 48,
+    first_seed: int = FIRST_SEED,
+    record: int = 8,
 ) -> dict[str, Rollouts]:
     """Rollouts of `policy` by condition on the scenes first_seed ... first_seed + episodes - 1.
 
-    Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The last needs
-    `policy.contract.statistics` with one dataset (an `openvla_jax.Policy` has them).
+    Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The
+    last needs `policy.contract.statistics` with one dataset (an `openvla_jax.Policy` has them).
     """
     if episodes < 1:
         raise ValueError(f"episodes {episodes}: evaluate at least 1")

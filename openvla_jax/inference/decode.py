@@ -25,9 +25,9 @@ def decode_actions(
 ) -> Decoded:
     """Greedy action tokens, `steps` per row.
 
-    `input_ids` are prompts from BOS to the lone-space token, padded on the right; `lengths` count the real ids of each row.
-    Rows do not see each other: a batch equals its rows decoded one by one. `constrained` takes the argmax over the action
-    tokens only; without it, the argmax over the whole vocabulary, as the reference does.
+    `input_ids` are prompts from BOS to the lone-space token, padded on the right; `lengths` count the real ids of
+    each row. Rows do not see each other: a batch equals its rows decoded one by one. `constrained` takes the argmax
+    over the action tokens only; without it, the argmax over the whole vocabulary, as the reference does.
     """
     tokenizer = ActionTokenizer(model.config.base_vocab_size, model.config.action_bins)
     vocabulary = jnp.arange(model.config.llama.vocab_size)
@@ -50,5 +50,6 @@ def decode_actions(
     first, first_outside = choose(logits)
     _, (tokens, outside) = jax.lax.scan(step, (first, lengths, cache), length=steps - 1)
     return Decoded(
-        jnp.concatenate([first[:, None], tokens.T], axis=1), jnp.concatenate([first_outside[:, None], outside.T], axis=1)
+        jnp.concatenate([first[:, None], tokens.T], axis=1),
+        jnp.concatenate([first_outside[:, None], outside.T], axis=1),
     )

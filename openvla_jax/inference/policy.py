@@ -38,8 +38,8 @@ def _load(path: str | os.PathLike, contract: Contract, dtype: str) -> OpenVLA:
 class Policy:
     """Greedy action prediction with a checkpoint's own tokenizer, prompt, preprocessing and statistics.
 
-    Attributes: `model`, `contract`, `outside_tokens` and `decoded_tokens` (how often the free argmax would have left the
-    action tokens, of how many).
+    Attributes: `model`, `contract`, `outside_tokens` and `decoded_tokens` (how often the free argmax would have left
+    the action tokens, of how many).
     """
 
     def __init__(self, model: OpenVLA, contract: Contract, constrained: bool = True):
@@ -73,13 +73,18 @@ class Policy:
         return self.predict_actions([image], [instruction], None if unnorm_key is None else [unnorm_key])[0]
 
     def predict_actions(
-        self, images: Sequence[np.ndarray] | np.ndarray, instructions: Sequence[str], unnorm_keys: Sequence[str | None] | None = None
+        self,
+        images: Sequence[np.ndarray] | np.ndarray,
+        instructions: Sequence[str],
+        unnorm_keys: Sequence[str | None] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
         """One action per row, equal to the single calls: float64 [B, action_dim]; a list if action sizes differ."""
-        keys = [None] * len(images) if unnorm_keys is None else list(unnorm_keys)
-        if not len(images) == len(instructions) == len(keys) or not len(images):
-            raise ValueError(f"{len(images)} images, {len(instructions)} instructions, {len(keys)} unnorm_keys: need one of each per row")
-        keys = [choose_unnorm_key(self.contract.statistics, key) for key in keys]
+        given = [None] * len(images) if unnorm_keys is None else list(unnorm_keys)
+        if not len(images) == len(instructions) == len(given) or not len(images):
+            raise ValueError(
+                f"{len(images)} images, {len(instructions)} instructions, {len(given)} unnorm_keys: give as many of each"  # noqa: E501
+            )
+        keys = [choose_unnorm_key(self.contract.statistics, key) for key in given]
         statistics = [self.contract.statistics[key]["action"] for key in keys]
         dims = [len(stats["q01"]) for stats in statistics]
         tokens = self.predict_tokens(images, instructions, max(dims))
@@ -90,16 +95,21 @@ class Policy:
         ]
         return np.stack(actions) if len(set(dims)) == 1 else actions
 
-    def predict_tokens(self, images: Sequence[np.ndarray] | np.ndarray, instructions: Sequence[str], steps: int) -> np.ndarray:
+    def predict_tokens(
+        self, images: Sequence[np.ndarray] | np.ndarray, instructions: Sequence[str], steps: int
+    ) -> np.ndarray:
         """Greedy action tokens int32 [B, steps]."""
         model = self.contract.model
         pixels = np.stack([prepare_image(image, model, self.contract.preprocessing) for image in images])
-        prompts = [prompt_ids(self.contract.tokenizer, instruction, model.prompt_family) for instruction in instructions]
+        prompts = [
+            prompt_ids(self.contract.tokenizer, instruction, model.prompt_family) for instruction in instructions
+        ]
         longest, limit = max(len(prompt) for prompt in prompts), self.contract.preprocessing["text_length"] - steps - 1
         if longest > limit:
             text = instructions[[len(prompt) for prompt in prompts].index(longest)]
             raise ValueError(
-                f"instruction {text[:40]!r}... is {longest} tokens with its prompt, the model was trained with at most {limit}; shorten it"
+                f"instruction {text[:40]!r}... is {longest} tokens with its prompt, the model was trained with at most "
+                f"{limit}; shorten it"
             )
         bucket = next((length for length in TEXT_LENGTHS if length >= longest), longest)
         input_ids = np.full((len(prompts), bucket), model.pad_token, np.int32)

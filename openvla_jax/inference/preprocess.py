@@ -52,7 +52,9 @@ def resize_lanczos3(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _lanczos3_weights(size: int, samples: int) -> np.ndarray:
-    """float32 [samples, size]: Lanczos window of radius 3, widened when shrinking, half-pixel centres, rows sum to one."""
+    """float32 [samples, size]: Lanczos window of radius 3, widened when shrinking, half-pixel centres, rows sum to
+    one.
+    """
     scale = samples / size
     widen = max(1.0, 1.0 / scale)
     centres = (np.arange(samples) + 0.5) / scale

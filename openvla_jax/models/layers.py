@@ -1,11 +1,12 @@
 """The layers that every part of the model is made of.
 
-Einsum letters, here and everywhere: B batch, T query position, S key position, N heads, K key/value heads, G query heads
-per key/value head, H head dim, D model width, F mlp width, V vocabulary, L layers, P patches.
+Einsum letters, here and everywhere: B batch, T query position, S key position, N heads, K key/value heads, G query
+heads per key/value head, H head dim, D model width, F mlp width, V vocabulary, L layers, P patches.
 
-Parameters are `nnx.Param`s with logical axis names in their metadata (`axes`); `training/sharding.py` maps these to the mesh.
-Blocks are created *stacked*: `layers=L` gives every parameter a leading axis L, and `scan_layers` runs the stack with one
-`lax.scan`, so that compile time does not grow with depth. Modules are used as plain pytrees under jax's own transforms.
+Parameters are `nnx.Param`s with logical axis names in their metadata (`axes`); `training/sharding.py` maps these to
+the mesh. Blocks are created *stacked*: `layers=L` gives every parameter a leading axis L, and `scan_layers` runs the
+stack with one `lax.scan`, so that compile time does not grow with depth. Modules are used as plain pytrees under
+jax's own transforms.
 """
 
 from collections.abc import Callable
@@ -29,12 +30,14 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def make_param(key, shape, axes, *, scale: float | None = None, value: float | None = None, dtype=jnp.float32) -> nnx.Param:
+def make_param(
+    key, shape, axes, *, scale: float | None = None, value: float | None = None, dtype=jnp.float32
+) -> nnx.Param:
     """A parameter: truncated normal of standard deviation `scale`, or the constant `value`."""
     assert len(shape) == len(axes), (shape, axes)
     if value is None:
         # 0.8796 is the standard deviation of a unit normal truncated at two.
-        data = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * (scale / 0.87962566)
+        data = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * ((scale or 0.0) / 0.87962566)
     else:
         data = jnp.full(shape, value, dtype)
     return nnx.Param(data, axes=axes)
@@ -155,7 +158,7 @@ def check_remat(name: str) -> None:
         raise ValueError(f"unknown remat policy {name!r}: one of {', '.join(REMAT_POLICIES)}")
 
 
-def scan_layers(body: Callable[[Any, Array, Any], Array], x: Array, layers: Any, remat: str = "none") -> Array:
+def scan_layers(body: Callable[[Any, Array], Array], x: Array, layers: Any, remat: str = "none") -> Array:
     """Runs a stack of layers: `x = body(layer, x)` for each slice of `layers` along its leading axis.
 
     The body returns activations only: returning parameters makes XLA copy the whole stack.

@@ -1,7 +1,7 @@
 """Llama-2 family decoder (Llama-2, Vicuna, Mistral): embeddings in, final hidden states out, with a static KV cache.
 
-Numerics follow the transformers implementation that OpenVLA trained with: RMSNorm rounded before its weight, RoPE angles
-in float32 and rotate-half layout, softmax in float32, SwiGLU, untied output head.
+Numerics follow the transformers implementation that OpenVLA trained with: RMSNorm rounded before its weight, RoPE
+angles in float32 and rotate-half layout, softmax in float32, SwiGLU, untied output head.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,9 @@ from openvla_jax.models.layers import (
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers at positions 0..S-1; slots beyond a row's last position hold nothing that is seen."""
+    """Keys and values of all layers at positions 0..S-1; slots beyond a row's last position hold nothing that is
+    seen.
+    """
 
     k: Array  # [L, B, S, K, H]
     v: Array  # [L, B, S, K, H]
@@ -104,8 +106,8 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Normed hidden states of a whole sequence at positions 0..T-1.
 
-        Attention is causal and needs nothing else: text is padded on the right, so no real token sees a pad. `keys` hides
-        positions from all queries, which changes the outputs at pads only.
+        Attention is causal and needs nothing else: text is padded on the right, so no real token sees a pad. `keys`
+        hides positions from all queries, which changes the outputs at pads only.
         """
         positions = _positions(x)
         mask = self._visible(positions, jnp.arange(x.shape[1]))
@@ -122,9 +124,7 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the padded vocabulary."""
         kernel = self.head.kernel[...].astype(hidden.dtype)
-        return jnp.matmul(
-            hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.matmul(hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32)
 
     def prefill(self, x: Float[Array, "B T D"], length: int) -> tuple[Float[Array, "B T D"], Cache]:
         """As `__call__`, and the keys and values in a cache of `length` >= T positions."""
@@ -140,7 +140,9 @@ class Llama(nnx.Module):
         padding = [(0, 0), (0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)]
         return self.norm(x), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
 
-    def decode(self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
+    def decode(
+        self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """One token per row at its own position; rows of different length share a batch."""
         slots = jnp.arange(cache.k.shape[2])
         mask = self._visible(positions[:, None], slots)

@@ -28,7 +28,11 @@ class Projector(nnx.Module):
             "fused-gelu-mlp": [vision, 4 * vision, width, width],
         }[config.projector.kind]
         for i, (key, size_in, size_out) in enumerate(zip(keys, sizes, sizes[1:], strict=False), start=1):
-            setattr(self, f"fc{i}", Linear(key, size_in, size_out, ("embed", "mlp") if i % 2 else ("mlp", "embed"), bias=True))
+            setattr(
+                self,
+                f"fc{i}",
+                Linear(key, size_in, size_out, ("embed", "mlp") if i % 2 else ("mlp", "embed"), bias=True),
+            )
         self.layers = len(sizes) - 1
 
     def __call__(self, x: Float[Array, "B P D_in"]) -> Float[Array, "B P D_out"]:
@@ -54,7 +58,10 @@ class OpenVLA(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(
-        self, pixel_values: Float[HostOrDevice, "B height width channels"], input_ids: Int[HostOrDevice, "B T"], remat: str = "none"
+        self,
+        pixel_values: Float[HostOrDevice, "B height width channels"],
+        input_ids: Int[HostOrDevice, "B T"],
+        remat: str = "none",
     ) -> Float[Array, "B S V"]:
         """Logits at every position: S = patches + T.
 
@@ -66,14 +73,22 @@ class OpenVLA(nnx.Module):
         x = self.splice(self.project(pixel_values, remat), input_ids)
         return self.llama.logits(self.llama(x, remat, seen))
 
-    def hidden(self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], remat: str = "none") -> Float[Array, "B S D"]:
+    def hidden(
+        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], remat: str = "none"
+    ) -> Float[Array, "B S D"]:
         """Final normed hidden states of the multimodal sequence."""
         return self.llama(self.splice(self.project(pixel_values, remat), input_ids), remat)
 
     def target_logits(
-        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], targets: Int[HostOrDevice, "B N"], remat: str = "none"
+        self,
+        pixel_values: HostOrDevice,
+        input_ids: Int[HostOrDevice, "B T"],
+        targets: Int[HostOrDevice, "B N"],
+        remat: str = "none",
     ) -> Float[Array, "B N V"]:
-        """Logits that predict the tokens at text indices `targets` (each from the position before it), and no others."""
+        """Logits that predict the tokens at text indices `targets` (each from the position before it), and no
+        others.
+        """
         hidden = self.hidden(pixel_values, input_ids, remat)
         before = jnp.asarray(targets) + (self.config.patches - 1)
         return self.llama.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
@@ -85,12 +100,14 @@ class OpenVLA(nnx.Module):
         pixels = [(unit - jnp.asarray(t.mean, jnp.float32)) / jnp.asarray(t.std, jnp.float32) for t in towers]
         return jnp.concatenate(pixels, axis=-1)
 
-    def project(self, pixel_values: Float[HostOrDevice, "B height width channels"], remat: str = "none") -> Float[Array, "B P D"]:
+    def project(
+        self, pixel_values: Float[HostOrDevice, "B height width channels"], remat: str = "none"
+    ) -> Float[Array, "B P D"]:
         """Projected patch embeddings: each tower reads its own three channels; features are joined in tower order."""
         size, towers = self.config.image_size, self.config.towers
         if pixel_values.shape[1:] != (size, size, 3 * len(towers)):
             raise ValueError(
-                f"pixel_values {pixel_values.shape}: model {self.config.name!r} takes [B, {size}, {size}, {3 * len(towers)}]"
+                f"pixel_values {pixel_values.shape}: {self.config.name!r} takes [B, {size}, {size}, {3 * len(towers)}]"
             )
         pixels = jnp.asarray(pixel_values, self.dtype)
         features = [self.vision[t.name](pixels[..., 3 * i : 3 * i + 3], remat) for i, t in enumerate(towers)]
@@ -102,12 +119,16 @@ class OpenVLA(nnx.Module):
         return jnp.concatenate([text[:, :1], patches, text[:, 1:]], axis=1)
 
     def prefill(
-        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], lengths: Int[HostOrDevice, "B"], steps: int
+        self,
+        pixel_values: HostOrDevice,
+        input_ids: Int[HostOrDevice, "B T"],
+        lengths: Int[HostOrDevice, "B"],
+        steps: int,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of the token after each row's `lengths` text tokens, and a cache with room for `steps` more."""
         x = self.splice(self.project(pixel_values), input_ids)
         hidden, cache = self.llama.prefill(x, x.shape[1] + steps)
-        last = (lengths + (self.config.patches - 1))[:, None, None]
+        last = (jnp.asarray(lengths) + (self.config.patches - 1))[:, None, None]
         return self.llama.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
     def decode(
@@ -115,7 +136,7 @@ class OpenVLA(nnx.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token, which is text token number `lengths` of its row."""
         x = self.llama.embed(tokens[:, None], self.dtype)
-        hidden, cache = self.llama.decode(x, lengths + self.config.patches, cache)
+        hidden, cache = self.llama.decode(x, jnp.asarray(lengths) + self.config.patches, cache)
         return self.llama.logits(hidden[:, 0]), cache
 
 

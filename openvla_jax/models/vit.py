@@ -1,8 +1,8 @@
 """One vision transformer that is DINOv2 with registers, SigLIP, CLIP or an ImageNet ViT, by config.
 
-It computes what the reference takes from timm: the output of the second-to-last block, without final norm, prefix tokens
-dropped. The last block, the final norm and SigLIP's attention pool are never run and have no parameters here; their
-tensors (`UnusedViT`) only travel through checkpoints.
+It computes what the reference takes from timm: the output of the second-to-last block, without final norm, prefix
+tokens dropped. The last block, the final norm and SigLIP's attention pool are never run and have no parameters here;
+their tensors (`UnusedViT`) only travel through checkpoints.
 """
 
 import jax
@@ -104,7 +104,9 @@ class ViT(nnx.Module):
         positions = config.patches + int(config.position_for_class_token)
         self.patch_embed = PatchEmbed(keys[0], config)
         self.position = make_param(keys[1], (positions, width), ("position", "embed"), scale=0.02)
-        self.class_token = make_param(keys[2], (1, width), ("position", "embed"), scale=0.02) if config.class_token else None
+        self.class_token = (
+            make_param(keys[2], (1, width), ("position", "embed"), scale=0.02) if config.class_token else None
+        )
         registers = (config.registers, width)
         self.registers = make_param(keys[3], registers, ("position", "embed"), scale=0.02) if config.registers else None
         self.pre_norm = LayerNorm(width, config.norm_eps) if config.pre_norm else None

@@ -93,7 +93,9 @@ def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = Non
         if found == parameters:
             print(f"{directory} is complete and has these parameters: kept")
             return directory
-        raise FileExistsError(f"{directory} holds a dataset with other parameters ({found}): remove it or choose another --out")
+        raise FileExistsError(
+            f"{directory} holds a dataset with other parameters ({found}): remove it or choose another --out"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{VERSION}.incomplete.", dir=directory.parent) as incomplete:
         _write(Path(incomplete) / VERSION, parameters)
@@ -104,7 +106,9 @@ def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = Non
 def _write(directory: Path, parameters: dict) -> None:
     directory.mkdir()
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(name=NAME, version=VERSION, data_dir=str(directory), module_name="openvla_jax.sim.dataset"),
+        builder=tfds.core.DatasetIdentity(
+            name=NAME, version=VERSION, data_dir=str(directory), module_name="openvla_jax.sim.dataset"
+        ),
         description="Scripted pick-up episodes in a rendered tabletop world (openvla_jax.sim).",
         features=FEATURES,
         metadata=tfds.core.MetadataDict(parameters),

@@ -30,6 +30,8 @@ MIN_SEPARATION = 0.14  # between object centres
 GRASP_RADIUS = 0.035  # closing takes the object whose centre is nearer than this, in x and y,
 GRASP_HEIGHT = 0.03  # when the finger tips are lower than this
 LIFT_HEIGHT = 0.10  # the episode succeeds when the named object is held at this height
+HOVER = 0.10  # the expert's height on the way
+KEY_STEP = 0.025  # its translations are multiples of this
 MAX_STEP = 0.05  # the largest translation of one action along each axis
 
 STATE_DIM = 8  # xyz, roll pitch yaw, pad, gripper: the POS_EULER layout of Open X-Embodiment
@@ -38,7 +40,9 @@ ACTION_DIM = 7
 
 @dataclass(frozen=True)
 class Scene:
-    """What a seed fixes: the objects (one colour each), where they lie, which one is named, where the gripper starts."""
+    """What a seed fixes: the objects (one colour each), where they lie, which one is named, where the gripper
+    starts.
+    """
 
     colors: tuple[str, ...]
     shapes: tuple[str, ...]
@@ -58,7 +62,7 @@ def sample_scene(seed: int) -> Scene:
     while True:  # rejection: about one draw in three is far enough apart
         positions = rng.uniform(OBJECT_LOW, OBJECT_HIGH, (OBJECTS_PER_SCENE, 2))
         gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-        if gaps[~np.eye(OBJECTS_PER_SCENE, dtype=bool)].min() >= MIN_SEPARATION:
+        if gaps[~np.eye(OBJECTS_PER_SCENE, dtype=bool)].min(initial=np.inf) >= MIN_SEPARATION:
             break
     colors = tuple(str(c) for c in rng.choice(list(COLORS), OBJECTS_PER_SCENE, replace=False))
     shapes = tuple(str(s) for s in rng.choice(SHAPES, OBJECTS_PER_SCENE))
@@ -67,7 +71,8 @@ def sample_scene(seed: int) -> Scene:
 
 
 class Tabletop:
-    """One episode of the world. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw, gripper (1 = open).
+    """One episode of the world. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw, gripper (1 =
+    open).
 
     Translations are clipped to MAX_STEP and to the workspace. The gripper stays upright, so rotations have no effect
     (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.
@@ -94,7 +99,9 @@ class Tabletop:
         return np.array([*self.gripper, 0.0, 0.0, 0.0, 0.0, float(self.open)], np.float32)
 
     def step(self, action: np.ndarray) -> bool:
-        """Applies one action [7]; returns whether the named object is now lifted. ValueError if it is not 7 finite numbers."""
+        """Applies one action [7]; returns whether the named object is now lifted. ValueError if it is not 7 finite
+        numbers.
+        """
         action = np.asarray(action, np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
@@ -131,23 +138,23 @@ class Tabletop:
 def expert_action(world: Tabletop) -> np.ndarray:
     """float32 [7]: the next action towards lifting the named object, a function of the visible state alone.
 
-    Far from the object it travels at hover height; nearer than 5 cm it comes down along a funnel, so that height
-    follows distance smoothly; low and centred it closes, then lifts. Closed on nothing, or on another object, it opens
-    and rises. Every state has an answer, so perturbed states show a learner how to recover.
+    Like a teleoperator with keys, it moves in multiples of KEY_STEP. It goes towards the object, lower as it gets
+    nearer, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
+    Every state has an answer, so perturbed states show a learner how to recover.
     """
-    target = world.objects[world.scene.target]
-    offset = target - world.gripper
     if world.held == world.scene.target:
         return np.array([0, 0, MAX_STEP, 0, 0, 0, 0], np.float32)
     if not world.open:
         return np.array([0, 0, MAX_STEP, 0, 0, 0, 1], np.float32)
-    distance = float(np.linalg.norm(offset[:2]))
-    if distance < 0.018 and world.gripper[2] < 0.018:
-        return np.array([0, 0, 0, 0, 0, 0, 0], np.float32)
-    height = 0.10 * np.clip((distance - 0.015) / 0.05, 0.0, 1.0)
-    dx, dy = np.clip(0.8 * offset[:2], -MAX_STEP, MAX_STEP)
-    dz = np.clip(0.8 * (height - world.gripper[2]), -MAX_STEP, MAX_STEP)
-    return np.array([dx, dy, dz, 0, 0, 0, 1], np.float32)
+    dx, dy = _keys(world.objects[world.scene.target, :2] - world.gripper[:2])
+    height = min(HOVER, 2 * max(abs(dx), abs(dy)))
+    dz = _keys(height - world.gripper[2])
+    done = dx == dy == dz == 0
+    return np.array([dx, dy, dz, 0, 0, 0, 0 if done else 1], np.float32)
+
+
+def _keys(distance):
+    return np.clip(np.round(distance / KEY_STEP) * KEY_STEP, -MAX_STEP, MAX_STEP) + 0.0  # no negative zero
 
 
 # --- Renderer -------------------------------------------------------------------------------------------------------
@@ -158,7 +165,9 @@ _TILT = np.sqrt(0.5)  # sine and cosine of the camera's 45 degrees
 
 
 def render(world: Tabletop, size: int = 48) -> np.ndarray:
-    """uint8 [size, size, 3]: painter's algorithm, exact box coverage, anti-aliased ellipses; about 0.3 ms at 48 pixels."""
+    """uint8 [size, size, 3]: painter's algorithm, exact box coverage, anti-aliased ellipses; about 0.3 ms at 48
+    pixels.
+    """
     canvas = _Canvas(size)
     x, y, z = world.gripper
     canvas.ellipse(x, y, 0.0, 0.06, 0.06 * _TILT, (70, 66, 60))  # the gripper's shadow
@@ -183,7 +192,9 @@ def _draw_object(canvas, world, index):
         canvas.ellipse(x - 0.3 * h, y, z + 1.5 * h, 0.35 * h, 0.35 * h, 0.5 * color + 127)
     else:
         canvas.box(x - h, x + h, y - h, z, z + 2 * h, 0.75 * color)  # front face
-        canvas.box(x - h, x + h, y - h, z + 2 * h, z + 4 * h, color)  # top face: depth 2h looks like height 2h at 45 degrees
+        canvas.box(
+            x - h, x + h, y - h, z + 2 * h, z + 4 * h, color
+        )  # top face: depth 2h looks like height 2h at 45 degrees
 
 
 class _Canvas:

@@ -8,8 +8,8 @@ A checkpoint is a directory written by Orbax (v1) with these items:
     data/        position in the data stream, per process (only where `data.resume` is exact)
     contract/    config.json, dataset_statistics.json, tokenizer files: model, preprocessing, prompt, action statistics
 
-Training keeps them as W/checkpoints/<step>/; an imported checkpoint is one such directory by itself. A directory appears
-under its final name only when it is complete.
+Training keeps them as W/checkpoints/<step>/; an imported checkpoint is one such directory by itself. A directory
+appears under its final name only when it is complete.
 """
 
 import dataclasses
@@ -48,8 +48,10 @@ class Contract:
     model: VLAConfig
     tokenizer: Any  # transformers fast tokenizer
     statistics: Mapping[str, Any]  # {dataset: {"action": {...}, "num_transitions", ...}}
-    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PREPROCESSING))
-    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the run's config, or the source of an import
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(PREPROCESSING))
+    training: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # the run's config, or the source of an import
 
     def save(self, directory: os.PathLike | str) -> None:
         """Writes the contract's files into an existing directory."""
@@ -119,19 +121,21 @@ def is_complete(path: epath.Path) -> bool:
 
 def open_checkpoint(path: os.PathLike | str, step: int | None = None) -> epath.Path:
     """The directory of a complete checkpoint, from itself, a `checkpoints` folder or a run's workdir (latest step)."""
-    path = absolute(path)
-    if step is None and path.is_dir() and is_complete(path):
-        return path
-    for folder in (path, path / "checkpoints"):
+    given = absolute(path)
+    if step is None and given.is_dir() and is_complete(given):
+        return given
+    for folder in (given, given / "checkpoints"):
         steps = steps_in(folder)
         if steps:
             if step is not None and step not in steps:
                 raise CheckpointError(f"{folder} has no complete checkpoint of step {step}; it has {steps}")
             return folder / str(steps[-1] if step is None else step)
-    if not path.exists():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    held = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else ["a file"]
-    raise CheckpointError(f"{path} holds no complete checkpoint (params and contract); it holds: {', '.join(held) or 'nothing'}")
+    if not given.exists():
+        raise CheckpointError(f"checkpoint {given} does not exist")
+    held = sorted(p.name for p in given.iterdir())[:8] if given.is_dir() else ["a file"]
+    raise CheckpointError(
+        f"{given} holds no complete checkpoint (params and contract); it holds: {', '.join(held) or 'nothing'}"
+    )
 
 
 def load_contract(path: os.PathLike | str) -> Contract:
@@ -165,8 +169,8 @@ def check_tree(path: epath.Path, abstract: nnx.State) -> None:
 
 def load_unused(path: os.PathLike | str) -> Any | None:
     """The reference's never-run tensors of a checkpoint as host arrays, or None where it has none."""
-    path = open_checkpoint(path)
-    return ocp.load(path, checkpointable_name="unused") if (path / "unused").is_dir() else None
+    directory = open_checkpoint(path)
+    return ocp.load(directory, checkpointable_name="unused") if (directory / "unused").is_dir() else None
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -254,8 +258,12 @@ class Checkpoints:
         steps = steps_in(self.directory)
         return steps[-1] if steps else None
 
-    def save(self, step: int, state: Any, contract: Contract, iterator: Any | None = None, unused: Any | None = None) -> None:
-        """Starts a save; an earlier save that failed raises here. `iterator` is saved at its position of this moment."""
+    def save(
+        self, step: int, state: Any, contract: Contract, iterator: Any | None = None, unused: Any | None = None
+    ) -> None:
+        """Starts a save; an earlier save that failed raises here. `iterator` is saved at its position of this
+        moment.
+        """
         self.wait()
         items = {
             "params": nnx.to_pure_dict(nnx.as_pure(state.params)),
@@ -277,4 +285,3 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._checkpointer.close()
-

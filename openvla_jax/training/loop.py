@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 from flax import nnx
@@ -52,15 +51,15 @@ class NonFiniteError(FloatingPointError):
     """The loss or the gradient stopped being a number; the last good checkpoint is kept."""
 
 
-def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainState:
-    """Trains as `config` says (see `configs/common.py`), resuming from the latest complete checkpoint in `workdir`.
+def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> TrainState:
+    """Trains as `config` says (see `configs/common.py`), resuming from the latest complete checkpoint in `directory`.
 
     Returns the final state. Raises ValueError, FileNotFoundError or CheckpointError with one line for bad input, before
     anything is written; NonFiniteError if the loss is not a number.
     """
     from openvla_jax.data.batches import make_eval_batches, make_train_iterator  # TensorFlow comes with it
 
-    train, workdir = config.train, absolute(workdir)
+    train, workdir = config.train, absolute(directory)
     log = print if jax.process_index() == 0 else logging.debug
     dtype = jnp.dtype(train.dtype)
 
@@ -68,7 +67,10 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     mesh = make_mesh(config.mesh)
     check_remat(train.remat)
     check_batch(train.batch_size, train.accumulation, mesh)
-    log(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, mesh {dict(mesh.shape)}")
+    log(
+        f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, "
+        f"mesh {dict(mesh.shape)}"
+    )
 
     # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
     base = load_contract(config.init_from) if config.init_from else None
@@ -78,7 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     start = max(steps_in(workdir / "checkpoints"), default=0)
     if start:
         check_same_run(workdir, config)
-    common = dict(image_size=model.image_size, prompt_family=model.prompt_family)
+    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family)
     local_batch_size = train.batch_size // jax.process_count()
 
     def open_data(seed: int):
@@ -107,8 +109,8 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     if train.eval_every and train.eval_batches:
         eval_batches = make_eval_batches(
             config.data, tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
-            statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(), **common,
-        )  # fmt: skip
+            statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
+            **common, )  # fmt: skip
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     schedule = make_schedule(config.optimizer, train.steps)
@@ -138,8 +140,8 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     # -- Step ---------------------------------------------------------------------------------------------------------
     datasets = len(iterator.dataset_names)
     step_fn = make_train_step(
-        model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation, remat=train.remat,
-        augment=make_augment(config.augment), seed=config.seed,
+        model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
+        remat=train.remat, augment=make_augment(config.augment), seed=config.seed,
     )  # fmt: skip
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
     eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets))
@@ -152,7 +154,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
     step_fn = step_fn.lower(state, batch).compile()
     log(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
-    # -- Loop: only from here on is anything written ---------------------------------------------------------------------
+    # -- Loop: only from here on is anything written ------------------------------------------------------------------
     checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
     writer = None
     if jax.process_index() == 0:
@@ -164,7 +166,11 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
         """Checks and logs a step's metrics; waits for that step to end."""
         metrics = jax.device_get(metrics)
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-            kept = f"the last good checkpoint is step {checkpoints.latest}" if checkpoints.latest else "no checkpoint was saved"
+            kept = (
+                f"the last good checkpoint is step {checkpoints.latest}"
+                if checkpoints.latest
+                else "no checkpoint was saved"
+            )
             raise NonFiniteError(
                 f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped, {kept}; "
                 "lower optimizer.learning_rate or look at the data of this step"
@@ -177,7 +183,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike | str) -> TrainS
             log(progress.line(step, flat))
 
     def evaluate(step: int) -> None:
-        sums = None
+        sums: Any = None
         for batch in eval_batches:
             part = eval_fn(state.params, batch)
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
@@ -314,7 +320,8 @@ def check_same_run(workdir: epath.Path, config: ml_collections.ConfigDict) -> No
             differences.append(f"{name} was {before!r}, is {after!r}")
     if differences:
         raise CheckpointError(
-            f"{workdir} holds checkpoints of another config: {'; '.join(differences)}; use another --workdir or that config"
+            f"{workdir} holds checkpoints of another config: {'; '.join(differences)}; "
+            "use another --workdir or that config"
         )
 
 

@@ -15,7 +15,8 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricLog:
-    """Appends metrics of steps to a run's files. On resume, steps after `resume_step` are dropped: they will come again.
+    """Appends metrics of steps to a run's files. On resume, steps after `resume_step` are dropped: they will come
+    again.
 
     metrics.jsonl holds one JSON object a line: {"step": 120, "time": seconds since the epoch, "train/loss": 1.2, ...};
     validation has lines of its own with keys `val/...`.
@@ -125,8 +126,8 @@ class Progress:
             f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
             f"accuracy {metrics['train/action_accuracy']:.1%}  L1 {metrics['train/action_l1']:.4f}  "
             f"grad {metrics['train/grad_norm']:.2f}  lr {metrics['train/learning_rate']:.2e}  "
-            f"{metrics['train/examples_per_second']:.1f} examples/s  data wait {metrics['train/data_wait_fraction']:.0%}  "
-            f"ETA {duration(left)}"
+            f"{metrics['train/examples_per_second']:.1f} examples/s  "
+            f"data wait {metrics['train/data_wait_fraction']:.0%}  ETA {duration(left)}"
         )
 
 

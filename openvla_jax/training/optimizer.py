@@ -12,7 +12,8 @@ SCHEDULES = ("constant", "cosine")
 
 
 def make_schedule(settings: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up over `warmup_steps`, then constant, or cosine to `final_fraction` of the peak.
+    """Learning rate by step: linear warm-up over `warmup_steps`, then constant, or cosine to `final_fraction` of the
+    peak.
 
     The update that makes step 1 uses the value at 0: without warm-up that is the peak, as in the reference.
     """
@@ -31,7 +32,8 @@ def make_schedule(settings: ConfigDict, steps: int) -> optax.Schedule:
 def decays(params: Any) -> Any:
     """Which parameters weight decay touches: kernels and the token table, not norms, biases, positions or layer scales.
 
-    The reference decides by the number of dimensions after FSDP has flattened them, which decays nothing; here it is by name.
+    The reference decides by the number of dimensions after FSDP has flattened them, which decays nothing; here it is
+    by name.
     """
 
     def decayed(variable: nnx.Variable) -> bool:

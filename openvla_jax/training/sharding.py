@@ -1,7 +1,8 @@
 """The mesh, and the one table that says where every parameter and activation lives.
 
-Axes: `data` replicates parameters (across slices), `fsdp` shards parameters, optimiser state and batch, `tensor` splits heads,
-mlp and vocabulary. Arrays are placed by the compiler (`AxisType.Auto`) from parameter shardings and few constraints.
+Axes: `data` replicates parameters (across slices), `fsdp` shards parameters, optimiser state and batch, `tensor`
+splits heads, mlp and vocabulary. Arrays are placed by the compiler (`AxisType.Auto`) from parameter shardings and few
+constraints.
 """
 
 import math
@@ -17,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter -> mesh axis. The model width of every kernel is sharded, never the layer axis: gathers and
-# reductions then need no layout copies.
+# Logical axis of a parameter -> mesh axis. The model width of every kernel is sharded, never the layer axis: gathers
+# and reductions then need no layout copies.
 RULES: dict[str, str | None] = {
     "embed": "fsdp",
     "heads": "tensor",
@@ -43,7 +44,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     if bad:
         wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"mesh ({wanted}) does not fit {len(devices)} devices: the product must be {len(devices)}, at most one size is -1"
+            f"mesh ({wanted}) does not fit {len(devices)} devices: the product must be that, with at most one -1"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
@@ -70,7 +71,9 @@ def parameter_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | A
             else:
                 left.append(axis)
     for axis in left:
-        free = [i for i in range(len(shape)) if spec[i] is None and axes[i] != "layers" and shape[i] % mesh.shape[axis] == 0]
+        free = [
+            i for i in range(len(shape)) if spec[i] is None and axes[i] != "layers" and shape[i] % mesh.shape[axis] == 0
+        ]
         if free:
             spec[max(free, key=lambda i: shape[i])] = axis
     return P(*spec)
@@ -91,7 +94,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         if mesh.shape["fsdp"] > 1 and all(axis is None for axis in spec) and bytes_replicated > MAX_REPLICATED_BYTES:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} {array.shape} would be replicated on every device "
-                f"({bytes_replicated / 2**20:.0f} MiB): no dimension divides by fsdp={mesh.shape['fsdp']}; change the mesh"
+                f"({bytes_replicated / 2**20:.0f} MiB): fsdp={mesh.shape['fsdp']} divides no dimension; change the mesh"
             )
         return leaf.replace(NamedSharding(mesh, spec))
 

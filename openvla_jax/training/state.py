@@ -36,7 +36,9 @@ def make_init(model: VLAConfig, dtype, optimizer: optax.GradientTransformation) 
     return init
 
 
-def abstract_state(model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def abstract_state(
+    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the state (two trees of one structure); no arrays are made."""
     state = jax.eval_shape(make_init(model, dtype, optimizer), jax.random.key(0))
     return state, shardings(state, mesh)

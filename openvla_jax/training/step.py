@@ -24,8 +24,8 @@ def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, remat: str = "no
     """Summed cross-entropy over the batch's target tokens, and sums for the metrics.
 
     Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
-    behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin centres
-    of normalised actions in [-1, 1]. Images are uint8; floating ones are taken as normalised already.
+    behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin
+    centres of normalised actions in [-1, 1]. Images are uint8; floating ones are taken as normalised already.
     """
     normalised = jnp.issubdtype(batch.images.dtype, jnp.floating)
     pixels = batch.images if normalised else model.normalize(batch.images)

@@ -1,4 +1,6 @@
-"""Random checkpoints of any model config, in the reference's layouts, written with the libraries that the field uses."""
+"""Random checkpoints of any model config, in the reference's layouts, written with the libraries that the field
+uses.
+"""
 
 import dataclasses
 import json
@@ -84,7 +86,9 @@ def random_tensors(config: VLAConfig, layout: str, dtype: str = "float32", seed:
 
 
 def hf_config(config: VLAConfig, variant: str, dtype: str) -> dict:
-    """config.json of the reference, as published checkpoints have it: sizes of the language model, none of the towers."""
+    """config.json of the reference, as published checkpoints have it: sizes of the language model, none of the
+    towers.
+    """
     vision, llm, projector, resize = VARIANTS[variant]
     llama: LlamaConfig = config.llama
     return {

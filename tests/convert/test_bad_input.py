@@ -35,7 +35,9 @@ def single(tmp_path) -> Path:
 
 
 def assert_refused(src: Path, *wanted: str, lines: int = 1, **options) -> None:
-    """The import stops with one line that has all of `wanted`, and leaves nothing behind, neither DST nor half of it."""
+    """The import stops with one line that has all of `wanted`, and leaves nothing behind, neither DST nor half of
+    it.
+    """
     dst = src.parent / "dst"
     before = sorted(src.parent.iterdir())
     with pytest.raises(ConversionError) as error:
@@ -264,6 +266,24 @@ def test_folders_that_hold_something_else(tmp_path):
     assert_refused(tmp_path / "nowhere", "does not exist")
 
 
+@pytest.mark.parametrize(
+    ("change", "text"), [("remove", "damaged"), ("cut", "damaged"), ("metadata", "not a readable")]
+)
+def test_damaged_checkpoint_is_not_exported(hf, tmp_path, change, text):
+    import_weights(hf, tmp_path / "orbax")
+    chunk = tmp_path / "orbax" / "params" / "llama.blocks.mlp.up.kernel" / "1.0.0"
+    if change == "remove":
+        chunk.unlink()
+    elif change == "cut":
+        chunk.write_bytes(chunk.read_bytes()[:-2])
+    else:
+        (tmp_path / "orbax" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(ConversionError, match=text) as error:
+        export_weights(tmp_path / "orbax", tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "orbax"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The destination
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +298,7 @@ def test_existing_destination_is_refused_and_untouched(hf, tmp_path):
     dst.mkdir()
     (dst / "mine.txt").write_text("mine")
     for convert in (import_weights, export_weights):
-        with pytest.raises(ConversionError, match="exists: .* --overwrite"):
+        with pytest.raises(ConversionError, match=r"exists: .* --overwrite"):
             convert(hf, dst)
     assert contents(dst) == {"mine.txt": b"mine"}
 

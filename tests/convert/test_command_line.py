@@ -33,7 +33,7 @@ def test_import_verify_export_inspect_and_errors(tmp_path):
     refused = run("import", tmp_path / "hf", tmp_path / "orbax")
     assert refused.returncode == 1
     assert refused.stderr.strip() == (
-        f"convert_weights.py import: {tmp_path / 'orbax'} exists: name another destination, or pass --overwrite to replace it"
+        f"convert_weights.py import: {tmp_path / 'orbax'} exists: name another destination, or pass --overwrite to replace it"  # noqa: E501
     )
     write_hf(tmp_path / "other", "siglip-letterbox", seed=1)
     different = run("verify", tmp_path / "other", tmp_path / "orbax")

@@ -17,7 +17,9 @@ BOUND = 2e-4
 
 @pytest.fixture(scope="module", params=["openvla_tiny", "openvla_tiny_native"])
 def imported(request, tmp_path_factory, shared):
-    """(graphdef, state, contract) of an imported golden, its parameters spread over a mesh of eight devices by Orbax."""
+    """(graphdef, state, contract) of an imported golden, its parameters spread over a mesh of eight devices by
+    Orbax.
+    """
     dst = tmp_path_factory.mktemp("imported") / request.param
     import_weights(golden(request.param), dst, tokenizer=shared / "data" / "llama2_tokenizer")
     contract = load_contract(dst)

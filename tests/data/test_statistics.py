@@ -101,7 +101,7 @@ def test_empty_data_and_empty_episodes_are_told(tmp_path, caplog):
     fake_rlds.write(tmp_path, {"train": [[fake_rlds.episode(0), fake_rlds.episode(1, steps=0)]]})
     result = dataset_statistics(open_source(fake_rlds.config(), str(tmp_path)))
     assert (result["num_transitions"], result["num_trajectories"]) == (5, 2)
-    assert "dataset 'fake': 1 of 2 episodes have no steps" in caplog.text
+    assert "dataset 'fake': 1 of 2 episodes have no steps: fake-train.tfrecord-00000-of-00001#1" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ class Expert:
 
     def predict_actions(self, images, instructions):
         self.seen.append((np.stack(images), list(instructions)))
-        return np.stack([np.zeros(7) if i in self.lazy else expert_action(world) for i, world in enumerate(self.worlds)])
+        return np.stack(
+            [np.zeros(7) if i in self.lazy else expert_action(world) for i, world in enumerate(self.worlds)]
+        )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,9 @@ def test_report_and_figures(tmp_path):
     worlds = [Tabletop(seed) for seed in range(6)]
     result = run_rollouts(Expert(worlds, lazy={1}), worlds, record=6)
     pytest.importorskip("matplotlib")
-    metrics = [{"step": s, "train/loss": 5 / s, "train/action_accuracy": 0.1, "train/action_l1": 0.2} for s in range(1, 20)]
+    metrics = [
+        {"step": s, "train/loss": 5 / s, "train/action_accuracy": 0.1, "train/action_l1": 0.2} for s in range(1, 20)
+    ]
     metrics.append({"step": 19, "val/loss": 1.0})
     curves = figures.training_curves(metrics, tmp_path / "curves.png")
     strip = figures.rollout_strip(result, tmp_path / "strip.png")

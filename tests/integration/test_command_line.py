@@ -55,7 +55,13 @@ def test_bad_settings_stop_before_anything_is_written(tmp_path, data_dir, settin
     [("--config.trian.steps=3", "train"), ("--config.train.steps=many", "many"), ("--config.mesh.fsdp=3", "1 devices")],
 )
 def test_the_command_prints_one_line(tmp_path, data_dir, override, message):
-    arguments = ["--config", "configs/debug.py", "--workdir", str(tmp_path / "run"), f"--config.data.data_dir={data_dir}"]
+    arguments = [
+        "--config",
+        "configs/debug.py",
+        "--workdir",
+        str(tmp_path / "run"),
+        f"--config.data.data_dir={data_dir}",
+    ]
     result = run("train.py", *arguments, override)
     assert result.returncode == 2, result.stderr[-2000:]
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

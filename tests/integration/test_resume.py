@@ -1,4 +1,6 @@
-"""Train, kill -9, run again: the curve is the uninterrupted run's. Through the command line, in processes of their own."""
+"""Train, kill -9, run again: the curve is the uninterrupted run's. Through the command line, in processes of their
+own.
+"""
 
 import json
 import os

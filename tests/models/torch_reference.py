@@ -176,7 +176,7 @@ def projector_arrays(module: torch.nn.Sequential, gradients: bool = False) -> di
 
 
 class TorchVLA(torch.nn.Module):
-    """Towers, projector and Llama put together as the reference does: patches directly after BOS."""
+    """Towers, projector and Llama put together as the reference does: patches directly after BOS, pads masked."""
 
     def __init__(self, config: VLAConfig, seed: int):
         super().__init__()
@@ -190,7 +190,9 @@ class TorchVLA(torch.nn.Module):
         per_tower = zip(self.towers, self.config.towers, pixels.split(3, dim=1), strict=True)
         patches = self.projector(torch.cat([features(*arguments) for arguments in per_tower], dim=-1))
         text = self.llama.model.embed_tokens(ids)
-        return self.llama(inputs_embeds=torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)).logits
+        embeddings = torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
+        real = torch.cat([torch.ones(patches.shape[:2], dtype=torch.bool), ids != self.config.pad_token], dim=1)
+        return self.llama(inputs_embeds=embeddings, attention_mask=real).logits
 
     def arrays(self, gradients: bool = False) -> dict[str, np.ndarray]:
         arrays = {f"llama/{k}": v for k, v in llama_arrays(self.llama, self.config.llama, gradients).items()}

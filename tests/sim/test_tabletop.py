@@ -44,7 +44,9 @@ def test_expert_recovers_from_noise_and_wrong_gripper_commands():
 def test_random_actions_rarely_succeed():
     rng = np.random.default_rng(0)
     low, high = [-MAX_STEP] * 3 + [0] * 4, [MAX_STEP] * 3 + [0] * 3 + [1]
-    assert np.mean([run(Tabletop(seed), lambda world: rng.uniform(low, high)) is not None for seed in range(300)]) <= 0.1
+    assert (
+        np.mean([run(Tabletop(seed), lambda world: rng.uniform(low, high)) is not None for seed in range(300)]) <= 0.1
+    )
 
 
 def test_scenes_are_deterministic_separated_and_balanced():
@@ -73,7 +75,12 @@ def test_grasp_needs_height_and_nearness_and_release_drops():
     world = Tabletop(0)
     target = world.objects[world.scene.target].copy()
     close, wait = np.zeros(7), np.array([0, 0, 0, 0, 0, 0, 1.0])
-    for offset, height, holds in [((0, 0), 0.0, True), ((0, 0), 0.06, False), ((0.05, 0), 0.0, False), ((0.02, 0.02), 0.02, True)]:
+    for offset, height, holds in [
+        ((0, 0), 0.0, True),
+        ((0, 0), 0.06, False),
+        ((0.05, 0), 0.0, False),
+        ((0.02, 0.02), 0.02, True),
+    ]:
         world = Tabletop(0)
         world.gripper = np.array([*(target[:2] + offset), height])
         world.step(wait)
@@ -94,7 +101,9 @@ def test_lifting_another_object_is_no_success():
     assert world.held == other and world.objects[other, 2] >= LIFT_HEIGHT and not world.success
 
 
-@pytest.mark.parametrize("action", [np.zeros(6), np.zeros((1, 7)), np.array([np.nan] + [0] * 6), np.array([0] * 6 + [np.inf])])
+@pytest.mark.parametrize(
+    "action", [np.zeros(6), np.zeros((1, 7)), np.array([np.nan] + [0] * 6), np.array([0] * 6 + [np.inf])]
+)
 def test_bad_actions_are_refused(action):
     with pytest.raises(ValueError, match="expected 7 finite numbers"):
         Tabletop(0).step(action)
@@ -114,7 +123,13 @@ def test_every_part_of_the_state_can_be_seen(size):
 
     rest = picture()
     assert rest.shape == (size, size, 3)
-    variants = [picture(dx=0.02), picture(dy=0.02), picture(dz=0.02), picture(opened=False), picture(opened=False, held=0)]
+    variants = [
+        picture(dx=0.02),
+        picture(dy=0.02),
+        picture(dz=0.02),
+        picture(opened=False),
+        picture(opened=False, held=0),
+    ]
     for index, variant in enumerate(variants):
         for other in [rest, *variants[:index]]:
             changed = (np.abs(variant - other).max(axis=-1) > 12).sum()
@@ -126,9 +141,9 @@ def test_objects_appear_in_their_color_where_they_are():
         world = Tabletop(seed)
         world.gripper = np.array([-0.2, 0.2, 0.16])
         image = world.render(96).astype(int)
-        for name, (x, y, _) in zip(world.scene.colors, world.objects, strict=True):
+        for name, (x, _, _) in zip(world.scene.colors, world.objects, strict=True):
             distance = np.abs(image - np.array(COLORS[name])).sum(axis=-1)
-            rows, cols = np.nonzero(distance < 40)
+            _, cols = np.nonzero(distance < 40)
             expected = 96 / 2 + 96 / 0.5 * x
             assert len(cols) > 30 and abs(np.median(cols) + 0.5 - expected) < 4, (seed, name)
 
@@ -170,7 +185,9 @@ def test_dataset_reads_back_as_written(written):
             flags = [(step["is_first"], step["is_last"], step["is_terminal"], step["reward"]) for step in steps]
             assert flags[0] == (True, False, False, 0) and flags[-1] == (False, True, True, 1)
             assert not any(map(any, flags[1:-1]))
-    assert seeds == {split: set(range(FIRST_SEED[split], FIRST_SEED[split] + count)) for split, count in [("train", 9), ("val", 3)]}
+    assert seeds == {
+        split: set(range(FIRST_SEED[split], FIRST_SEED[split] + count)) for split, count in [("train", 9), ("val", 3)]
+    }
 
 
 def test_a_complete_dataset_is_kept_and_another_refused(written, capsys):

@@ -8,7 +8,9 @@ from openvla_jax.data.batches import Batch
 MODEL = tiny(base_vocab_size=700)
 
 
-def random_batch(rows: int, seed: int = 0, model: VLAConfig = MODEL, text_length: int = 20, action_dim: int = 7) -> Batch:
+def random_batch(
+    rows: int, seed: int = 0, model: VLAConfig = MODEL, text_length: int = 20, action_dim: int = 7
+) -> Batch:
     """Rows of different text length; the targets are the row's last `action_dim + 1` tokens, action tokens and EOS."""
     rng = np.random.default_rng(seed)
     tokens = np.full((rows, text_length), model.pad_token, np.int32)

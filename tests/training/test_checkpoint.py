@@ -18,7 +18,9 @@ from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import make_train_step
 
-STATISTICS = {"toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3, "num_trajectories": 1}}
+STATISTICS = {
+    "toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3, "num_trajectories": 1}
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,9 @@ def test_state_returns_bit_for_bit_and_goes_on_on_another_mesh(saved):
     mesh, _, abstract, placed, step = setup({"data": 2, "fsdp": 2, "tensor": 2})
     state = lib.restore_state(workdir, 2, abstract, placed)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    for before, after, where in zip(jax.tree.leaves(host_state), jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+    for before, after, where in zip(
+        jax.tree.leaves(host_state), jax.tree.leaves(state), jax.tree.leaves(placed), strict=True
+    ):
         np.testing.assert_array_equal(before, after)
         assert after.sharding == where
     for i, loss in zip(range(2, 5), losses, strict=True):
@@ -122,7 +126,7 @@ def test_unfinished_and_foreign_directories_are_refused(tmp_path, saved):
     with pytest.raises(lib.CheckpointError, match="does not exist"):
         lib.open_checkpoint(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(lib.CheckpointError, match="holds: notes.txt"):
+    with pytest.raises(lib.CheckpointError, match=r"holds: notes\.txt"):
         lib.open_checkpoint(tmp_path)
     unfinished = tmp_path / "checkpoints" / "7"
     (unfinished / "params").mkdir(parents=True)  # as a crash during a copy would leave it

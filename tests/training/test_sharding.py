@@ -70,5 +70,5 @@ def test_batch_is_split_over_data_and_fsdp():
 
 
 def test_batch_that_does_not_divide_names_the_nearest():
-    with pytest.raises(ValueError, match="batch_size 20 is not a multiple .* nearest that is: 16"):
+    with pytest.raises(ValueError, match=r"batch_size 20 is not a multiple .* nearest that is: 16"):
         sharding.check_batch(20, 1, sharding.make_mesh({"fsdp": -1}))

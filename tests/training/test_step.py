@@ -45,7 +45,7 @@ def reference():
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_any_mesh_gives_the_losses_of_one_device(sizes, reference):
-    collected, params = losses(sizes, 10)
+    collected, _ = losses(sizes, 10)
     for one, many in zip(reference[0], collected, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)

@@ -1,0 +1,35 @@
+"""python train.py --config configs/tabletop.py --workdir runs/demo
+
+The embedded task: a tiny dual-tower model learns from scratch, on a laptop CPU, to pick up the object that it is told.
+The data come from `python -m openvla_jax.sim.dataset --out runs/demo/data`.
+"""
+
+from configs.common import base
+
+
+def get_config():
+    config = base()
+    tower = {"image_size": 48, "patch_size": 12, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256}
+    config.model.preset = "tiny"
+    config.model.name = "tabletop"
+    config.model.towers = {"dino": tower, "siglip": tower}
+    config.model.llama = {"width": 96, "depth": 3, "heads": 4, "kv_heads": 4, "mlp_dim": 264}
+    config.tokenizer = "tiny"
+    config.data.dataset = "tabletop"
+    config.data.data_dir = "runs/demo/data"
+    config.data.shuffle_buffer = 20_000
+    config.data.text_length = 28  # 20 tokens of prompt, 7 of action, end of sequence
+    config.data.num_parallel_reads = 2
+    config.train.steps = 3000
+    config.train.batch_size = 32
+    config.train.dtype = "float32"
+    config.train.remat = "none"
+    config.train.log_every = 50
+    config.train.eval_every = 500
+    config.train.eval_batches = 8
+    config.train.checkpoint_every = 1000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.b2 = 0.95
+    return config
