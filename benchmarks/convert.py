@@ -97,12 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="openvla-7b", help="a preset with DINOv2 and SigLIP towers")
     parser.add_argument("--layers", type=int, help="Llama layers, if not the model's own")
-    parser.add_argument("--dir", help="where to work (default: a temporary folder beside the repository)")
+    parser.add_argument("--dir", help="where to work (default: .cache of the repository)")
     options = parser.parse_args()
     model = preset(options.model)
     if options.layers:
         model = dataclasses.replace(model, llama=dataclasses.replace(model.llama, depth=options.layers))
-    work = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=options.dir or ROOT.parent))
+    place = Path(options.dir or ROOT / ".cache")
+    place.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=place))
     convert = [sys.executable, "convert_weights.py"]
     try:
         shapes = make_checkpoint(work / "hf", model)
@@ -125,9 +127,8 @@ def main() -> None:
         shutil.rmtree(work)
     print(f"\n{model.name}: {len(shapes)} tensors, {total / 1e9:.3f} GB; copying the files: {copy:.1f} s")
     for name, (seconds, memory) in results.items():
-        print(
-            f"{name}: {seconds:.1f} s ({total / seconds / 1e6:.0f} MB/s), {seconds / copy:.2f}x copying; peak {memory / 2**30:.2f} GiB"  # noqa: E501
-        )
+        speed = f"{seconds:.1f} s ({total / seconds / 1e6:.0f} MB/s), {seconds / copy:.2f}x copying"
+        print(f"{name}: {speed}; peak resident memory {memory / 2**30:.2f} GiB")
     print(f"byte-equal after the round trip: {equal} of {len(shapes)} tensors, {len(back)} in the export")
     full_size = total > 15e9
     broken = [n for n, (s, m) in results.items() if full_size and (m > MAX_MEMORY or s > MAX_RATIO * copy)]

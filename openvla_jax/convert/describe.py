@@ -65,8 +65,9 @@ _NESTED = ("preset", "towers", "llama", "projector")  # keys of overrides that a
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint says of its model, as `VLAConfig.to_dict`, and where heads were guessed: {tower or "llama":
-    width}.
+    """What a checkpoint says of its model (as `VLAConfig.to_dict`), and where heads were guessed.
+
+    `guessed`: the width of each such tower, and of "llama".
     """
 
     data: Mapping[str, Any]

@@ -9,7 +9,13 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from openvla_jax.convert.importer import finished_or_gone, refuse_existing, require_finite, run_with_progress
+from openvla_jax.convert.importer import (
+    NEVER_FINITE,
+    finished_or_gone,
+    refuse_existing,
+    require_finite,
+    run_with_progress,
+)
 from openvla_jax.convert.names import (
     TRANSFORMS,
     ConversionError,
@@ -22,6 +28,7 @@ from openvla_jax.convert.names import (
 from openvla_jax.convert.reference_files import hf_files, native_files
 from openvla_jax.convert.sources import Source, open_source
 from openvla_jax.convert.torch_io import PtWriter, Tensor, fill, lay_out_safetensors
+from openvla_jax.tokens import save_tokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -47,6 +54,7 @@ def export_weights(
     dst = Path(dst)
     refuse_existing(dst, overwrite)
     source = open_source(src)
+    tokenizer = source.contract().tokenizer
     layout: Literal["hf", "native"] = "hf" if format == "hf" else "native"
     notes = [*source.notes, *_require_leaves(source)]
     stored = {leaf: d for leaf, (d, _) in source.weights.leaves.items()}
@@ -66,24 +74,20 @@ def export_weights(
             writer = PtWriter(folder / "checkpoints" / name, {"model": _nest(specs)})
             _write_tensors(source, layout, {key.removeprefix("model."): t for key, t in writer.tensors.items()}, total)
             writer.finish()
-        tokenizer = source.contract().tokenizer
         if tokenizer is not None:
-            from openvla_jax.tokens import save_tokenizer
-
             save_tokenizer(tokenizer, folder)
     return notes
 
 
 def _require_leaves(source: Source) -> list[str]:
-    """Raises with all differences between what the checkpoint holds and its model; remarks on unused leaves it
-    lacks.
-    """
+    """Raises with all differences between a checkpoint and its model; remarks on unused leaves that it lacks."""
     held, wanted = source.weights.leaves, leaf_shapes(source.model)
     problems = [f"{leaf} is missing" for leaf in wanted if leaf not in held and not leaf.startswith("unused/")]
     problems += [f"{leaf} is not part of the model" for leaf in held if leaf not in wanted]
     problems += [
         f"{leaf} has shape {held[leaf][1]}, wanted {wanted[leaf]}" for leaf in held if held[leaf][1] != wanted.get(leaf)
     ]
+    problems += [f"{leaf} is {dtype}" for leaf, (dtype, _) in held.items() if dtype.name not in NEVER_FINITE]
     if problems:
         raise ConversionError(
             f"{source.path} does not fit its model:\n" + "\n".join(f"  {problem}" for problem in problems)

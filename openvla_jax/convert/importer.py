@@ -78,9 +78,7 @@ def require_finite(x: np.ndarray, name: str, where: object) -> None:
 
 
 def run_with_progress(job: Callable[[T], int], items: Iterable[T], total: int, title: str) -> None:
-    """Runs `job` on all items, a few at a time; each returns the bytes it dealt with. The first failure stops the
-    rest.
-    """
+    """Runs `job` on all items, a few at a time; each returns the bytes it dealt with. A failure stops the rest."""
     with (
         tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=title) as bar,
         concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
@@ -110,8 +108,7 @@ def refuse_existing(dst: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def finished_or_gone(dst: Path, nbytes: int) -> Iterator[Path]:
-    """A folder beside `dst` to write into, which takes its name when the block ends well and is removed when it does
-    not.
+    """A folder beside `dst` to write into: it takes the name when the block ends well, and is removed when it does not.
 
     A killed process leaves `.DST.incomplete-*` behind and nothing under the name `dst`.
     """
@@ -124,22 +121,26 @@ def finished_or_gone(dst: Path, nbytes: int) -> Iterator[Path]:
         )
     folder = Path(tempfile.mkdtemp(prefix=f".{dst.name}.incomplete-", dir=parent))
     folder.chmod(0o777 & ~_umask())
+    old = folder.with_name(folder.name.replace("incomplete", "replaced"))
     try:
         yield folder
         _flush(folder)
-        old = Path(tempfile.mkdtemp(prefix=f".{dst.name}.replaced-", dir=parent)) if dst.exists() else None
-        if old is not None:
-            os.replace(dst, old / dst.name)
+        if dst.exists():
+            os.replace(dst, old)
         os.replace(folder, dst)
-        if old is not None:
-            shutil.rmtree(old)
     except BaseException as error:
+        if old.exists():
+            os.replace(old, dst)
         shutil.rmtree(folder, ignore_errors=True)
         if _is_disk_full(error):
             raise ConversionError(
                 f"{parent}: the disk filled up, {nbytes / 1e9:.1f} GB are needed: free space"
             ) from error
         raise
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def _flush(folder: Path) -> None:
@@ -153,7 +154,7 @@ def _flush(folder: Path) -> None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def _umask() -> int:

@@ -100,10 +100,13 @@ class OrbaxWriter:
 
 
 class OrbaxReader:
-    """The arrays of a complete checkpoint directory, written by Orbax or by `OrbaxWriter`; `arrays` by `item/path`."""
+    """The arrays of a complete checkpoint directory, written by Orbax or by `OrbaxWriter`.
+
+    `leaves`: {item/path: (dtype, shape)}. Raises ConversionError where the checkpoint is damaged.
+    """
 
     def __init__(self, directory: Path, items: tuple[str, ...] = ("params", "unused")):
-        self.arrays: dict[str, Any] = {}
+        self._arrays: dict[str, Any] = {}
         self._directory = directory
         context = ts.Context(_CONTEXT)
         for item in items:
@@ -118,19 +121,22 @@ class OrbaxReader:
                 pending = {
                     f"{item}/{'/'.join(p)}": ts.open(_open_spec(folder, p, metadata), context=context) for p in paths
                 }
-                self.arrays |= {leaf: future.result() for leaf, future in pending.items()}
+                self._arrays |= {leaf: future.result() for leaf, future in pending.items()}
             except (OSError, ValueError, KeyError) as error:
                 raise ConversionError(
                     f"{folder} is not a readable Orbax item ({error}): the checkpoint is damaged"
                 ) from None
+        self.leaves: dict[str, tuple[np.dtype, Shape]] = {
+            leaf: (array.dtype.numpy_dtype, tuple(array.shape)) for leaf, array in self._arrays.items()
+        }
 
     def step(self, leaf: str) -> int:
         """Layers that a stacked leaf's chunks hold: reading fewer at a time would read some bytes again."""
-        return max(1, self.arrays[leaf].chunk_layout.read_chunk.shape[0]) if is_stacked(leaf) else 1
+        return max(1, self._arrays[leaf].chunk_layout.read_chunk.shape[0]) if is_stacked(leaf) else 1
 
     def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
         """Layers first..first + count of a stacked leaf, or all of another one."""
-        array = self.arrays[leaf]
+        array = self._arrays[leaf]
         try:
             return np.asarray((array[first : first + count] if is_stacked(leaf) else array).read().result())
         except ValueError as error:

@@ -94,9 +94,8 @@ def load_towers(
     """All towers of a model from timm's files, under `prefixes` by tower name, at the model's image size."""
     missing = [tower.name for tower in named.towers if tower.name not in parts]
     if missing:
-        raise ConversionError(
-            f"{where}: no vision tower {' and '.join(missing)} in it: pass {' '.join(f'--part {name}=PATH' for name in missing)}"  # noqa: E501
-        )
+        wanted = " ".join(f"--part {name} PATH" for name in missing)
+        raise ConversionError(f"{where}: no vision tower {' and '.join(missing)} in it: pass {wanted}")
     return {
         prefixes[tower.name] + name: tensor
         for tower in named.towers

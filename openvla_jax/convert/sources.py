@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from openvla_jax.config import VLAConfig
+from openvla_jax.config import VLAConfig, preset
 from openvla_jax.convert.describe import HF_DEFAULTS, describe, merge, named_hf, named_native, read_json, read_overrides
 from openvla_jax.convert.names import (
     TRANSFORMS,
@@ -36,9 +36,7 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
 class TorchWeights:
-    """Leaves of the tree, read from the tensors of a PyTorch checkpoint; checked one to one against the table of
-    names.
-    """
+    """Leaves of the tree, read from a PyTorch checkpoint, which is checked one to one against the table of names."""
 
     def __init__(self, config: VLAConfig, layout: str, tensors: Mapping[str, Any], where: str):
         self.slots = table(config, layout)
@@ -68,21 +66,6 @@ class TorchWeights:
         return np.stack([self.read_slot(slot) for slot in slots[first : first + count]])
 
 
-class OrbaxWeights:
-    """Leaves of the tree in an Orbax checkpoint."""
-
-    def __init__(self, config: VLAConfig, directory: Path):
-        self._reader = OrbaxReader(directory)
-        arrays = self._reader.arrays
-        self.leaves = {leaf: (array.dtype.numpy_dtype, tuple(array.shape)) for leaf, array in arrays.items()}
-
-    def step(self, leaf: str) -> int:
-        return self._reader.step(leaf)
-
-    def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
-        return self._reader.read(leaf, first, count)
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Weights and everything that is known about them; `tokenizer` is a folder or None."""
@@ -90,7 +73,7 @@ class Source:
     kind: Literal["hf", "native", "orbax", "parts"]
     path: Path
     model: VLAConfig
-    weights: TorchWeights | OrbaxWeights
+    weights: TorchWeights | OrbaxReader
     statistics: Mapping[str, Any]
     tokenizer: Path | None
     preprocessing: Mapping[str, Any]
@@ -107,7 +90,8 @@ class Source:
         tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
         if tokenizer is not None and tokenizer.pad_token_id != self.model.pad_token:
             raise ConversionError(
-                f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: not its tokenizer"  # noqa: E501
+                f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: "
+                "it is the tokenizer of another model"
             )
         return Contract(self.model, tokenizer, self.statistics, dict(self.preprocessing), {"source": dict(self.origin)})
 
@@ -190,8 +174,8 @@ def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) 
     model = described.model(overrides)
     if config.get("pad_token_id", model.pad_token) != model.pad_token:
         raise ConversionError(
-            f"{folder}/config.json: pad_token_id {config['pad_token_id']}, but vocab_size {model.llama.vocab_size} less "  # noqa: E501
-            f"pad_to_multiple_of is {model.pad_token}: mend config.json"
+            f"{folder}/config.json: pad_token_id {config['pad_token_id']}, but vocab_size {model.llama.vocab_size} "
+            f"less pad_to_multiple_of is {model.pad_token}: mend config.json"
         )
     statistics = _statistics(folder, config.get("norm_stats") or {})
     tokenizer, notes = _tokenizer(folder, tokenizer, described.notes(overrides))
@@ -218,10 +202,8 @@ def _statistics(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]
 def _tokenizer(folder: Path, given: Path | None, notes: Sequence[str]) -> tuple[Path | None, list[str]]:
     if given is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         given = folder
-    missing = (
-        [] if given else ["no tokenizer files beside the weights: a policy needs them, --tokenizer FOLDER brings them"]
-    )
-    return given, [*notes, *missing]
+    missing = "no tokenizer files beside the weights: a policy needs them, --tokenizer FOLDER brings them"
+    return given, [*notes, *([] if given else [missing])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,8 +225,6 @@ def open_native(path: Path, parts: Mapping[str, str], overrides: Mapping[str, An
         )
     run = next((folder for folder in path.absolute().parents[:2] if (folder / "config.json").exists()), path.parent)
     if "preset" in overrides:
-        from openvla_jax.config import preset
-
         named = preset(overrides["preset"])
         config = {}
     else:
@@ -308,17 +288,9 @@ def open_orbax(path: Path) -> Source:
     directory = Path(open_checkpoint(path))
     contract = load_contract(directory)
     tokenizer = directory / "contract" / "tokenizer" if contract.tokenizer is not None else None
-    weights = OrbaxWeights(contract.model, directory)
     origin = contract.training.get("source", {})
     notes = [] if tokenizer else ["the checkpoint has no tokenizer: import it again with --tokenizer"]
+    weights, model = OrbaxReader(directory), contract.model
     return Source(
-        "orbax",
-        directory,
-        contract.model,
-        weights,
-        contract.statistics,
-        tokenizer,
-        contract.preprocessing,
-        origin,
-        notes,
+        "orbax", directory, model, weights, contract.statistics, tokenizer, contract.preprocessing, origin, notes
     )

@@ -193,7 +193,7 @@ def read_pt(path: Path) -> dict[str, Any]:
                 content = _Unpickler(data).load()
     except zipfile.BadZipFile as error:
         raise ConversionError(
-            f"{path}: not a complete torch.save archive ({error}): download it again, or save it again with PyTorch >= 1.6"  # noqa: E501
+            f"{path}: not a complete torch.save archive ({error}): download it, or save it with PyTorch >= 1.6, again"
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{error}" if str(error).startswith(str(path)) else f"{path} {error}") from None

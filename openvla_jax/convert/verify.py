@@ -71,7 +71,7 @@ def verify_weights(
     if comparable and not tensors_only:
         inputs = make_inputs(sources[0], seed)
         outputs = [compute(source, inputs) for source in sources]
-        difference, *found = _compare_outputs(outputs, sources, threshold)
+        difference, *found = _compare_outputs(outputs, threshold)
         lines, failures = lines + found[0], failures + found[1]
     return Report(tuple(lines), tuple(failures), difference)
 
@@ -154,7 +154,8 @@ def _compare_tensors(a: Source, b: Source) -> tuple[list[str], list[str]]:
             if beyond:
                 failures.append(f"{leaf} differs by up to {worst:.3g}")
     lines = [
-        f"tensors of {name}: {row['equal']} of {row['leaves']} leaves equal, max |d| {row['worst']:.3g} ({', '.join(sorted(row['dtypes']))})"  # noqa: E501
+        f"tensors of {name}: {row['equal']} of {row['leaves']} leaves equal, max |d| {row['worst']:.3g} "
+        f"({', '.join(sorted(row['dtypes']))})"
         for name, row in components.items()
     ]
     return lines, failures[:20] + ([f"and {len(failures) - 20} more leaves"] if len(failures) > 20 else [])
@@ -258,17 +259,15 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
     return Outputs(logits[real], tokens, actions)
 
 
-def _compare_outputs(
-    outputs: list[Outputs], sources: list[Source], threshold: float
-) -> tuple[float, list[str], list[str]]:
+def _compare_outputs(outputs: list[Outputs], threshold: float) -> tuple[float, list[str], list[str]]:
     a, b = outputs
     difference = float(np.abs(a.logits - b.logits).max())
-    p, q = (np.asarray(jax.nn.log_softmax(x.astype(np.float64)), np.float64) for x in (a.logits, b.logits))
+    p, q = (_log_softmax(x.astype(np.float64)) for x in (a.logits, b.logits))
     divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
     agreement = float((a.logits.argmax(-1) == b.logits.argmax(-1)).mean())
     lines = [
-        f"logits at {len(a.logits)} text positions: max |d| {difference:.3g} (threshold {threshold:g}), mean KL {divergence:.3g}, "  # noqa: E501
-        f"argmax agreement {agreement:.2%}",
+        f"logits at {len(a.logits)} text positions: max |d| {difference:.3g} (threshold {threshold:g}), "
+        f"mean KL {divergence:.3g}, argmax agreement {agreement:.2%}",
         f"greedy action tokens: {float((a.tokens == b.tokens).mean()):.2%} equal",
     ]
     failures = []
@@ -284,6 +283,11 @@ def _compare_outputs(
     return difference, lines, failures
 
 
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Inspect
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +296,7 @@ def _compare_outputs(
 def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | None = None) -> str:
     """What `src` is: model, parameters and dtypes by component, statistics keys, and what is missing."""
     source = open_source(src, model_config=model_config)
-    model = source.model
+    model, llama = source.model, source.model.llama
     components: dict[str, list[Any]] = {}
     for leaf, (dtype, shape) in source.weights.leaves.items():
         row = components.setdefault(_component(leaf), [0, set()])
@@ -305,14 +309,14 @@ def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | 
     lines = [
         _title(source),
         *(
-            f"tower {t.name}: {t.image_size} px, patch {t.patch_size}, width {t.width}, depth {t.depth}, heads {t.heads}, "  # noqa: E501
-            f"mlp {t.mlp_dim}, {t.activation}, mean {list(t.mean)}, std {list(t.std)}"
+            f"tower {t.name}: {t.image_size} px, patch {t.patch_size}, width {t.width}, depth {t.depth}, "
+            f"heads {t.heads}, mlp {t.mlp_dim}, {t.activation}, mean {list(t.mean)}, std {list(t.std)}"
             for t in model.towers
         ),
         f"projector: {model.projector.kind}",
-        f"language model: width {model.llama.width}, depth {model.llama.depth}, heads {model.llama.heads} ({model.llama.kv_heads} kv), "  # noqa: E501
-        f"mlp {model.llama.mlp_dim}, vocabulary {model.llama.vocab_size} ({model.base_vocab_size} + padding), "
-        f"rms eps {model.llama.norm_eps:g}, rope theta {model.llama.rope_theta:g}",
+        f"language model: width {llama.width}, depth {llama.depth}, heads {llama.heads} ({llama.kv_heads} kv), "
+        f"mlp {llama.mlp_dim}, vocabulary {llama.vocab_size} ({model.base_vocab_size} + padding), "
+        f"rms eps {llama.norm_eps:g}, rope theta {llama.rope_theta:g}",
         f"prompt: {model.prompt_family}; images: {model.resize}; {dict(source.preprocessing)}",
         *(f"{name}: {count:,} parameters, {', '.join(sorted(dtypes))}" for name, (count, dtypes) in components.items()),
         f"total: {total:,} parameters{tensors}, {source.nbytes:,} bytes",

@@ -9,7 +9,7 @@ import numpy as np
 
 from openvla_jax.sim.tabletop import Tabletop
 
-MAX_STEPS = 24  # the expert needs at most 11
+MAX_STEPS = 12  # the expert needs about 5
 # Evaluation scenes have seeds 0, 1, 2, ...: far below those of the training data.
 FIRST_SEED = 0
 

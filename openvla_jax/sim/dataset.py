@@ -28,7 +28,8 @@ VERSION = "1.0.0"
 IMAGE_SIZE = 48
 # Scenes of the splits never meet, nor those of the evaluation, which counts from 0.
 FIRST_SEED = {"train": 1_000_000, "val": 2_000_000}
-MAX_STEPS = 24
+MAX_STEPS = 12
+JUMP_LOW, JUMP_HIGH = (-0.16, -0.16, -0.02), (0.16, 0.2, 0.1)  # where a disturbance puts the gripper; z is relative
 SHARDS = 8  # of the train split
 
 # Steps are laid out as in Open X-Embodiment: observation, action, instruction and the RLDS flags.
@@ -57,9 +58,9 @@ FEATURES = tfds.features.FeaturesDict(
 def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
     """(instruction, steps) of one episode; each step has image uint8 [48, 48, 3], state [8], action [7] float32.
 
-    What is stored is what the expert would do; what is executed is that plus noise now and then (and rarely the wrong
-    gripper command), so that the episodes also visit states beside the expert's path and show the way back
-    (Laskey et al. 2017, DART). `noise` is its standard deviation in metres.
+    What is stored is what the expert would do; what is executed is, now and then, that plus noise or a jump to anywhere
+    (and rarely the wrong gripper command), so that the episodes also visit states beside the expert's path and show the
+    way back (Laskey et al. 2017, DART). `noise` is the standard deviation in metres; 0 executes what is stored.
     """
     rng = np.random.default_rng([seed, 1])
     world = Tabletop(seed)
@@ -68,7 +69,11 @@ def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
         action = expert_action(world)
         steps.append({"image": world.render(IMAGE_SIZE), "state": world.state, "action": action})
         executed = action.astype(np.float64)
-        executed[:3] += rng.normal(0.0, noise, 3) * (rng.random() < 0.4)
+        kind = rng.random() if noise else 1.0
+        if kind < 0.25:
+            executed[:3] = rng.uniform(JUMP_LOW, JUMP_HIGH) - world.gripper * (1, 1, 0)
+        elif kind < 0.5:
+            executed[:3] += rng.normal(0.0, noise, 3)
         if noise and rng.random() < 0.03:
             executed[6] = 1.0 - executed[6]
         if world.step(executed):

@@ -3,7 +3,8 @@
 World frame in metres: x to the right, y away from the camera, z up from the table. The camera is orthographic and
 looks down at 45 degrees, so height and depth both move things up in the image; the gripper's shadow tells them apart.
 Nothing that matters is hidden: gripper position, opening and grasp can all be read from one frame, so a policy without
-memory can solve the task. Colours differ within a scene, hence the colour word alone decides which object is meant.
+memory can solve the task. Each colour has its own lane across the table, so the colour word alone tells the lane; how
+far along it the object lies, and where the gripper is, only the image tells.
 """
 
 from dataclasses import dataclass
@@ -14,25 +15,22 @@ COLORS = {
     "red": (214, 39, 40),
     "green": (36, 150, 60),
     "blue": (30, 80, 220),
-    "yellow": (245, 205, 20),
-    "purple": (150, 60, 200),
-    "cyan": (40, 200, 215),
 }
 SHAPES = ("cube", "ball")
 OBJECTS_PER_SCENE = 3
 
 REACH = 0.18  # the gripper moves within |x|, |y| <= REACH
 CEILING = 0.16  # and 0 <= z <= CEILING
-OBJECT_LOW, OBJECT_HIGH = (-0.16, -0.11), (0.16, 0.16)  # x and y of object centres lie between these
-HOME, HOME_SPREAD = np.array([0.0, -0.15, 0.12]), 0.02  # the gripper starts in front, give or take the spread per axis
+LANE_SPACING, LANE_JITTER = 0.13, 0.015  # objects lie within the jitter of their lane's x
+OBJECT_Y = (-0.09, 0.17)  # and anywhere between these along it
+HOME, HOME_SPREAD = np.array([0.0, -0.15, 0.12]), 0.01  # the gripper starts in front, give or take the spread per axis
 OBJECT_HALF = 0.04  # half the edge of a cube, radius of a ball
-MIN_SEPARATION = 0.14  # between object centres
-GRASP_RADIUS = 0.035  # closing takes the object whose centre is nearer than this, in x and y,
+GRASP_RADIUS = 0.04  # closing takes the object whose centre is nearer than this, in x and y,
 GRASP_HEIGHT = 0.03  # when the finger tips are lower than this
 LIFT_HEIGHT = 0.10  # the episode succeeds when the named object is held at this height
 HOVER = 0.10  # the expert's height on the way
-KEY_STEP = 0.025  # its translations are multiples of this
-MAX_STEP = 0.05  # the largest translation of one action along each axis
+KEY_STEP = 0.03  # its translations are multiples of this
+MAX_STEP = 0.30  # the largest translation of one action along each axis
 
 STATE_DIM = 8  # xyz, roll pitch yaw, pad, gripper: the POS_EULER layout of Open X-Embodiment
 ACTION_DIM = 7
@@ -59,12 +57,10 @@ class Scene:
 def sample_scene(seed: int) -> Scene:
     """A scene, the same for the same seed (any non-negative integer) on every machine."""
     rng = np.random.default_rng(seed)
-    while True:  # rejection: about one draw in three is far enough apart
-        positions = rng.uniform(OBJECT_LOW, OBJECT_HIGH, (OBJECTS_PER_SCENE, 2))
-        gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-        if gaps[~np.eye(OBJECTS_PER_SCENE, dtype=bool)].min(initial=np.inf) >= MIN_SEPARATION:
-            break
-    colors = tuple(str(c) for c in rng.choice(list(COLORS), OBJECTS_PER_SCENE, replace=False))
+    order = rng.permutation(OBJECTS_PER_SCENE)
+    colors = tuple(list(COLORS)[i] for i in order)
+    x = LANE_SPACING * (order - 1.0) + rng.uniform(-LANE_JITTER, LANE_JITTER, OBJECTS_PER_SCENE)
+    positions = np.stack([x, rng.uniform(*OBJECT_Y, OBJECTS_PER_SCENE)], axis=1)
     shapes = tuple(str(s) for s in rng.choice(SHAPES, OBJECTS_PER_SCENE))
     gripper = HOME + rng.uniform(-HOME_SPREAD, HOME_SPREAD, 3)
     return Scene(colors, shapes, positions, int(rng.integers(OBJECTS_PER_SCENE)), gripper)
@@ -138,17 +134,17 @@ class Tabletop:
 def expert_action(world: Tabletop) -> np.ndarray:
     """float32 [7]: the next action towards lifting the named object, a function of the visible state alone.
 
-    Like a teleoperator with keys, it moves in multiples of KEY_STEP. It goes towards the object, lower as it gets
-    nearer, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
+    Like a teleoperator with keys, it moves in multiples of KEY_STEP. It travels to the object at hover height,
+    comes down, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
     Every state has an answer, so perturbed states show a learner how to recover.
     """
     if world.held == world.scene.target:
-        return np.array([0, 0, MAX_STEP, 0, 0, 0, 0], np.float32)
+        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, 0], np.float32)
     if not world.open:
-        return np.array([0, 0, MAX_STEP, 0, 0, 0, 1], np.float32)
+        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, 1], np.float32)
     dx, dy = _keys(world.objects[world.scene.target, :2] - world.gripper[:2])
-    height = min(HOVER, 2 * max(abs(dx), abs(dy)))
-    dz = _keys(height - world.gripper[2])
+    near = max(abs(dx), abs(dy)) < 1.5 * KEY_STEP
+    dz = _keys((0.0 if near else HOVER) - world.gripper[2])
     done = dx == dy == dz == 0
     return np.array([dx, dy, dz, 0, 0, 0, 0 if done else 1], np.float32)
 

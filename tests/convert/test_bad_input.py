@@ -206,7 +206,7 @@ def test_pt_without_a_model_or_without_vision(tmp_path):
     torch.save({"weights": {}}, tmp_path / "other.pt")
     assert_refused(tmp_path / "other.pt", "no 'model' in it (weights)")
     write_native(tmp_path / "vlm", "siglip-letterbox", vision=False)
-    assert_refused(tmp_path / "vlm", "no vision tower siglip in it", "--part siglip=PATH")
+    assert_refused(tmp_path / "vlm", "no vision tower siglip in it", "--part siglip PATH")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +322,23 @@ def test_overwriting_replaces_everything_or_nothing(hf, tmp_path):
     assert "mine.txt" not in contents(dst)
     assert [tower.name for tower in load_contract(dst).model.towers] == ["clip"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "hf", "other"]
+
+
+def test_failing_at_the_last_moment_gives_the_old_destination_back(hf, tmp_path, monkeypatch):
+    dst = tmp_path / "dst"
+    import_weights(hf, dst)
+    before, rename = contents(dst), os.replace
+
+    def fails_to_place(src, target):
+        if "incomplete" in str(src):
+            raise OSError(errno.EACCES, "Permission denied")
+        rename(src, target)
+
+    monkeypatch.setattr(os, "replace", fails_to_place)
+    with pytest.raises(OSError, match="Permission denied"):
+        import_weights(hf, dst, overwrite=True)
+    assert contents(dst) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "hf"]
 
 
 def test_too_little_space_is_seen_before_anything_is_written(hf, monkeypatch):

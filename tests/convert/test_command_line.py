@@ -40,6 +40,22 @@ def test_import_verify_export_inspect_and_errors(tmp_path):
     assert different.returncode == 1 and "FAILED: logits differ" in different.stdout
 
 
+@pytest.mark.slow
+def test_parts_are_named_on_the_command_line(tmp_path):
+    missing = run("import", "openvla-7b", tmp_path / "dst", "--part", "dino", tmp_path / "a", "--part", "llm", tmp_path)
+    assert missing.returncode == 1
+    assert missing.stderr.strip().endswith("openvla-7b: no vision tower siglip in it: pass --part siglip PATH")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_at_tiny_size(tmp_path):
+    command = [sys.executable, "benchmarks/convert.py", "--model", "tiny", "--dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "byte-equal after the round trip: 130 of 130 tensors, 130 in the export" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 MEASURE = """
 import resource, sys
 from openvla_jax.convert import export_weights, import_weights
