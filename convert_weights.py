@@ -16,8 +16,8 @@ from openvla_jax.convert import export_weights, import_weights, inspect_weights,
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
     positional = {"import": ("src", "dst"), "export": ("src", "dst"), "verify": ("a", "b"), "inspect": ("src",)}
+    commands = parser.add_subparsers(dest="command", required=True)
     add = {name: commands.add_parser(name) for name in positional}
     for name, command in add.items():
         for argument in positional[name]:
@@ -52,7 +52,7 @@ def main() -> None:
             print(report := verify_weights(**options))
             sys.exit(not report.passed)
     except (ValueError, OSError) as error:
-        sys.exit(f"convert_weights.py {command}: {error}")
+        argparse.ArgumentParser().exit(2, f"convert_weights.py {command}: {error}\n")
 
 
 if __name__ == "__main__":

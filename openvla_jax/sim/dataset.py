@@ -28,7 +28,7 @@ VERSION = "1.0.0"
 IMAGE_SIZE = 48
 # Scenes of the splits never meet, nor those of the evaluation, which counts from 0.
 FIRST_SEED = {"train": 1_000_000, "val": 2_000_000}
-MAX_STEPS = 12
+MAX_STEPS = 24
 JUMP_LOW, JUMP_HIGH = (-0.16, -0.16, -0.02), (0.16, 0.2, 0.1)  # where a disturbance puts the gripper; z is relative
 SHARDS = 8  # of the train split
 

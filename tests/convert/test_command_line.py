@@ -31,7 +31,7 @@ def test_import_verify_export_inspect_and_errors(tmp_path):
     inspected = run("inspect", tmp_path / "orbax")
     assert inspected.returncode == 0 and "statistics: bridge_orig" in inspected.stdout
     refused = run("import", tmp_path / "hf", tmp_path / "orbax")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert refused.stderr.strip() == (
         f"convert_weights.py import: {tmp_path / 'orbax'} exists: name another destination, or pass --overwrite to replace it"  # noqa: E501
     )
@@ -43,7 +43,7 @@ def test_import_verify_export_inspect_and_errors(tmp_path):
 @pytest.mark.slow
 def test_parts_are_named_on_the_command_line(tmp_path):
     missing = run("import", "openvla-7b", tmp_path / "dst", "--part", "dino", tmp_path / "a", "--part", "llm", tmp_path)
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert missing.stderr.strip().endswith("openvla-7b: no vision tower siglip in it: pass --part siglip PATH")
 
 

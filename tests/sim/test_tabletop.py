@@ -27,7 +27,7 @@ def run(world, act, steps=24):
 def test_expert_lifts_the_named_object():
     lengths = [run(Tabletop(seed), expert_action) for seed in range(200)]
     assert sum(length is not None for length in lengths) >= 198
-    assert 5 <= np.mean([length for length in lengths if length]) <= 15
+    assert 3 <= np.mean([length for length in lengths if length]) <= 8
 
 
 def test_expert_recovers_from_noise_and_wrong_gripper_commands():
@@ -58,7 +58,7 @@ def test_scenes_are_deterministic_separated_and_balanced():
         assert gaps[np.triu_indices(len(gaps), 1)].min() > 2 * GRASP_RADIUS
         targets.append(scene.colors[scene.target])
     counts = [targets.count(color) for color in COLORS]
-    assert min(counts) >= 60 and max(counts) <= 140  # 100 expected of each, standard deviation 9
+    assert min(counts) >= 150 and max(counts) <= 250  # 200 expected of each, standard deviation 12
 
 
 def test_episodes_are_deterministic():
@@ -86,7 +86,7 @@ def test_grasp_needs_height_and_nearness_and_release_drops():
         world.step(close)
         assert (world.held == world.scene.target) is holds, (offset, height)
     up = np.array([0, 0, MAX_STEP, 0, 0, 0, 0])
-    assert [world.step(up) for _ in range(2)] == [False, True] and world.gripper[2] >= LIFT_HEIGHT
+    assert world.step(up) and world.gripper[2] >= LIFT_HEIGHT
     world.step(wait)
     assert not world.success and world.held is None and world.objects[world.scene.target, 2] == 0
 
@@ -175,7 +175,7 @@ def test_dataset_reads_back_as_written(written):
             seeds.setdefault(split, set()).add(seed)
             instruction, expected = expert_episode(seed, noise=0.02)
             steps = list(episode["steps"])
-            assert len(steps) == len(expected) >= 5
+            assert len(steps) == len(expected) >= 3
             for step, want in zip(steps, expected, strict=True):
                 assert np.array_equal(step["observation"]["image"], want["image"])
                 assert step["observation"]["state"].tobytes() == want["state"].tobytes()
