@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
         "rollout", help="success in the embedded tabletop world, on scenes that no training saw"
     )
     rollout.add_argument("--checkpoint", type=Path, required=True, help="a training run's workdir, or one checkpoint")
-    rollout.add_argument("--episodes", type=int, default=100, help="scenes, all run in parallel")
+    rollout.add_argument("--episodes", type=int, default=200, help="scenes, all run in parallel")
     rollout.add_argument(
         "--first-seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
     )

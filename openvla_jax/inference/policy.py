@@ -43,6 +43,8 @@ class Policy:
     """
 
     def __init__(self, model: OpenVLA, contract: Contract, constrained: bool = True):
+        if contract.tokenizer is None:
+            raise ValueError("the checkpoint carries no tokenizer: import it again with --tokenizer DIR")
         self.model, self.contract = model, contract
         self.action_tokenizer = ActionTokenizer(contract.model.base_vocab_size, contract.model.action_bins)
         self.outside_tokens = self.decoded_tokens = 0

@@ -46,7 +46,7 @@ class Contract:
     """Everything that a user of the weights must know and must not retype."""
 
     model: VLAConfig
-    tokenizer: Any  # transformers fast tokenizer
+    tokenizer: Any  # transformers fast tokenizer; None where an import found no tokenizer files
     statistics: Mapping[str, Any]  # {dataset: {"action": {...}, "num_transitions", ...}}
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(PREPROCESSING))
     training: Mapping[str, Any] = dataclasses.field(
@@ -66,8 +66,9 @@ class Contract:
         }
         (path / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         (path / STATISTICS_FILE).write_text(json.dumps(dict(self.statistics), indent=2))
-        (path / TOKENIZER_DIR).mkdir(exist_ok=True)
-        save_tokenizer(self.tokenizer, path / TOKENIZER_DIR)
+        if self.tokenizer is not None:
+            (path / TOKENIZER_DIR).mkdir(exist_ok=True)
+            save_tokenizer(self.tokenizer, path / TOKENIZER_DIR)
 
     @classmethod
     def load(cls, directory: os.PathLike | str) -> "Contract":
@@ -80,7 +81,7 @@ class Contract:
             raise CheckpointError(f"{path / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
         return cls(
             model=VLAConfig.from_dict(config["model"]),
-            tokenizer=load_tokenizer(path / TOKENIZER_DIR),
+            tokenizer=load_tokenizer(path / TOKENIZER_DIR) if (path / TOKENIZER_DIR).is_dir() else None,
             statistics=_read_json(path / STATISTICS_FILE),
             preprocessing=config["preprocessing"],
             training=config["training"],

@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     dtype = jnp.dtype(train.dtype)
 
     # -- Mesh -----------------------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     check_remat(train.remat)
     check_batch(train.batch_size, train.accumulation, mesh)
     log(
@@ -85,7 +85,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
 
     def open_data(seed: int):
         return make_train_iterator(
-            config.data, tokenizer, batch_size=local_batch_size, seed=seed,
+            config.data.to_dict(), tokenizer, batch_size=local_batch_size, seed=seed,
             process_index=jax.process_index(), process_count=jax.process_count(), **common,
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     eval_batches = []
     if train.eval_every and train.eval_batches:
         eval_batches = make_eval_batches(
-            config.data, tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
+            config.data.to_dict(), tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
             statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
             **common, )  # fmt: skip
 
