@@ -85,11 +85,17 @@ def test_actions_are_in_the_units_of_the_dataset(policy):
     np.testing.assert_allclose(unnormalize_actions(normalised, ROW), expected, atol=1e-12)
 
 
-def test_the_image_and_the_instruction_change_the_tokens(policy):
-    black, white = np.zeros((56, 56, 3), np.uint8), np.full((56, 56, 3), 255, np.uint8)
-    tokens = policy.predict_tokens([black, white, black], [INSTRUCTIONS[0], INSTRUCTIONS[0], INSTRUCTIONS[2]], 6)
-    assert not np.array_equal(tokens[0], tokens[1])
-    assert not np.array_equal(tokens[0], tokens[2])
+def test_the_image_and_the_instruction_change_the_logits(policy):
+    model, tokenizer = policy.model, policy.contract.tokenizer
+    black, white = np.zeros((1, 56, 56, 3), np.uint8), np.full((1, 56, 56, 3), 255, np.uint8)
+
+    def last(image, instruction):
+        ids = np.asarray([prompt_ids(tokenizer, instruction)], np.int32)
+        return np.asarray(model(model.normalize(image), ids)[0, -1])
+
+    plain = last(black, "pick up the red cube")
+    assert np.abs(plain - last(white, "pick up the red cube")).max() > 1e-3
+    assert np.abs(plain - last(black, "pick up the blue ball")).max() > 1e-3
 
 
 def test_tokens_outside_the_actions_are_counted(policy):
