@@ -32,6 +32,10 @@ def _parse(argv):
 def _run(config, workdir: str, needs_init_from: bool) -> None:
     if needs_init_from and not config.init_from:
         fail("fine-tuning starts from a checkpoint: give --config.init_from=DIR")
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Each fake device waits in a thread for the others, at several collectives at once: with a pool of one thread
+        # per device they wait for ever.
+        os.environ.setdefault("PJRT_NPROC", "64")
     from openvla_jax.training.loop import NonFiniteError, run
 
     try:
