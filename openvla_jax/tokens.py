@@ -8,6 +8,7 @@ bins and normalisation are those of the PyTorch reference).
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -319,6 +320,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike) -> None:
 def _finish(backend: "tokenizers.Tokenizer", sentencepiece_model: bytes = b"") -> Tokenizer:
     """What all share: `<s>` in front, `<PAD>`, and the wrapper. The sentencepiece model travels to `save_tokenizer`."""
     import tokenizers
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no PyTorch: no word about it
     import transformers
 
     missing = [token for token in (UNK, BOS, EOS, SPACE) if backend.token_to_id(token) is None]
