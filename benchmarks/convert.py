@@ -1,12 +1,12 @@
 """Time and memory of converting openvla-7b (15.1 GB of random bfloat16), against copying its files on the same disk.
 
-  python benchmarks/convert.py                            # needs 31 GB of free disk and about ten minutes
-  python benchmarks/convert.py --model tiny --layers 2    # the same steps on a few megabytes
+  python benchmarks/convert.py                            # needs 31 GB of free disk and about fifteen minutes
+  python benchmarks/convert.py --layers 1                 # the same steps on 2.5 GB
 
 Makes a HuggingFace folder of random values, copies it (the yardstick), imports it, exports it again, and compares every
-tensor of the export with the values that were made. Each step runs in its own process, with the files out of the page
-cache before it. Fails if a byte differs and, at full size, if a bound is broken: 6 GiB of memory, 3x the time of
-copying.
+tensor of the export with the values that were made; then exports a native run directory, imports and exports that, and
+compares every tensor of the two. Each step runs in its own process, with the files out of the page cache before it.
+Fails if a byte differs and, at full size, if a bound is broken: 6 GiB of memory, 3x the time of copying.
 """
 
 import argparse
@@ -29,7 +29,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from openvla_jax.config import VLAConfig, preset  # noqa: E402
 from openvla_jax.convert.names import source_shapes, table  # noqa: E402
-from openvla_jax.convert.torch_io import BFLOAT16, fill, lay_out_safetensors, read_torch_folder  # noqa: E402
+from openvla_jax.convert.sources import flatten  # noqa: E402
+from openvla_jax.convert.torch_io import (  # noqa: E402
+    BFLOAT16,
+    Tensor,
+    fill,
+    lay_out_safetensors,
+    read_pt,
+    read_torch_folder,
+)
 
 MAX_MEMORY, MAX_RATIO = 6 * 2**30, 3.0
 STATISTICS = {
@@ -73,6 +81,11 @@ def make_checkpoint(folder: Path, model: VLAConfig) -> dict[str, tuple[int, ...]
     return shapes
 
 
+def read_native(folder: Path) -> dict[str, Tensor]:
+    (file,) = (folder / "checkpoints").glob("*.pt")
+    return flatten(read_pt(file)["model"])
+
+
 def settle(folder: Path) -> None:
     """Everything on disk, and none of it in the page cache."""
     os.sync()
@@ -95,45 +108,67 @@ def measure(command: list[str]) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openvla-7b", help="a preset with DINOv2 and SigLIP towers")
     parser.add_argument("--layers", type=int, help="Llama layers, if not the model's own")
     parser.add_argument("--dir", help="where to work (default: .cache of the repository)")
     options = parser.parse_args()
-    model = preset(options.model)
+    model = preset("openvla-7b")
     if options.layers:
         model = dataclasses.replace(model, llama=dataclasses.replace(model.llama, depth=options.layers))
     place = Path(options.dir or ROOT / ".cache")
     place.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=place))
-    convert = [sys.executable, "convert_weights.py"]
+    results: dict[str, tuple[float, int]] = {}
+
+    def convert(label: str, command: str, src: str, dst: str, *options: str, keep: bool = False) -> Path:
+        """Runs one conversion in `work` and deletes what it read."""
+        settle(work / src)
+        arguments = [sys.executable, "convert_weights.py", command, str(work / src), str(work / dst), *options]
+        results[label] = measure(arguments)
+        if not keep:
+            shutil.rmtree(work / src)
+        return work / dst
+
     try:
         shapes = make_checkpoint(work / "hf", model)
         total = sum(int(np.prod(shape)) for shape in shapes.values()) * 2
         settle(work / "hf")
         copy, _ = measure(["cp", "-r", str(work / "hf"), str(work / "copy")])
         shutil.rmtree(work / "copy")
-        settle(work / "hf")
-        results = {"import": measure([*convert, "import", str(work / "hf"), str(work / "orbax")])}
-        shutil.rmtree(work / "hf")
-        settle(work / "orbax")
-        results["export"] = measure([*convert, "export", str(work / "orbax"), str(work / "back")])
-        back = read_torch_folder(work / "back")
+        convert("import hf", "import", "hf", "orbax")
+        back = read_torch_folder(convert("export hf", "export", "orbax", "back", keep=True))
         equal = sum(
             back[name].dtype == BFLOAT16 and back[name].read().tobytes() == random_tensor(name, shape).tobytes()
             for name, shape in shapes.items()
             if name in back
         )
+        hf = f"{equal} of {len(shapes)} tensors, {len(back)} in the export"
+        whole = equal == len(shapes) == len(back)
+        del back
+        shutil.rmtree(work / "back")
+
+        convert("export prismatic", "export", "orbax", "native", "--format", "prismatic")
+        convert("import prismatic", "import", "native", "orbax", keep=True)
+        first = read_native(work / "native")
+        second = read_native(convert("export prismatic again", "export", "orbax", "again", "--format", "prismatic"))
+        equal = sum(
+            second[name].dtype == BFLOAT16 and second[name].read().tobytes() == tensor.read().tobytes()
+            for name, tensor in first.items()
+            if name in second
+        )
+        native = f"{equal} of {len(first)} tensors, {len(second)} in the export"
+        whole &= equal == len(first) == len(second) == len(source_shapes(table(model, "native")))
     finally:
         shutil.rmtree(work)
     print(f"\n{model.name}: {len(shapes)} tensors, {total / 1e9:.3f} GB; copying the files: {copy:.1f} s")
     for name, (seconds, memory) in results.items():
         speed = f"{seconds:.1f} s ({total / seconds / 1e6:.0f} MB/s), {seconds / copy:.2f}x copying"
         print(f"{name}: {speed}; peak resident memory {memory / 2**30:.2f} GiB")
-    print(f"byte-equal after the round trip: {equal} of {len(shapes)} tensors, {len(back)} in the export")
+    print(f"byte-equal after HF -> Orbax -> HF: {hf}")
+    print(f"byte-equal after native -> Orbax -> native: {native}")
     full_size = total > 15e9
     broken = [n for n, (s, m) in results.items() if full_size and (m > MAX_MEMORY or s > MAX_RATIO * copy)]
-    if broken or not equal == len(shapes) == len(back):
-        sys.exit(f"FAILED: {', '.join(broken) or 'the round trip'}")
+    if broken or not whole:
+        sys.exit(f"FAILED: {', '.join(broken) or 'a round trip'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every test stands on: eight CPU devices, checked signatures, and the shared reference files."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ install_import_hook("openvla_jax", "typecheck.check")
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker is left alone with them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    whole_runs = ROOT / "tests" / "integration"
+    items.sort(key=lambda item: (whole_runs not in item.path.parents, -slow[item.path]))
 
 
 def shared_dir() -> Path:
