@@ -1,0 +1,92 @@
+"""Kills a sweep of real runs in the middle, runs it again, and compares with a sweep that was left alone.
+
+  python benchmarks/sweep.py              # 12 learning rates of configs/debug.py; about ten minutes on two cores
+  python benchmarks/sweep.py --points 3   # fewer
+
+The sweep's process is killed with SIGKILL while its fourth point (of twelve) runs. Fails if a finished point is run
+again, a point is missing, or any metric of any step differs from the uninterrupted sweep's.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from openvla_jax.sweep.runner import saved_step  # noqa: E402
+
+COMPARED = ("train/loss", "train/grad_norm", "train/action_accuracy", "val/loss", "val/action_accuracy")
+
+
+def curve(point: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (point / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", *COMPARED) if key in row} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    place = ROOT / ".cache"
+    place.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-sweep-", dir=place) as folder:
+        work = Path(folder)
+        subprocess.run(
+            [sys.executable, "-m", "openvla_jax.sim.dataset", "--out", str(work / "data"), "--episodes", "12"],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
+        (work / "sweep.py").write_text(
+            "from openvla_jax.sweep import axis, log_spaced\n"
+            f"def get_sweep():\n    return 'configs/debug.py', "
+            f"axis('optimizer.learning_rate', log_spaced(1e-5, 1e-2, {options.points}))\n"
+        )
+
+        def start(name: str) -> subprocess.Popen:
+            command = [
+                sys.executable, "-m", "openvla_jax.sweep", "--sweep", str(work / "sweep.py"), "--parallel", "2",
+                "--workdir", str(work / name), "--set", f"data.data_dir={work / 'data'}",
+                "--set", f"train.steps={options.steps}",
+            ]  # fmt: skip
+            return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+        began = time.perf_counter()
+        if start("whole").wait():
+            sys.exit("FAILED: the uninterrupted sweep")
+        whole_seconds = time.perf_counter() - began
+        names = sorted(path.parent.name for path in (work / "whole").glob("*/metrics.jsonl"))
+
+        process = start("killed")
+        enough = max(1, options.points // 4)
+        while sum(saved_step(work / "killed" / name) >= options.steps for name in names) < enough:
+            if process.poll() is not None:
+                sys.exit("FAILED: the sweep ended before it could be killed")
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        logs = {
+            name: (work / "killed" / name / "log.txt").read_bytes()
+            for name in names
+            if saved_step(work / "killed" / name) >= options.steps
+        }
+        if start("killed").wait():
+            sys.exit("FAILED: the sweep that was run again")
+        again = [name for name, log in logs.items() if (work / "killed" / name / "log.txt").read_bytes() != log]
+        different = [name for name in names if curve(work / "killed" / name) != curve(work / "whole" / name)]
+        print(
+            f"{len(names)} points of {options.steps} steps, {whole_seconds:.0f} s uninterrupted; killed when {len(logs)} "
+            f"were finished; run again after that: {len(again)}; lost or different: {len(different)}"
+        )
+        if again or different or len(names) != options.points:
+            sys.exit(f"FAILED: {again + different}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Runs a sweep, or reports on one.
+
+python -m openvla_jax.sweep --sweep configs/sweeps/lr.py --workdir runs/sweeps/lr --parallel 2
+python -m openvla_jax.sweep report runs/sweeps/lr
+
+Run the first again to resume: finished points are skipped, interrupted ones go on, failed ones are tried again.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from openvla_jax.sweep import jobset, runner
+from openvla_jax.sweep.points import SweepError, load_sweep
+
+BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["report"]:
+            return _report(arguments[1:])
+        return _sweep(arguments)
+    except (SweepError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from openvla_jax.sweep.report import write_report
+
+    parser = argparse.ArgumentParser(prog="python -m openvla_jax.sweep report", description="Tables and figures.")
+    parser.add_argument("workdir", type=Path, help="a sweep's workdir; it may still be running")
+    parser.add_argument("--metric", default="val/action_accuracy", help="what to compare points by")
+    parser.add_argument("--lower", action="store_true", help="less is better (default: for names with loss or l1)")
+    options = parser.parse_args(arguments)
+    lower = options.lower or any(word in options.metric for word in ("loss", "l1"))
+    for path in write_report(options.workdir, options.metric, lower):
+        print(path)
+    return 0
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m openvla_jax.sweep", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--sweep", type=Path, required=True, help="file with get_sweep()")
+    parser.add_argument("--workdir", required=True, help="folder of the sweep, one directory per point in it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every point")
+    parser.add_argument("--launcher", choices=("local", "print", "jobset"), default="local")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at once")
+    parser.add_argument("--devices", default="", help="CUDA_VISIBLE_DEVICES of each parallel run: 0,1,2")
+    jobset.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.parallel < 1:
+        raise SweepError(f"--parallel {options.parallel}: one run at least")
+    points = load_sweep(options.sweep, options.set)
+
+    if options.launcher == "print":
+        for point in points:
+            print(shlex.join(["python", *point.arguments(f"{options.workdir.rstrip('/')}/{point.name}")]))
+        return 0
+    if options.launcher == "jobset":
+        for path in jobset.write(points, options):
+            print(path)
+        return 0
+
+    workdir = Path(options.workdir)
+    runs = runner.prepare(workdir, points)
+    with runner.only_one(workdir):
+        done = runner.run_all(runs, options.parallel, [d for d in options.devices.split(",") if d], runner.Table())
+    if not sys.stdout.isatty():
+        print("\n".join(runner.table(runs)))
+    for run in runs:
+        if run.state == "failed":
+            print(f"\n{run.point.name} failed, {run.directory / runner.LOG_FILE} ends with:", file=sys.stderr)
+            print("\n".join(f"  {line}" for line in runner.log_tail(run)), file=sys.stderr)
+    print(f"figures: python -m openvla_jax.sweep report {json.dumps(options.workdir)[1:-1]}")
+    return 0 if done else SOME_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

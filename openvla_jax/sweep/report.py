@@ -1,0 +1,328 @@
+"""The report of a sweep, finished or running: results.csv, report.md, figures, and a self-contained HTML page."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openvla_jax.sweep.points import CONFIG, SweepError
+from openvla_jax.sweep.runner import SWEEP_FILE
+from openvla_jax.training.metrics import METRICS_FILE, read_metrics
+
+SEED = "seed"
+# Student's t at 97.5%, for means of n = 2, 3, ... seeds; 1.96 from 30 on.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048)  # fmt: skip
+_LOG_SPAN = 20.0  # an axis whose values differ by more than this factor is drawn on a logarithmic scale
+_COLORS = ("#1f5a94", "#c0392b", "#2e8b57", "#8e5ea2", "#d98e04", "#4c9fb0", "#7f4f24", "#5c6770")
+
+
+@dataclass
+class Result:
+    """What one point has reached so far."""
+
+    name: str
+    settings: dict[str, Any]  # its overrides, and its config where several are swept
+    curve: list[dict[str, float]]
+
+    @property
+    def step(self) -> int:
+        return int(self.curve[-1]["step"]) if self.curve else 0
+
+    def last(self, metric: str) -> float:
+        """The metric's latest value; NaN where there is none yet."""
+        return next((row[metric] for row in reversed(self.curve) if metric in row), math.nan)
+
+
+@dataclass
+class Group:
+    """Points that differ in their seed alone."""
+
+    settings: dict[str, Any]
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        known = [value for value in self.values if not math.isnan(value)]
+        return float(np.mean(known)) if known else math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Of the mean's 95% interval (Student's t over seeds); NaN for fewer than two."""
+        known = [value for value in self.values if not math.isnan(value)]
+        if len(known) < 2:
+            return math.nan
+        t = _T[len(known) - 2] if len(known) - 2 < len(_T) else 1.96
+        return float(t * np.std(known, ddof=1) / math.sqrt(len(known)))
+
+    def label(self) -> str:
+        return ", ".join(f"{_short(key)} {_text(value)}" for key, value in self.settings.items()) or "base"
+
+
+def write_report(workdir: Path, metric: str, lower: bool) -> list[Path]:
+    """Writes the report of a sweep into its workdir; the paths, the page first. `lower`: less of `metric` is better."""
+    results = load(workdir)
+    known = sorted({key for result in results for row in result.curve for key in row} - {"step", "time"})
+    if not known:
+        raise SweepError(f"{workdir}: no point has metrics yet")
+    if metric not in known:
+        raise SweepError(f"no point has {metric!r} yet; there are {', '.join(known)}")
+    swept = _swept(results)
+    groups = _groups(results, swept, metric)
+    figures = {"curves": _curves(results, swept, metric)}
+    axes = [key for key in swept if key != SEED]
+    if len(axes) == 1:
+        figures["effect"] = _effect(groups, axes[0], metric, lower)
+    if len(axes) == 2 and (picture := _heat_map(groups, axes, metric)) is not None:
+        figures["heat_map"] = picture
+    rows = _table(groups, axes, metric, lower)
+    title = f"Sweep {workdir.name}: {metric}, {len(results)} points"
+    progress = f"{sum(math.isfinite(r.last(metric)) for r in results)} of {len(results)} points have it so far."
+    paths = [workdir / "report.html", workdir / "report.md", workdir / "results.csv"]
+    _write(paths[0], _page(title, progress, rows, figures, results, swept))
+    _write(paths[1], _markdown(title, progress, rows, figures))
+    _write(paths[2], _csv(results, swept, known))
+    for name, png in figures.items():
+        path = workdir / f"{name}.png"
+        path.write_bytes(png)
+        paths.append(path)
+    return paths
+
+
+def load(workdir: Path) -> list[Result]:
+    """The points of the sweep in `workdir` with their metrics so far. SweepError where there is none."""
+    file = workdir / SWEEP_FILE
+    if not file.exists():
+        raise SweepError(f"{workdir} holds no sweep ({SWEEP_FILE} is missing)")
+    points = json.loads(file.read_text())["points"]
+    several = len({point["config"] for point in points.values()}) > 1
+    results = []
+    for name, point in points.items():
+        settings = ({CONFIG: point["config"]} if several else {}) | point["overrides"]
+        metrics = workdir / name / METRICS_FILE
+        results.append(Result(name, settings, read_metrics(metrics.parent) if metrics.exists() else []))
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _swept(results: Sequence[Result]) -> list[str]:
+    """The settings that differ between points, in the order in which they are written."""
+    keys = dict.fromkeys(key for result in results for key in result.settings)
+    return [key for key in keys if len({_text(result.settings.get(key)) for result in results}) > 1]
+
+
+def _groups(results: Sequence[Result], swept: Sequence[str], metric: str) -> list[Group]:
+    groups: dict[tuple[str, ...], Group] = {}
+    axes = [key for key in swept if key != SEED]
+    for result in results:
+        settings = {key: result.settings.get(key) for key in axes}
+        group = groups.setdefault(tuple(map(_text, settings.values())), Group(settings, []))
+        group.values.append(result.last(metric))
+    return list(groups.values())
+
+
+def _table(groups: Sequence[Group], axes: Sequence[str], metric: str, lower: bool) -> list[tuple[str, ...]]:
+    """Header and rows; the best value is marked by `**`."""
+    means = [group.mean for group in groups]
+    best = None
+    if any(map(math.isfinite, means)):
+        best = int(np.nanargmin(means) if lower else np.nanargmax(means))
+    seeds = any(len(group.values) > 1 for group in groups)
+    rows = [(*map(_short, axes), metric, *(("95% interval of the mean", "seeds") if seeds else ()))]
+    for number, group in enumerate(groups):
+        value = "-" if math.isnan(group.mean) else f"{group.mean:.4g}"
+        row = [*(_text(group.settings[key]) for key in axes), f"**{value}**" if number == best else value]
+        if seeds:
+            half = group.half_width
+            known = sum(map(math.isfinite, group.values))
+            row += ["-" if math.isnan(half) else f"± {half:.2g}", f"{known} of {len(group.values)}"]
+        rows.append(tuple(row))
+    return rows
+
+
+def _markdown(title: str, progress: str, rows: Sequence[Sequence[str]], figures: Mapping[str, bytes]) -> str:
+    lines = [f"# {title}", "", progress, ""]
+    lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    lines += [""] + [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in figures]
+    return "\n".join(lines)
+
+
+def _csv(results: Sequence[Result], swept: Sequence[str], metrics: Sequence[str]) -> str:
+    """A row per point: name, swept settings, step, the latest value of every metric."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["point", *swept, "step", *metrics])
+    for result in results:
+        values = [result.last(metric) for metric in metrics]
+        writer.writerow(
+            [result.name, *(_text(result.settings.get(key)) for key in swept), result.step]
+            + ["" if math.isnan(value) else repr(value) for value in values]
+        )
+    return out.getvalue()
+
+
+def _page(
+    title: str, progress: str, rows: Sequence[Sequence[str]], figures: Mapping[str, bytes],
+    results: Sequence[Result], swept: Sequence[str],
+) -> str:  # fmt: skip
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0 1em;color:#222}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .9em;text-align:right;border-bottom:1px solid "
+        "#ddd}th{border-bottom:2px solid #888}td:first-child,th:first-child{text-align:left}tr.best{background:#eaf4ec;"
+        "font-weight:600}img{max-width:100%;margin:1em 0}details{margin:1em 0}"
+    )
+    body = [f"<h1>{html.escape(title)}</h1><p>{html.escape(progress)}</p>", _html_table(rows)]
+    for name, png in figures.items():
+        data = base64.b64encode(png).decode()
+        body.append(f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{data}">')
+    every = [("point", "step"), *((result.name, str(result.step)) for result in results)]
+    body.append(f"<details><summary>All points</summary>{_html_table(every)}</details>")
+    if swept:
+        body.append(f"<p>Swept: {html.escape(', '.join(swept))}.</p>")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0]) + "</tr>"]
+    for row in rows[1:]:
+        best = any(cell.startswith("**") for cell in row)
+        cells = "".join(f"<td>{html.escape(cell.strip('*'))}</td>" for cell in row)
+        lines.append(f"<tr{' class=best' if best else ''}>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _curves(results: Sequence[Result], swept: Sequence[str], metric: str) -> bytes:
+    """The metric, and the training loss beside it, of every point against the step; seeds share a colour."""
+    panels = list(dict.fromkeys(["train/loss", metric]))
+    axes_of = [key for key in swept if key != SEED]
+    labels = [", ".join(_text(result.settings.get(key)) for key in axes_of) or result.name for result in results]
+    colors = _colors(list(dict.fromkeys(labels)), results, axes_of)
+    figure = _figure(6.2 * len(panels), 4.2)
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        seen: set[str] = set()
+        for result, label in zip(results, labels, strict=True):
+            points = [(row["step"], row[name]) for row in result.curve if name in row]
+            if points:
+                style = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
+                axes.plot(*zip(*points, strict=True), color=colors[label], linewidth=1.2,
+                          label=None if label in seen else label, **style)  # fmt: skip
+                seen.add(label)
+        axes.set(xlabel="step", title=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain(axes)
+    if len(colors) > 1:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8,
+                      title=", ".join(map(_short, axes_of)), title_fontsize=8)  # fmt: skip
+    return _png(figure)
+
+
+def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> bytes:
+    """The metric against one swept setting, on that setting's scale, with intervals where there are seeds."""
+    figure = _figure(6.5, 4.2)
+    axes = figure.subplots()
+    values = [group.settings[key] for group in groups]
+    numbers = _numbers(values)
+    x = list(range(len(values))) if numbers is None else numbers
+    if numbers is None:
+        axes.set_xticks(x, [_text(value) for value in values])
+    elif min(numbers) > 0 and max(numbers) / min(numbers) > _LOG_SPAN:
+        axes.set_xscale("log")
+    y = [group.mean for group in groups]
+    error = [0.0 if math.isnan(group.half_width) else group.half_width for group in groups]
+    axes.errorbar(x, y, yerr=error if any(error) else None, fmt="o" if numbers is None else "o-", color=_COLORS[0],
+                  ecolor="#9aa7b5", capsize=3)  # fmt: skip
+    if any(map(math.isfinite, y)):
+        best = int(np.nanargmin(y) if lower else np.nanargmax(y))
+        axes.plot([x[best]], [y[best]], "o", color=_COLORS[1], markersize=9, label=f"best: {_text(values[best])}")
+        axes.legend(frameon=False)
+    axes.set(xlabel=key, title=metric)
+    _plain(axes)
+    return _png(figure)
+
+
+def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> bytes | None:
+    """The metric over two swept settings; None where they form no grid."""
+    columns, lines = ([*dict.fromkeys(_text(group.settings[key]) for group in groups)] for key in axes)
+    if len(columns) * len(lines) != len(groups):
+        return None
+    grid = np.full((len(lines), len(columns)), np.nan)
+    for group in groups:
+        grid[lines.index(_text(group.settings[axes[1]])), columns.index(_text(group.settings[axes[0]]))] = group.mean
+    figure = _figure(2 + 0.9 * len(columns), 1.6 + 0.6 * len(lines))
+    plot = figure.subplots()
+    image = plot.imshow(grid, cmap="viridis", aspect="auto")
+    plot.set_xticks(range(len(columns)), columns, rotation=30)
+    plot.set_yticks(range(len(lines)), lines)
+    middle = (np.nanmax(grid) + np.nanmin(grid)) / 2 if np.isfinite(grid).any() else 0.0
+    for (i, j), value in np.ndenumerate(grid):
+        if math.isfinite(value):
+            plot.text(j, i, f"{value:.3g}", ha="center", va="center", color="black" if value > middle else "white")
+    plot.set(xlabel=axes[0], ylabel=axes[1], title=metric)
+    figure.colorbar(image)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def _colors(labels: Sequence[str], results: Sequence[Result], axes: Sequence[str]) -> dict[str, Any]:
+    """A colour for each label: along a scale where one numeric setting is swept, distinct ones else."""
+    from matplotlib import colormaps
+
+    values = list(dict.fromkeys(_text(result.settings.get(key)) for result in results for key in axes))
+    if len(axes) == 1 and _numbers([r.settings.get(axes[0]) for r in results]) is not None and len(values) > 3:
+        order = sorted(labels, key=float)
+        return {label: colormaps["viridis"](0.9 * i / (len(order) - 1)) for i, label in enumerate(order)}
+    return {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
+
+
+def _numbers(values: Sequence[Any]) -> list[float] | None:
+    good = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return [float(value) for value in values] if good else None
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _text(value: Any) -> str:
+    return "base" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)

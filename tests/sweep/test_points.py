@@ -1,0 +1,128 @@
+import itertools
+import math
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openvla_jax.sweep import axis, chain, log_spaced, product, seeds, zipped
+from openvla_jax.sweep.points import SweepError, load_config, load_sweep
+
+LR, STEPS = "optimizer.learning_rate", "train.steps"
+
+
+def sweep(tmp_path, points, base="configs/debug.py"):
+    path = tmp_path / "sweep.py"
+    path.write_text(f"from math import nan\nimport numpy as np\ndef get_sweep():\n    return {base!r}, {points}\n")
+    return path
+
+
+def test_composition():
+    rates, steps = axis(LR, [1e-4, 1e-3]), axis(STEPS, [5, 6])
+    assert product(rates, steps) == [{LR: a, STEPS: b} for a in (1e-4, 1e-3) for b in (5, 6)]
+    assert zipped(rates, steps) == [{LR: 1e-4, STEPS: 5}, {LR: 1e-3, STEPS: 6}]
+    assert chain(rates, steps) == rates + steps
+    assert seeds(2, first=4) == [{"seed": 4}, {"seed": 5}]
+    with pytest.raises(SweepError, match="2, 1 points"):
+        zipped(rates, steps[:1])
+    with pytest.raises(SweepError, match=f"two axes set {LR}"):
+        product(rates, rates)
+
+
+@given(st.floats(1e-8, 1e8), st.floats(1e-8, 1e8), st.integers(2, 30))
+def test_log_spaced_values_have_equal_ratios(low, high, count):
+    values = log_spaced(low, high, count)
+    assert len(values) == count
+    assert values[0] == pytest.approx(low, rel=1e-3) and values[-1] == pytest.approx(high, rel=1e-3)
+    steps = [math.log(b / a) for a, b in itertools.pairwise(values)]
+    assert max(steps) - min(steps) < 2.1e-3  # four digits
+
+
+def test_points_become_directories_and_commands(tmp_path):
+    file = sweep(
+        tmp_path, [{LR: 1e-4, "model.preset": "tiny"}, {"optimizer": {"learning_rate": 1}, "augment.hue": 0.1}]
+    )
+    first, second = load_sweep(file, ["train.steps=12", f"{LR}=3"])
+    assert (first.name, second.name) == ("learning_rate=0.0001,preset=tiny", "learning_rate=1,hue=0.1")
+    assert first.steps == second.steps == 12
+    assert first.arguments("W/x") == [
+        "train.py", "--config", "configs/debug.py", "--workdir", "W/x",
+        "--config.train.steps=12", "--config.optimizer.learning_rate=0.0001", "--config.model.preset=tiny",
+    ]  # fmt: skip
+
+
+def test_the_commands_say_what_was_checked(tmp_path, monkeypatch):
+    """The flags of a point, read by the parser of train.py, give the overrides back, type and all."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    overrides = {
+        "augment.contrast": (0.5, 1.5),
+        "augment.enabled": True,
+        "data.statistics": "s.json",
+        LR: 1e-5,
+        "seed": 3,
+    }
+    (point,) = load_sweep(sweep(tmp_path, [overrides]))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    monkeypatch.setattr(sys, "argv", point.arguments("W"))
+    values(sys.argv)
+    for key, value in overrides.items():
+        found = values.config
+        for part in key.split("."):
+            found = found[part]
+        assert found == value and type(found) is type(value)
+
+
+def test_another_base_for_some_points(tmp_path):
+    points = load_sweep(sweep(tmp_path, [{}, {"config": "configs/finetune/full.py"}]))
+    assert [point.script for point in points] == ["train.py", "finetune.py"]
+    assert points[0].name == "base" and points[1].name == "config=configs_finetune_full.py"
+
+
+def test_an_argument_of_the_config_is_passed_on(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from configs.debug import get_config as debug\n"
+        "def get_config(steps):\n    config = debug()\n    config.train.steps = int(steps)\n    return config\n"
+    )
+    assert load_config(f"{tmp_path}/c.py:77").train.steps == 77
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ("[]", "has no points"),
+        (f"[{{'{LR}': 1e-4}}, {{'{LR}': 1e-4}}]", r"point 1 \(learning_rate=0.0001\) is there twice"),
+        ("[{'optimizer.learning_rat': 1e-4}]", "did you mean 'optimizer.learning_rate'"),
+        ("[{'optimiser.learning_rate': 1e-4}]", "did you mean 'optimizer'"),
+        ("[{'seed.x': 1}]", "has no 'seed.x'"),
+        (f"[{{'{LR}': 'fast'}}]", r"learning_rate is float \(0.001\), not str \('fast'\)"),
+        ("[{'train.steps': 1.5}]", r"train.steps is int \(40\), not float"),
+        ("[{'train.steps': True}]", "not bool"),
+        ("[{'augment.enabled': 1}]", "is bool"),
+        ("[{'model': 3}]", "'model' is a group of settings"),
+        ("[{'seed': None}]", "give a number"),
+        ("[3]", "give a dict"),
+        ("{'seed': 1}", "must return"),
+        ("3", "must return|not iterable"),
+    ],
+)
+def test_bad_sweeps_are_told_in_one_line(tmp_path, points, message):
+    with pytest.raises(SweepError, match=message) as caught:
+        load_sweep(sweep(tmp_path, points))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_told(tmp_path):
+    with pytest.raises(SweepError, match=r"no\.py does not exist"):
+        load_sweep(tmp_path / "no.py")
+    with pytest.raises(SweepError, match=r"config file configs/no\.py does not exist"):
+        load_sweep(sweep(tmp_path, [{"seed": 1}], base="configs/no.py"))
+    (tmp_path / "empty.py").write_text("x = 1")
+    with pytest.raises(SweepError, match="has no function get_sweep"):
+        load_sweep(tmp_path / "empty.py")
+    with pytest.raises(SweepError, match=r"train\.steps is int"):
+        load_sweep(sweep(tmp_path, [{"seed": 1}]), ["train.steps=many"])
