@@ -81,8 +81,8 @@ def main() -> None:
         again = [name for name, log in logs.items() if (work / "killed" / name / "log.txt").read_bytes() != log]
         different = [name for name in names if curve(work / "killed" / name) != curve(work / "whole" / name)]
         print(
-            f"{len(names)} points of {options.steps} steps, {whole_seconds:.0f} s uninterrupted; killed when {len(logs)} "
-            f"were finished; run again after that: {len(again)}; lost or different: {len(different)}"
+            f"{len(names)} points of {options.steps} steps, {whole_seconds:.0f} s uninterrupted; killed when "
+            f"{len(logs)} were finished; run again after that: {len(again)}; lost or different: {len(different)}"
         )
         if again or different or len(names) != options.points:
             sys.exit(f"FAILED: {again + different}")
