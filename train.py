@@ -1,25 +1,40 @@
 """Trains a policy: python train.py --config configs/bridge_tiny.py --workdir runs/bridge_tiny
 [--config.train.steps=100]
 
-Run the same command again to resume. Bad input prints one line and exits with 2 (OPENVLA_TRACEBACK=1 shows where it
-came from); SIGTERM saves, and exits with 143.
+Run the same command again to resume. With `--plan v5p:4x4x4` instead of `--workdir`, the same step is compiled for a
+TPU slice, without one: memory and speed, estimated. Bad input prints one line and exits with 2 (OPENVLA_TRACEBACK=1
+shows where it came from); SIGTERM saves, and exits with 143; a plan that does not fit exits with 1.
 """
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-BAD_INPUT = 2
+BAD_INPUT, DOES_NOT_FIT = 2, 1
 
 
 def main(needs_init_from: bool = False) -> None:
     config = config_flags.DEFINE_config_file("config", None, "Config file, as FILE or FILE:ARG.", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every thread at the level below
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(lambda _: _run(config.value, str(workdir.value), needs_init_from), flags_parser=_parse)
+    plan = flags.DEFINE_list("plan", None, "Plan on these TPU slices instead of training: v5p:4x4x4,v5e:16x16")
+    plan_out = flags.DEFINE_string("plan_out", None, "JSON file for the plan's report.")
+    plan_search = flags.DEFINE_bool("plan_search", False, "Try remat policies and accumulation; propose the fastest.")
+    flags.mark_flags_as_required(["config"])
+
+    def run(_) -> None:
+        if plan.value:
+            _plan(config.value, plan.value, plan_out.value, plan_search.value)
+        elif not workdir.value:
+            fail("give --workdir DIR, or --plan TOPOLOGY to plan instead of training")
+        else:
+            _run(config.value, workdir.value, needs_init_from)
+
+    app.run(run, flags_parser=_parse)
 
 
 def _parse(argv):
@@ -44,6 +59,22 @@ def _run(config, workdir: str, needs_init_from: bool) -> None:
         if os.environ.get("OPENVLA_TRACEBACK"):
             raise
         fail(error)
+
+
+def _plan(config, topologies: list[str], out: str | None, search: bool) -> None:
+    from openvla_jax.training.tpu import planning_environment
+
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ.update(planning_environment(os.environ, Path(dump)))
+        from openvla_jax.training.plan import run_plans
+
+        try:
+            fits = run_plans(config, topologies, Path(dump), out, search)
+        except (ValueError, OSError) as error:
+            if os.environ.get("OPENVLA_TRACEBACK"):
+                raise
+            fail(error)
+    sys.exit(0 if fits else DOES_NOT_FIT)
 
 
 def fail(error: object) -> None:

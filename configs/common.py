@@ -45,6 +45,7 @@ def base() -> ConfigDict:
     train.accumulation = 1  # parts in which a step's batch is processed
     train.dtype = "bfloat16"  # of activations and products; parameters and optimiser are float32
     train.remat = "full"  # see openvla_jax.models.layers.REMAT_POLICIES
+    train.compiler_options = "tuned"  # of TPUs, see openvla_jax.training.tpu; or "default"
     train.log_every = 10
     train.eval_every = 1000  # 0: never
     train.eval_batches = 8

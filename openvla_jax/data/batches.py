@@ -8,29 +8,19 @@ import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from openvla_jax.data import BadImageError, DataError, images
+from openvla_jax.data import BadImageError, Batch, DataError, images
 from openvla_jax.data.episodes import clear_errors
 from openvla_jax.data.mixture import Mixture, nominal_length, open_mixture
 from openvla_jax.data.statistics import check_finite
 from openvla_jax.tokens import ActionTokenizer, encode_example
 
 _PREFETCHED_BATCHES = 2
-
-
-class Batch(NamedTuple):
-    """Rows of one host. N is the largest action dimension of the mixture + 1 (the end token)."""
-
-    images: np.ndarray  # uint8 [B, H, W, 3]
-    tokens: np.ndarray  # int32 [B, T], right-padded
-    target_positions: np.ndarray  # int32 [B, N], where tokens hold what is to be predicted
-    target_mask: np.ndarray  # bool [B, N], False where a row has fewer targets
-    dataset: np.ndarray  # int32 [B], index into dataset_names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.layers import ACTIVATIONS, Linear
+from openvla_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
 from openvla_jax.models.llama import Cache, Llama
 from openvla_jax.models.vit import UnusedViT, ViT
 
@@ -91,7 +91,11 @@ class OpenVLA(nnx.Module):
         """
         hidden = self.hidden(pixel_values, input_ids, remat)
         before = jnp.asarray(targets) + (self.config.patches - 1)
-        return self.llama.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
+        # A product with rows of an identity, exact in any dtype: the gradient of a gather is a scatter, which is slow
+        # on TPUs, and wrong when the compiler splits it over two mesh axes.
+        pick = jax.nn.one_hot(before, hidden.shape[1], dtype=hidden.dtype)
+        chosen = jnp.einsum("BNS,BSD->BND", pick, hidden, precision=matmul_precision(hidden.dtype))
+        return self.llama.logits(chosen)
 
     def normalize(self, images: UInt8[HostOrDevice, "B height width 3"]) -> Float[Array, "B height width channels"]:
         """uint8 RGB to each tower's normalised pixels, stacked on channels."""

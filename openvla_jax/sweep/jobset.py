@@ -1,77 +1,27 @@
 """Kubernetes JobSet manifests for TPU slices on GKE: one JobSet per point, one pod per host of a slice.
 
 A preempted slice restarts the same command, which resumes from its latest checkpoint: `maxRestarts` counts those.
-Facts: accelerator labels and chips per VM, cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus; fields,
-jobset.sigs.k8s.io (API jobset.x-k8s.io/v1alpha2).
+Fields: jobset.sigs.k8s.io (API jobset.x-k8s.io/v1alpha2); chips and hosts are those of `training/tpu.py`.
 """
 
 import argparse
 import hashlib
-import math
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from openvla_jax.config import nearest
 from openvla_jax.sweep.points import Point, SweepError
+from openvla_jax.training.tpu import Slice, parse_slice
 
 _NAME_LIMIT = 40  # JobSet appends job and pod suffixes to it, within Kubernetes' 63 characters
 _NO_RESTARTS_LEFT = 20
 
 
-class Generation(NamedTuple):
-    """A TPU generation on GKE."""
-
-    accelerator: str  # the node label
-    chips_per_host: int  # of a slice with several hosts
-    dimensions: int  # of a topology
-    single_host: tuple[int, ...]  # chips that one VM may hold as a whole slice
-
-
-GENERATIONS = {
-    "v4": Generation("tpu-v4-podslice", 4, 3, (4,)),
-    "v5e": Generation("tpu-v5-lite-podslice", 4, 2, (1, 4, 8)),
-    "v5p": Generation("tpu-v5p-slice", 4, 3, (4,)),
-    "v6e": Generation("tpu-v6e-slice", 4, 2, (1, 4, 8)),
-}
-
-
-class Slice(NamedTuple):
-    """One TPU slice as GKE sees it."""
-
-    generation: str
-    topology: str  # 4x4x4
-    chips: int
-    hosts: int
-
-    @property
-    def chips_per_host(self) -> int:
-        return self.chips // self.hosts
-
-
-def parse_topology(text: str) -> Slice:
-    """`v5p:4x4x4` -> the slice; SweepError with the mend for anything else."""
-    name, _, topology = text.partition(":")
-    if name not in GENERATIONS:
-        raise SweepError(f"unknown TPU {name!r} in {text!r}; {nearest(name, GENERATIONS)}")
-    generation = GENERATIONS[name]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{generation.dimensions - 1}}}", topology):
-        example = "x".join(["4"] * generation.dimensions)
-        raise SweepError(f"topology {topology!r} of {name}: give {generation.dimensions} sizes, as {name}:{example}")
-    chips = math.prod(map(int, topology.split("x")))
-    if chips in generation.single_host:
-        return Slice(name, topology, chips, 1)
-    if chips % generation.chips_per_host:
-        raise SweepError(f"{text} has {chips} chips, which hosts of {generation.chips_per_host} do not make up")
-    return Slice(name, topology, chips, chips // generation.chips_per_host)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--launcher jobset (Kubernetes JobSets on GKE; --workdir is then a bucket)")
-    group.add_argument("--topology", help="the slice of each point: v5p:4x4x4")
-    group.add_argument("--slices", type=int, default=1, help="slices per point (multislice)")
+    group.add_argument("--topology", help="the slice of each point, v5p:4x4x4, or v5p:4x4x4*2 for two")
     group.add_argument("--image", help="container image with this repository as working directory")
     group.add_argument("--queue", help="Kueue's LocalQueue")
     group.add_argument("--namespace", default="default")
@@ -88,15 +38,18 @@ def write(points: Sequence[Point], options: argparse.Namespace) -> list[Path]:
         raise SweepError(f"--launcher jobset needs {' and '.join('--' + flag for flag in missing)}")
     if not re.match(r"[a-z]+://", options.workdir):
         raise SweepError(f"--workdir {options.workdir}: pods share no disk; name a bucket, gs://BUCKET/sweep")
-    if options.slices < 1 or options.max_restarts < 0:
-        raise SweepError(f"--slices {options.slices} and --max_restarts {options.max_restarts} must be >= 1 and >= 0")
-    tpu = parse_topology(options.topology)
+    if options.max_restarts < 0:
+        raise SweepError(f"--max_restarts {options.max_restarts} must be >= 0")
+    try:
+        tpu = parse_slice(options.topology)
+    except ValueError as error:
+        raise SweepError(f"--topology: {error}") from error
     options.out.mkdir(parents=True, exist_ok=True)
     paths = []
     for point in points:
         manifest = job_set(
             point, tpu, image=options.image, workdir=f"{options.workdir.rstrip('/')}/{point.name}",
-            slices=options.slices, queue=options.queue, namespace=options.namespace, max_restarts=options.max_restarts,
+            queue=options.queue, namespace=options.namespace, max_restarts=options.max_restarts,
         )  # fmt: skip
         path = options.out / f"{manifest['metadata']['name']}.yaml"
         new = path.with_suffix(".new")
@@ -107,10 +60,10 @@ def write(points: Sequence[Point], options: argparse.Namespace) -> list[Path]:
 
 
 def job_set(
-    point: Point, tpu: Slice, *, image: str, workdir: str, slices: int = 1, queue: str | None = None,
+    point: Point, tpu: Slice, *, image: str, workdir: str, queue: str | None = None,
     namespace: str = "default", max_restarts: int = _NO_RESTARTS_LEFT,
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest of one point: `slices` jobs of one pod per host, restarted together when any pod fails."""
+    """The manifest of one point: a job for each slice, of one pod per host, restarted together when any pod fails."""
     tpus = {"google.com/tpu": tpu.chips_per_host}
     container = {
         "name": "run",
@@ -126,7 +79,7 @@ def job_set(
         "dnsPolicy": "ClusterFirstWithHostNet",
         "terminationGracePeriodSeconds": 300,  # SIGTERM: save, then end
         "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": GENERATIONS[tpu.generation].accelerator,
+            "cloud.google.com/gke-tpu-accelerator": tpu.facts.accelerator,
             "cloud.google.com/gke-tpu-topology": tpu.topology,
         },
         "containers": [container],
@@ -146,7 +99,7 @@ def job_set(
         "metadata": metadata,
         "spec": {
             "failurePolicy": {"maxRestarts": max_restarts},
-            "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
+            "replicatedJobs": [{"name": "slice", "replicas": tpu.slices, "template": {"spec": job}}],
         },
     }
 

@@ -35,10 +35,10 @@ from openvla_jax.training.checkpoint import (
     steps_in,
     with_shardings,
 )
-from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.sharding import check_batch, global_batch, make_mesh
-from openvla_jax.training.state import TrainState, abstract_state, init_state
-from openvla_jax.training.step import make_eval_step, make_train_step, summarize
+from openvla_jax.training.state import TrainState, init_state
+from openvla_jax.training.step import make_eval_step, make_job, summarize
+from openvla_jax.training.tpu import compiler_options, generation_of
 
 CONFIG_FILE = "config.json"
 # An exact data position is saved while the shuffle buffer that it contains stays below this, in bytes per process.
@@ -66,6 +66,8 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     # -- Mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh.to_dict())
     check_remat(train.remat)
+    if train.compiler_options not in ("tuned", "default"):
+        raise ValueError(f"unknown train.compiler_options {train.compiler_options!r}: tuned or default")
     check_batch(train.batch_size, train.accumulation, mesh)
     log(
         f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, "
@@ -113,9 +115,9 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
             **common, )  # fmt: skip
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
-    schedule = make_schedule(config.optimizer, train.steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    abstract, placed = abstract_state(model, dtype, optimizer, mesh)
+    datasets = len(iterator.dataset_names)
+    job = make_job(config, model, mesh, datasets)
+    optimizer, abstract, placed = job.optimizer, job.abstract, job.placed
     log(f"model: {model.name}, {describe_parameters(abstract.params)}")
     if start:
         state = restore_state(workdir, start, abstract, placed)
@@ -138,12 +140,6 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     )
 
     # -- Step ---------------------------------------------------------------------------------------------------------
-    datasets = len(iterator.dataset_names)
-    step_fn = make_train_step(
-        model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        remat=train.remat, augment=make_augment(config.augment), seed=config.seed,
-    )  # fmt: skip
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
     eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets))
     eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
     if start >= train.steps:
@@ -151,7 +147,8 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         return state
     batch = global_batch(next(iterator), mesh)
     began = time.perf_counter()
-    step_fn = step_fn.lower(state, batch).compile()
+    options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
+    step_fn = job.step.lower(state, batch).compile(compiler_options=options)
     log(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------
@@ -286,16 +283,6 @@ def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> t
             "leave config.model.preset empty to take the checkpoint's"
         )
     return base.model, tokenizer
-
-
-def make_augment(settings: ml_collections.ConfigDict):
-    """`augment(key, images)` of the config, or None."""
-    if not settings["enabled"]:
-        return None
-    from openvla_jax.data.augment import AugmentConfig, augment
-
-    options = AugmentConfig(**{key: value for key, value in settings.items() if key != "enabled"})
-    return lambda key, images: augment(key, images, options)
 
 
 def resume_mode(mode: str, state_bytes: int) -> str:

@@ -1,10 +1,12 @@
 """One training step and one evaluation step, as pure functions to be compiled."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -12,10 +14,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.models.layers import activations_sharded
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.tokens import ActionTokenizer
+from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.sharding import BATCH
-from openvla_jax.training.state import TrainState
+from openvla_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Array]
 
@@ -85,7 +89,8 @@ def make_train_step(
     graph = nnx.graphdef(abstract_model(model, dtype))
 
     def part_loss(params: nnx.State, batch: Any, total: Array) -> tuple[Array, Metrics]:
-        loss, sums = loss_and_metrics(nnx.merge(graph, params), batch, datasets, remat)
+        with activations_sharded(mesh):
+            loss, sums = loss_and_metrics(nnx.merge(graph, params), batch, datasets, remat)
         return loss / total, sums
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -114,6 +119,42 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a config makes of a model on a mesh: the jitted step, and the state that it takes, as shapes and shardings.
+
+    The training loop runs it, the planner compiles it: one program.
+    """
+
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    placed: TrainState
+    step: Any  # a jitted `(state, batch) -> (state, metrics)` that takes the state's memory
+
+
+def make_job(config: ml_collections.ConfigDict, model: VLAConfig, mesh: Mesh, datasets: int) -> Job:
+    """The job of a config (see `configs/common.py`); no arrays are made."""
+    train, dtype = config.train, jnp.dtype(config.train.dtype)
+    schedule = make_schedule(config.optimizer, train.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    abstract, placed = abstract_state(model, dtype, optimizer, mesh)
+    step = make_train_step(
+        model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
+        remat=train.remat, augment=make_augment(config.augment), seed=config.seed,
+    )  # fmt: skip
+    return Job(optimizer, abstract, placed, jax.jit(step, donate_argnums=0, out_shardings=(placed, None)))
+
+
+def make_augment(settings: ml_collections.ConfigDict):
+    """`augment(key, images)` of the config, or None."""
+    if not settings["enabled"]:
+        return None
+    from openvla_jax.data.augment import AugmentConfig, augment
+
+    options = AugmentConfig(**{key: value for key, value in settings.items() if key != "enabled"})
+    return lambda key, images: augment(key, images, options)
 
 
 def make_eval_step(model: VLAConfig, *, dtype, datasets: int) -> Callable[[nnx.State, Any], Metrics]:

@@ -10,41 +10,9 @@ from openvla_jax.sweep.points import Point, SweepError
 POINT = Point("learning_rate=1e-05,seed=1", "configs/openvla_7b.py", {"seed": 1, "optimizer.learning_rate": 1e-5}, 9)
 
 
-@pytest.mark.parametrize(
-    ("text", "chips", "hosts", "per_host"),
-    [
-        ("v5p:4x4x4", 64, 16, 4),
-        ("v4:2x2x1", 4, 1, 4),
-        ("v5e:16x16", 256, 64, 4),
-        ("v5e:2x4", 8, 1, 8),
-        ("v6e:8x8", 64, 16, 4),
-        ("v6e:1x1", 1, 1, 1),
-    ],
-)
-def test_chips_and_hosts(text, chips, hosts, per_host):
-    tpu = jobset.parse_topology(text)
-    assert (tpu.chips, tpu.hosts, tpu.chips_per_host) == (chips, hosts, per_host)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("v5:4x4", "unknown TPU 'v5'"),
-        ("v5p:4x4", "give 3 sizes, as v5p:4x4x4"),
-        ("v5e:4x4x4", "give 2 sizes"),
-        ("v5p:0x4x4", "give 3 sizes"),
-        ("v5p", "give 3 sizes"),
-        ("v5p:1x1x3", "3 chips, which hosts of 4 do not make up"),
-    ],
-)
-def test_wrong_topologies(text, message):
-    with pytest.raises(SweepError, match=message):
-        jobset.parse_topology(text)
-
-
 def options(tmp_path, **changes):
     return argparse.Namespace(**{
-        "topology": "v5p:4x4x4", "slices": 2, "image": "pkg.dev/p/openvla:1", "queue": "robots", "namespace": "default",
+        "topology": "v5p:4x4x4*2", "image": "pkg.dev/p/openvla:1", "queue": "robots", "namespace": "default",
         "max_restarts": 7, "out": tmp_path / "out", "workdir": "gs://bucket/sweep/",
     } | changes)  # fmt: skip
 
@@ -86,7 +54,8 @@ def test_names_are_kubernetes_names_and_distinct(tmp_path):
     [
         ({"topology": None, "image": None}, "needs --topology and --image"),
         ({"workdir": "runs/sweep"}, "name a bucket"),
-        ({"slices": 0}, "must be >= 1"),
+        ({"max_restarts": -1}, "must be >= 0"),
+        ({"topology": "v5:4x4"}, "unknown TPU 'v5'"),
     ],
 )
 def test_what_is_missing_is_told(tmp_path, changes, message):

@@ -1,0 +1,186 @@
+"""Reads a program compiled for TPUs: the compiler's cycle estimates, its loops, and its collectives.
+
+The compiler's dump of a scheduled module (`*.after_codegen.txt`) carries `"estimated_cycles"` for each instruction. A
+loop's body stands there once; its instructions count as often as the loop runs. Collectives that start and end apart
+overlap with what is scheduled between; they share the chip's links, one after another.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+          "s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<type>\(?.*?\)?) (?P<op>[a-z][a-z0-9\-]*)\((?P<args>.*)$"
+)
+_HEADER = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[\w.\-]+) \(.*\{$")
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\]")
+
+
+class Instruction(NamedTuple):
+    name: str
+    op: str
+    type: str
+    text: str  # operands and attributes
+
+    @property
+    def cycles(self) -> int:
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found.group(1)) if found else 0
+
+    def called(self, attribute: str) -> str | None:
+        found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.text)
+        return found.group(1) if found else None
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.text.split("), ", 1)[0])
+
+
+@dataclass
+class Cost:
+    """Of one chip and one run of the program."""
+
+    compute_seconds: float = 0.0
+    exposed_seconds: float = 0.0  # waiting for links with nothing else to do
+    comm_seconds: float = 0.0  # links busy
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # bytes received, by kind
+    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, other: "Cost", times: float = 1.0) -> None:
+        self.compute_seconds += times * other.compute_seconds
+        self.exposed_seconds += times * other.exposed_seconds
+        self.comm_seconds += times * other.comm_seconds
+        for kind in other.collectives:
+            self.collectives[kind] += times * other.collectives[kind]
+            self.counts[kind] += times * other.counts[kind]
+
+
+class Program:
+    """A compiled module, from the text of its dump."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = self.computations[header["name"]] = []
+                if header["entry"]:
+                    self.entry = header["name"]
+            elif found := _INSTRUCTION.match(line):
+                current.append(Instruction(found["name"], found["op"], found["type"], found["args"]))
+        if not self.entry:
+            raise ValueError("no entry computation in the compiler's text: its format is not the one known here")
+
+    def cost(self, clock: float, seconds: Callable[[str, float, int], float]) -> Cost:
+        """The estimate; `seconds(kind, bytes, group)` is the time that a collective takes on the links."""
+        return self._cost(self.entry, clock, seconds)
+
+    def _cost(self, name: str, clock: float, seconds: Callable[[str, float, int], float]) -> Cost:
+        cost = Cost()
+        now = links_free = 0.0
+        ends: dict[str, float] = {}  # of collectives in flight, by the name of what started them
+        for instruction in self.computations[name]:
+            if instruction.op == "while":
+                trips = self.trip_count(instruction)
+                body = self._cost(instruction.called("body") or "", clock, seconds)
+                cost.add(body, trips)
+                now += trips * (body.compute_seconds + body.exposed_seconds)
+                continue
+            if instruction.op in ("call", "conditional"):
+                inner = instruction.called("to_apply") or instruction.called("branch_computations={")
+                if inner:
+                    part = self._cost(inner, clock, seconds)
+                    cost.add(part)
+                    now += part.compute_seconds + part.exposed_seconds
+                continue
+            if instruction.op.endswith("-done"):
+                end = max((ends.pop(operand, 0.0) for operand in instruction.operands), default=0.0)
+                cost.exposed_seconds += max(0.0, end - now)
+                now = max(now, end)
+            collective = self.collective(instruction)
+            if collective is not None:
+                kind, size, group = collective
+                duration = seconds(kind, size, group)
+                cost.collectives[kind] += size
+                cost.counts[kind] += 1
+                cost.comm_seconds += duration
+                links_free = max(now, links_free) + duration
+                if instruction.op.endswith("-start"):
+                    ends[instruction.name] = links_free
+                else:
+                    # One instruction: the part that its own computation does not cover is exposed.
+                    own = instruction.cycles / clock if instruction.op == "fusion" else 0.0
+                    cost.compute_seconds += own
+                    cost.exposed_seconds += max(0.0, links_free - now - own)
+                    now = max(links_free, now + own)
+                continue
+            took = instruction.cycles / clock
+            cost.compute_seconds += took
+            now += took
+        return cost
+
+    def collective(self, instruction: Instruction) -> tuple[str, float, int] | None:
+        """(kind, bytes that a chip receives, chips in a group) of a collective, wrapped or not; None for others."""
+        for kind in _KINDS:
+            if instruction.op in (kind, f"{kind}-start"):
+                return kind, *self._traffic(kind, instruction)
+        if instruction.op in ("fusion", "async-start"):
+            inner = self.computations.get(instruction.called("calls") or "", [])
+            for other in inner:
+                found = self.collective(other)
+                if found is not None:
+                    return found
+        return None
+
+    def _traffic(self, kind: str, instruction: Instruction) -> tuple[float, int]:
+        group = group_size(instruction.text)
+        sizes = [_size(*shape) for shape in _SHAPE.findall(instruction.type)]
+        if kind == "all-gather":
+            total = max(sizes)  # a start's type holds the operand and the result
+            return total * (group - 1) / group, group
+        if kind == "reduce-scatter":
+            return min(sizes) * (group - 1), group
+        if kind == "all-reduce":
+            total = max(sizes) if instruction.op.endswith("-start") else sum(sizes)
+            return 2 * total * (group - 1) / group, group
+        return max(sizes), group
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a `while` runs: what the compiler knows, else the bound in its condition."""
+        if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+            return int(found.group(1))
+        constants = [
+            int(match.group(1))
+            for instruction in self.computations.get(loop.called("condition") or "", [])
+            if instruction.op == "constant" and (match := re.match(r"(\d+)\)", instruction.text))
+        ]
+        if constants:
+            return max(constants)
+        raise ValueError(f"the trip count of loop {loop.name} is not in the compiler's text")
+
+
+def group_size(text: str) -> int:
+    """Chips that one group of a collective joins: `replica_groups=[1,64]<=[64]`, `{{0,1},{2,3}}` or
+    `mesh['a'=4,'b'=16] {'b'}`.
+    """
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(found.group(2))
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return found.group(1).count(",") + 1
+    if found := re.search(r"source_target_pairs=", text):
+        return 2
+    raise ValueError(f"no replica groups in {text[:120]!r}")
+
+
+def _size(dtype: str, dimensions: str) -> float:
+    return _BYTES.get(dtype, 0) * math.prod(int(d) for d in dimensions.split(",") if d)

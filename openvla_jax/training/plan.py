@@ -1,0 +1,309 @@
+"""Plans a run on TPUs before any is rented: compiles the same train step for a topology, ahead of time, on any machine.
+
+`plan` needs libtpu (the TPU compiler) and no TPU. Everything it reports is an estimate of the compiler or follows from
+published rates: compute time from the compiler's cycle estimates, communication from bytes over link rates.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import NamedSharding
+
+from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.data import Batch
+from openvla_jax.models.layers import REMAT_POLICIES, check_remat
+from openvla_jax.training.hlo import Cost, Program
+from openvla_jax.training.metrics import duration
+from openvla_jax.training.sharding import BATCH, check_batch, make_mesh
+from openvla_jax.training.step import make_job
+from openvla_jax.training.tpu import Slice, compiler_options, parse_slice
+
+ACTION_DIM = 7
+ASSUMPTIONS = (
+    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock; communication from "
+    "bytes over published link rates, overlapped as scheduled; no data loading, checkpoints or restarts. MFU counts "
+    "model FLOPs (no recomputation, causal attention halved) against the published bf16 peak."
+)
+_OUT_OF_MEMORY = re.compile(r"(?:Used |\()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made, in one line."""
+
+
+def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[str, Any]:
+    """Compiles the config's train step for `v5p:4x4x4` and the like; the report's entry.
+
+    `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, hosts,
+    global_batch, per_chip_batch, accumulation, remat, params, fits, hbm_capacity_bytes, hbm_peak_bytes, args_bytes,
+    temp_bytes, model_flops_per_step, compute_seconds, comm_seconds, exposed_comm_seconds, step_seconds, mfu,
+    examples_per_second, days, collectives {kind: {count, bytes}}, compiler_options, compile_seconds. Times, MFU and
+    collectives are None where the program does not fit. ValueError for a topology that does not exist or a batch that
+    it does not divide.
+    """
+    tpu = parse_slice(topology)
+    train = config.train
+    check_remat(train.remat)
+    model = planned_model(config)
+    mesh = make_mesh(config.mesh.to_dict(), topology_devices(tpu))
+    check_batch(train.batch_size, train.accumulation, mesh)
+    job = make_job(config, model, mesh, datasets=1)
+    arguments = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), job.abstract, job.placed
+    )
+    batch = abstract_batch(model, train.batch_size, config.data.text_length, NamedSharding(mesh, BATCH))
+    options = compiler_options(tpu.generation) if train.compiler_options == "tuned" else {}
+    entry: dict[str, Any] = {
+        "topology": str(tpu),
+        "chips": tpu.chips * tpu.slices,
+        "hosts": tpu.hosts * tpu.slices,
+        "global_batch": train.batch_size,
+        "per_chip_batch": train.batch_size / (tpu.chips * tpu.slices),
+        "accumulation": train.accumulation,
+        "remat": train.remat,
+        "params": sum(leaf.size for leaf in jax.tree.leaves(job.abstract.params)),
+        "hbm_capacity_bytes": int(tpu.facts.hbm_bytes),
+        "model_flops_per_step": model_flops(model, config.data.text_length) * train.batch_size,
+        "compiler_options": options,
+    }
+    began = time.perf_counter()
+    lowered = job.step.lower(arguments, batch)
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        return entry | _too_large(error, time.perf_counter() - began)
+    entry["compile_seconds"] = time.perf_counter() - began
+    texts = [path for path in dump.glob("*.after_codegen.txt") if "train_step" in path.name]
+    if not texts:
+        raise PlanError(f"the compiler left no text in {dump}: set planning_environment() before jax is imported")
+    program = Program(max(texts, key=lambda path: path.stat().st_mtime_ns).read_text())
+    for path in texts:
+        path.unlink()
+    cost = program.cost(tpu.facts.clock, link_time(tpu))
+    return entry | _estimate(entry, config, tpu, compiled.memory_analysis(), cost)
+
+
+def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list[dict[str, Any]]:
+    """Plans with every remat policy, and with more accumulation where none fits; fastest that fits first."""
+    entries = []
+    for accumulation in (1, 2, 4, 8):
+        for remat in REMAT_POLICIES:
+            if remat == "none":  # keeps everything: no 7B compiles in reasonable time
+                continue
+            changed = config.copy_and_resolve_references()
+            changed.train.remat, changed.train.accumulation = remat, config.train.accumulation * accumulation
+            try:
+                entry = plan(changed, topology, dump)
+            except ValueError:
+                if accumulation == 1:
+                    raise
+                break  # the batch divides no further
+            entries.append(entry)
+            print(row(entry), flush=True)
+        if any(entry["fits"] for entry in entries):
+            break
+    return sorted(entries, key=lambda e: (not e["fits"], e["step_seconds"] or e["hbm_peak_bytes"]))
+
+
+def run_plans(
+    config: ml_collections.ConfigDict,
+    topologies: Sequence[str],
+    dump: Path,
+    out: str | None = None,
+    tries: bool = False,
+) -> bool:
+    """Plans for each topology, prints the table and writes JSON to `out`; whether every topology has one that fits."""
+    for topology in topologies:
+        parse_slice(topology)  # before the first minutes are spent
+    print(f"planning {config.train.batch_size} examples a step on {', '.join(topologies)}; minutes each for a 7B")
+    print(HEADER)
+    entries: list[dict[str, Any]] = []
+    fits = True
+    for topology in topologies:
+        if tries:
+            found = search(config, topology, dump)
+            print(f"fastest that fits: remat {found[0]['remat']}, accumulation {found[0]['accumulation']}")
+        else:
+            found = [plan(config, topology, dump)]
+            print(row(found[0]), flush=True)
+        entries += found
+        fits &= found[0]["fits"]
+        if not found[0]["fits"]:
+            over = found[0]["hbm_peak_bytes"] - found[0]["hbm_capacity_bytes"]
+            print(f"{topology} does not fit, by {over / 2**30:.1f} GiB a chip: {_mend(config, tries)}")
+    print(ASSUMPTIONS)
+    if out:
+        path = Path(out)
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps({"assumptions": ASSUMPTIONS, "entries": entries}, indent=2) + "\n")
+        new.replace(path)
+    return fits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def planned_model(config: ml_collections.ConfigDict) -> VLAConfig:
+    """The model that the run would train; no tokenizer is read."""
+    if config.init_from:
+        from openvla_jax.training.checkpoint import load_contract
+
+        return load_contract(config.init_from).model
+    return model_config({key: value for key, value in config.model.to_dict().items() if value is not None})
+
+
+def topology_devices(tpu: Slice) -> list[Any]:
+    """Descriptions of the slice's devices, from libtpu; PlanError where that is missing or knows no such slice."""
+    from jax.experimental import topologies
+
+    three = tpu.facts.dimensions == 3
+    options: dict[str, Any] = {"chip_config_name": "megacore" if tpu.facts.megacore else "default"}
+    if tpu.hosts > 1:
+        options["chips_per_host_bounds"] = (2, 2, 1)
+    if tpu.torus:
+        options["wrap"] = (True,) * 3 if three else (True, True, False)
+    if tpu.slices > 1:
+        options["num_slices"] = tpu.slices
+    try:
+        return list(
+            topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{tpu.generation}:{tpu.topology}", **options
+            ).devices
+        )
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "libtpu" in text and ("not found" in text or "No module" in text or "Unable" in text):
+            raise PlanError("planning needs the TPU compiler: pip install 'openvla_jax[tpu]' (x86-64 Linux)") from error
+        raise PlanError(f"libtpu knows no topology {tpu}: {text[:200]}") from error
+
+
+def abstract_batch(model: VLAConfig, rows: int, text_length: int, sharding: NamedSharding) -> Any:
+    """Shapes of one global batch."""
+
+    def make(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    size, targets = model.image_size, ACTION_DIM + 1
+    return Batch(
+        images=make((rows, size, size, 3), jnp.uint8),
+        tokens=make((rows, text_length), jnp.int32),
+        target_positions=make((rows, targets), jnp.int32),
+        target_mask=make((rows, targets), jnp.bool_),
+        dataset=make((rows,), jnp.int32),
+    )
+
+
+def model_flops(model: VLAConfig, text_length: int) -> float:
+    """FLOPs of the model's work on one example: forward and backward, every position of the static shape.
+
+    6 per parameter of a product and position that it sees; 12 x width per pair of positions in attention, half of it
+    where that is causal; logits at the target positions only. Recomputation is not work of the model.
+    """
+    total = 0.0
+    for tower in model.towers:
+        tokens = tower.patches + tower.prefix_tokens
+        block = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
+        total += (tower.depth - 1) * (6 * block * tokens + 12 * tokens**2 * tower.width)
+        total += 6 * 3 * tower.patch_size**2 * tower.width * tower.patches
+    vision, llama = model.vision_width, model.llama
+    layers = {
+        "linear": (vision, llama.width),
+        "gelu-mlp": (vision, llama.width, llama.width),
+        "fused-gelu-mlp": (vision, 4 * vision, llama.width, llama.width),
+    }[model.projector.kind]
+    total += 6 * sum(a * b for a, b in pairwise(layers)) * model.patches
+    positions = model.patches + text_length
+    kv = llama.kv_heads * llama.head_dim
+    block = 2 * llama.width**2 + 2 * llama.width * kv + 3 * llama.width * llama.mlp_dim
+    total += llama.depth * (6 * block * positions + 12 * positions**2 * llama.width / 2)
+    return total + 6 * llama.width * llama.vocab_size * (ACTION_DIM + 1)
+
+
+def link_time(tpu: Slice):
+    """Seconds of a collective: bytes received over all links of a chip; half of them where the slice is no torus."""
+    rate = tpu.facts.ici_bytes_per_second * (1.0 if tpu.torus else 0.5)
+    return lambda kind, size, group: size / rate
+
+
+def _estimate(
+    entry: Mapping[str, Any], config: ml_collections.ConfigDict, tpu: Slice, memory: Any, cost: Cost
+) -> dict[str, Any]:
+    peak = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    )  # fmt: skip
+    step = cost.compute_seconds + cost.exposed_seconds
+    return {
+        "fits": bool(peak <= tpu.facts.hbm_bytes),
+        "hbm_peak_bytes": int(peak),
+        "args_bytes": int(memory.argument_size_in_bytes),
+        "temp_bytes": int(memory.temp_size_in_bytes),
+        "compute_seconds": cost.compute_seconds,
+        "comm_seconds": cost.comm_seconds,
+        "exposed_comm_seconds": cost.exposed_seconds,
+        "step_seconds": step,
+        "mfu": entry["model_flops_per_step"] / (step * entry["chips"] * tpu.facts.flops),
+        "examples_per_second": config.train.batch_size / step,
+        "days": step * config.train.steps / 86400,
+        "collectives": {
+            kind: {"count": cost.counts[kind], "bytes": cost.collectives[kind]} for kind in sorted(cost.collectives)
+        },
+    }
+
+
+def _too_large(error: Exception, seconds: float) -> dict[str, Any]:
+    """The entry of a program that the compiler could not fit; raises what is no lack of memory."""
+    found = _OUT_OF_MEMORY.search(str(error))
+    if found is None:
+        raise PlanError(f"the TPU compiler failed: {' '.join(str(error).split())[:300]}") from error
+    used = float(found.group(1)) * _UNITS[found.group(2).upper()]
+    unknown = ("compute_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu", "examples_per_second",
+               "days", "collectives", "args_bytes", "temp_bytes")  # fmt: skip
+    return {key: None for key in unknown} | {"fits": False, "hbm_peak_bytes": int(used), "compile_seconds": seconds}
+
+
+def _mend(config: ml_collections.ConfigDict, tried: bool) -> str:
+    if tried:
+        return "no remat policy and accumulation does; take more chips or a smaller batch"
+    if config.train.remat != "full":
+        return "--config.train.remat=full needs least memory; or let --plan_search look"
+    return f"--config.train.accumulation={2 * config.train.accumulation} halves the activations; or take more chips"
+
+
+HEADER = (
+    f"{'topology':<16}{'chips':>6}{'per chip':>9}  {'remat':<10}{'HBM peak':>10}{'of':>7}  {'step':>8}{'waiting':>9}"
+    f"{'MFU':>7}{'examples/s':>12}{'run':>12}{'compiled':>10}"
+)
+
+
+def row(entry: Mapping[str, Any]) -> str:
+    """One line of the table."""
+    gib = lambda size: f"{size / 2**30:.1f}"
+    head = (
+        f"{entry['topology']:<16}{entry['chips']:>6}{entry['per_chip_batch'] / entry['accumulation']:>9.4g}  "
+        f"{entry['remat']:<10}{gib(entry['hbm_peak_bytes']):>6} GiB{gib(entry['hbm_capacity_bytes']):>7}  "
+    )
+    if entry["step_seconds"] is None:
+        return head + "does not fit"
+    return head + (
+        f"{entry['step_seconds']:>6.3f} s{entry['exposed_comm_seconds'] / entry['step_seconds']:>9.1%}"
+        f"{entry['mfu']:>7.1%}{entry['examples_per_second']:>12.0f}{entry['days']:>7.1f} days"
+        f"{duration(entry['compile_seconds']):>10}"
+    )
+
+
+def collectives_table(entry: Mapping[str, Any]) -> Iterable[str]:
+    """Lines: each kind of collective, how often a step runs it, and GB that a chip receives."""
+    for kind, value in (entry["collectives"] or {}).items():
+        yield f"  {kind:<20}{value['count']:>8.0f} x {value['bytes'] / 1e9:>8.2f} GB a chip and step"

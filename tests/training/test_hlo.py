@@ -1,0 +1,62 @@
+"""The reading of compiled programs, on text in the compiler's own form with known numbers."""
+
+import pytest
+
+from openvla_jax.training.hlo import Program, group_size
+
+GATHER = "replica_groups=mesh['data'=2,'fsdp'=32] {'fsdp'}"
+TEXT = """
+%cond (p: s32[]) -> pred[] {
+  %bound = s32[] constant(3)
+  ROOT %lt = pred[] compare(%p, %bound), direction=LT
+}
+
+%body (p: s32[]) -> s32[] {
+  %ag = bf16[64,128]{1,0} all-gather(%p), GROUP, dimensions={0}
+  %work = f32[8]{0} fusion(%ag), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"500"}
+  ROOT %next = s32[] fusion(%work), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"500"}
+}
+
+%f (p: s32[]) -> s32[] {
+  ROOT %inner = s32[] add(%p, %p), backend_config={"estimated_cycles":"999999"}
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %first = s32[] fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1000"}
+  %loop = (s32[], /*index=1*/bf16[3,64]{1,0}) while(%first), condition=%cond, body=%body
+  %start = (bf16[32]{0}, bf16[1024]{0}) all-gather-start(%loop), GROUP, dimensions={0}
+  %hide = s32[] fusion(%loop), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"HIDE"}
+  %done = bf16[1024]{0} all-gather-done(%start)
+  ROOT %reduce = f32[100]{0} all-reduce(%done), replica_groups={{0,1},{2,3}}, to_apply=%f
+}
+""".replace("GROUP", GATHER)
+
+
+@pytest.mark.parametrize(("hidden", "exposed"), [(100_000, 0.0), (0, 2048 * 31 / 32)])
+def test_cycles_loops_and_collectives(hidden, exposed):
+    program = Program(TEXT.replace("HIDE", str(hidden)))
+    cost = program.cost(clock=1000.0, seconds=lambda kind, size, group: size)  # a byte a second
+    assert cost.compute_seconds == 1 + 3 * 1 + hidden / 1000 if hidden == 0 else True
+    in_loop = 64 * 128 * 2 * 31 / 32
+    reduced = 2 * 400 / 2
+    assert dict(cost.collectives) == pytest.approx({"all-gather": 3 * in_loop + 2048 * 31 / 32, "all-reduce": reduced})
+    assert dict(cost.counts) == {"all-gather": 4, "all-reduce": 1}
+    hiding = min(hidden / 1000, 2048 * 31 / 32)
+    assert cost.exposed_seconds == pytest.approx(3 * in_loop + 2048 * 31 / 32 - hiding + reduced)
+    assert cost.comm_seconds == pytest.approx(3 * in_loop + 2048 * 31 / 32 + reduced)
+
+
+def test_groups():
+    assert group_size("replica_groups=[4,16]<=[64]") == 16
+    assert group_size("replica_groups={{0,1,2},{3,4,5}}") == 3
+    assert group_size(GATHER) == 32
+    assert group_size("replica_groups=mesh['a'=2,'b'=4,'c'=8] {'a','c'}, x={}") == 16
+    with pytest.raises(ValueError, match="no replica groups"):
+        group_size("dimensions={0}")
+
+
+def test_text_of_another_form_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        Program("HloModule m\n")
+    with pytest.raises(ValueError, match="trip count of loop loop"):
+        Program(TEXT.replace("constant(3)", "parameter(0)")).cost(1.0, lambda *_: 0.0)

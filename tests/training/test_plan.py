@@ -1,0 +1,91 @@
+"""The planner: FLOPs by an independent count, bad input, and a tiny model compiled for real by the TPU compiler."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from flax import nnx
+
+from openvla_jax.config import preset, tiny
+from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.training.plan import model_flops
+
+
+def test_the_7b_does_13_7_teraflop_an_example():
+    assert model_flops(preset("openvla-7b"), 64) == pytest.approx(13.7e12, rel=0.005)
+
+
+def test_flops_of_products_agree_with_the_jaxpr():
+    """Independent count: every dot_general of the forward pass, three times, attention of the language model halved."""
+    model, text = tiny(base_vocab_size=700), 16
+    pixels = jnp.zeros((1, model.image_size, model.image_size, 3 * len(model.towers)))
+    ids, targets = jnp.ones((1, text), jnp.int32), jnp.full((1, 8), 3)
+    network = jax.eval_shape(lambda key: OpenVLA(model, key), jax.random.key(0))
+    graph, params = nnx.split(network)
+    jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).target_logits(pixels, ids, targets))(params)
+    total, causal, picking = count(jaxpr.jaxpr, model.patches + text)
+    assert model_flops(model, text) == pytest.approx(3 * (total - causal / 2 - picking), rel=1e-6)
+
+
+def count(jaxpr, positions, times=1):
+    """(all, attention over `positions`, choice of target rows): FLOPs of products."""
+    total = causal = picking = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contract, _), (batch, _) = equation.params["dimension_numbers"]
+            left, right = (operand.aval.shape for operand in equation.invars)
+            out = equation.outvars[0].aval.shape
+            flops = 2 * times * int(np.prod(out)) * int(np.prod([left[i] for i in contract]))
+            total += flops
+            if len(batch) == 2 and positions in left + right:
+                causal += flops
+            elif len(batch) == 1 and positions in [left[i] for i in contract]:
+                picking += flops
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                a, b, c = count(inner, positions, times * equation.params.get("length", 1))
+                total, causal, picking = total + a, causal + b, picking + c
+    return total, causal, picking
+
+
+def plan(*arguments):
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "train.py", "--config", "configs/debug.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_a_tiny_run_is_planned_by_the_tpu_compiler(tmp_path):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "plan.json"
+    result = plan("--config.train.batch_size=32", "--plan", "v5e:4x4", "--plan_out", str(out))
+    assert result.returncode == 0, result.stderr[-2000:]
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert (entry["topology"], entry["chips"], entry["hosts"], entry["fits"]) == ("v5e:4x4", 16, 4, True)
+    assert 0 < entry["hbm_peak_bytes"] < 2**30 < entry["hbm_capacity_bytes"]
+    assert 0 < entry["mfu"] < 1 and entry["step_seconds"] >= entry["compute_seconds"] > 0
+    assert entry["collectives"]["all-gather"]["bytes"] > 0
+    assert "v5e:4x4" in result.stdout and "Estimates, not measurements" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "v5e:16x16,v9:4x4"], "unknown TPU 'v9'"),
+        (["--plan", "v5e:4x4x4"], "give 2 sizes, as v5e:4x4"),
+        ([], "give --workdir DIR, or --plan TOPOLOGY"),
+    ],
+)
+def test_bad_plans_are_told_in_one_line(arguments, message):
+    result = plan(*arguments)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
