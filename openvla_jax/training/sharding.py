@@ -94,7 +94,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         if mesh.shape["fsdp"] > 1 and all(axis is None for axis in spec) and bytes_replicated > MAX_REPLICATED_BYTES:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} {array.shape} would be replicated on every device "
-                f"({bytes_replicated / 2**20:.0f} MiB): fsdp={mesh.shape['fsdp']} divides no dimension; change the mesh"
+                f"({bytes_replicated / 2**20:.0f} MiB): fsdp={mesh.shape['fsdp']} divides no dimension; a smaller one "
+                f"may, config.mesh.data={2 * mesh.shape['data']} halves it"
             )
         return leaf.replace(NamedSharding(mesh, spec))
 

@@ -31,7 +31,7 @@ def start(workdir, data_dir, devices, *overrides):
         f"--config.data.data_dir={data_dir}", f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=6",
         "--config.train.eval_every=12", *overrides,
     ]  # fmt: skip
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
