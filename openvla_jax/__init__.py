@@ -1,13 +1,14 @@
 """OpenVLA in JAX: vision-language-action models for TPU pods, one GPU, or a laptop."""
 
+import importlib
+
 __version__ = "0.1.0"
+_PUBLIC = {"Policy": "openvla_jax.inference.policy", "load_model": "openvla_jax.inference.load"}
 __all__ = ["Policy", "load_model"]
 
 
 def __getattr__(name: str):
     # Imported on first use: a data or planning job needs no policy, and a policy no data pipeline.
-    if name in __all__:
-        from openvla_jax.inference import policy
-
-        return getattr(policy, name)
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

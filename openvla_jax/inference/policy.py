@@ -4,35 +4,18 @@ import os
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from openvla_jax.config import VLAConfig
 from openvla_jax.inference.decode import decode_actions
+from openvla_jax.inference.load import load_weights
 from openvla_jax.inference.preprocess import prepare_image
-from openvla_jax.models.openvla import OpenVLA, abstract_model
+from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.tokens import ActionTokenizer, choose_unnorm_key, prompt_ids, unnormalize_actions
-from openvla_jax.training.checkpoint import Contract, load_contract, load_params, open_checkpoint
+from openvla_jax.training.checkpoint import Contract, load_contract, open_checkpoint
 
 # Prompts are padded to the next of these, so that few programs are compiled.
 TEXT_LENGTHS = (32, 64, 128, 256, 512)
-
-
-def load_model(path: str | os.PathLike, dtype: str = "float32") -> tuple[OpenVLA, VLAConfig]:
-    """A checkpoint's model on the default device, parameters and computation in `dtype`.
-
-    Raises CheckpointError if `path` holds no complete checkpoint or its tensors do not fit its own config.
-    """
-    contract = load_contract(path)
-    return _load(path, contract, dtype), contract.model
-
-
-def _load(path: str | os.PathLike, contract: Contract, dtype: str) -> OpenVLA:
-    graph, abstract = nnx.split(abstract_model(contract.model, dtype), nnx.Param)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=device), abstract)
-    return nnx.merge(graph, load_params(path, target))
 
 
 class Policy:
@@ -64,7 +47,7 @@ class Policy:
         path = open_checkpoint(path)
         contract = load_contract(path)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        return cls(_load(path, contract, dtype), contract, constrained)
+        return cls(load_weights(path, contract, dtype), contract, constrained)
 
     def predict_action(self, image: np.ndarray, instruction: str, unnorm_key: str | None = None) -> np.ndarray:
         """One action, float64 [action_dim], in the units of the dataset `unnorm_key`.

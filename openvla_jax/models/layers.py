@@ -22,6 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from openvla_jax.models.quantize import QTensor
+
 # What the backward pass keeps of a layer instead of recomputing it, from least to most memory. Names are set by
 # `checkpoint_name` where the values are made.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -59,8 +61,20 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_element_type=None) -> Float[Array, "... o"]:
+    """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as."""
+    precision = matmul_precision(x.dtype)
+    if isinstance(kernel, QTensor):
+        return kernel.matmul(x, precision, preferred_element_type)
+    return jnp.matmul(
+        x, kernel[...].astype(x.dtype), precision=precision, preferred_element_type=preferred_element_type
+    )
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, kernel [in, out] (transposed against PyTorch), computed in the dtype of `x`."""
+
+    kernel: nnx.Param | QTensor
 
     def __init__(self, key, in_features: int, out_features: int, axes, *, bias: bool, layers: int | None = None):
         lead, lead_axes = stack_shape(layers)
@@ -68,7 +82,7 @@ class Linear(nnx.Module):
         self.bias = make_param(None, (*lead, out_features), (*lead_axes, axes[-1]), value=0.0) if bias else None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
+        y = matmul(x, self.kernel)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -19,11 +19,12 @@ from openvla_jax.models.layers import (
     RMSNorm,
     attention,
     make_param,
-    matmul_precision,
+    matmul,
     rope,
     save_name,
     scan_layers,
 )
+from openvla_jax.models.quantize import QTensor
 
 
 class Cache(NamedTuple):
@@ -84,10 +85,14 @@ class LlamaBlock(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding table [V, D]."""
 
+    table: nnx.Param | QTensor
+
     def __init__(self, key, config: LlamaConfig):
         self.table = make_param(key, (config.vocab_size, config.width), ("vocab", "embed"), scale=0.02)
 
     def __call__(self, ids: Int[Array | np.ndarray, "B T"], dtype) -> Float[Array, "B T D"]:
+        if isinstance(self.table, QTensor):
+            return self.table.rows(ids, dtype)
         # Rows first, then the cast: the gradient adds up in float32. In bfloat16 a token seen 4096 times counts 256.
         return self.table[...][ids].astype(dtype)
 
@@ -123,8 +128,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the padded vocabulary."""
-        kernel = self.head.kernel[...].astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32)
+        return matmul(hidden, self.head.kernel, preferred_element_type=jnp.float32)
 
     def prefill(self, x: Float[Array, "B T D"], length: int) -> tuple[Float[Array, "B T D"], Cache]:
         """As `__call__`, and the keys and values in a cache of `length` >= T positions."""

@@ -17,7 +17,7 @@ from openvla_jax.models.layers import (
     Linear,
     attention,
     make_param,
-    matmul_precision,
+    matmul,
     save_name,
     scan_layers,
     stack_shape,
@@ -40,7 +40,7 @@ class PatchEmbed(nnx.Module):
         x = pixels[:, : rows * self.size, : columns * self.size]
         x = x.reshape(batch, rows, self.size, columns, self.size, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, rows * columns, -1)
-        x = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
+        x = matmul(x, self.kernel)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 

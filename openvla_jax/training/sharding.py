@@ -29,6 +29,7 @@ RULES: dict[str, str | None] = {
     "norm": None,
     "patch": None,
     "position": None,
+    "groups": None,
 }
 
 MAX_REPLICATED_BYTES = 64 * 2**20

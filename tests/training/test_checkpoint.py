@@ -10,7 +10,7 @@ from training.batches import MODEL, random_batch
 from training.test_step import SETTINGS
 
 from openvla_jax.config import tiny
-from openvla_jax.inference.policy import load_model
+from openvla_jax.inference.load import load_model
 from openvla_jax.tokens import load_tokenizer
 from openvla_jax.training import checkpoint as lib
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
