@@ -4,15 +4,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.tokens import ActionTokenizer
 
 
 class Decoded(NamedTuple):
-    tokens: Int[Array, "B A"]  # greedy
+    tokens: Int[Array, "B A"]
     outside: Bool[Array, "B A"]  # the free argmax would not have been an action token
+    logits: Float[Array, "B V"]  # of the first token
+
+
+class Sampling(NamedTuple):
+    """How each row draws its tokens: by its own temperature (0: greedy) and seed, whatever its batch."""
+
+    temperature: Float[Array, "B"]
+    seed: Int[Array, "B"]
 
 
 def decode_actions(
@@ -22,34 +30,40 @@ def decode_actions(
     lengths: Int[Array, "B"],
     steps: int,
     constrained: bool = True,
+    sampling: Sampling | None = None,
 ) -> Decoded:
-    """Greedy action tokens, `steps` per row.
+    """Action tokens, `steps` per row, greedy or sampled.
 
     `input_ids` are prompts from BOS to the lone-space token, padded on the right; `lengths` count the real ids of
-    each row. Rows do not see each other: a batch equals its rows decoded one by one. `constrained` takes the argmax
-    over the action tokens only; without it, the argmax over the whole vocabulary, as the reference does.
+    each row. Rows do not see each other: a batch equals its rows decoded one by one. `constrained` chooses among the
+    action tokens only; without it, among the whole vocabulary, as the reference does.
     """
     tokenizer = ActionTokenizer(model.config.base_vocab_size, model.config.action_bins)
     vocabulary = jnp.arange(model.config.llama.vocab_size)
     allowed = (vocabulary >= tokenizer.first_token) & (vocabulary <= tokenizer.last_token)
 
-    def choose(logits: Array) -> tuple[Array, Array]:
-        free = logits.argmax(axis=-1).astype(jnp.int32)
-        outside = ~allowed[free]
-        if not constrained:
-            return free, outside
-        return jnp.where(allowed, logits, -jnp.inf).argmax(axis=-1).astype(jnp.int32), outside
+    def choose(logits, index):
+        outside = ~allowed[logits.argmax(axis=-1)]
+        if constrained:
+            logits = jnp.where(allowed, logits, -jnp.inf)
+        if sampling is not None:
+            draw = lambda seed: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), vocabulary.shape)
+            hot = sampling.temperature[:, None] > 0
+            noisy = logits / jnp.where(hot, sampling.temperature[:, None], 1) + jax.vmap(draw)(sampling.seed)
+            logits = jnp.where(hot, noisy, logits)
+        return logits.argmax(axis=-1).astype(jnp.int32), outside
 
-    def step(carry, _):
-        token, position, cache = carry
-        logits, cache = model.decode(token, position, cache)
-        token, outside = choose(logits)
-        return (token, position + 1, cache), (token, outside)
+    def step(carry, index):
+        token, cache = carry
+        logits, cache = model.decode(token, lengths + index - 1, cache)
+        token, outside = choose(logits, index)
+        return (token, cache), (token, outside)
 
-    logits, cache = model.prefill(model.normalize(images), input_ids, lengths, steps)
-    first, first_outside = choose(logits)
-    _, (tokens, outside) = jax.lax.scan(step, (first, lengths, cache), length=steps - 1)
+    first_logits, cache = model.prefill(model.normalize(images), input_ids, lengths, steps)
+    first, first_outside = choose(first_logits, 0)
+    _, (tokens, outside) = jax.lax.scan(step, (first, cache), jnp.arange(1, steps))
     return Decoded(
         jnp.concatenate([first[:, None], tokens.T], axis=1),
         jnp.concatenate([first_outside[:, None], outside.T], axis=1),
+        first_logits,
     )

@@ -1,26 +1,62 @@
-"""A camera image to the pixels that the model was trained on, as the checkpoint's preprocessing says."""
+"""A camera image to the pixels that the model was trained on, as the checkpoint's preprocessing says.
 
+`prepare_image` is the one function that does it: for the policy, the server and the evaluator. The trainer's data
+pipeline resizes in TensorFlow, which `resize_lanczos3` repeats, and crops its validation frames with `center_crop`.
+"""
+
+import io
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from openvla_jax.config import VLAConfig
+from openvla_jax.config import VLAConfig, nearest
+
+RESIZE_KERNELS = ("lanczos3", "bicubic")
+JPEG_QUALITY = 95  # what the reference's evaluations encode with
+
+
+def check_preprocessing(preprocessing: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings that no image could be prepared with."""
+    kernel = preprocessing["resize_kernel"]
+    if kernel not in RESIZE_KERNELS:
+        raise ValueError(f"unknown preprocessing resize_kernel {kernel!r}; {nearest(kernel, RESIZE_KERNELS)}")
+    for name in ("center_crop", "jpeg"):
+        if not isinstance(preprocessing.get(name, False), bool):
+            raise ValueError(f"preprocessing {name} is {preprocessing[name]!r}: true or false")
 
 
 def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """uint8 RGB [height, width, 3] of any size to uint8 [S, S, 3].
 
-    Aspect ratio is ignored, as by the training pipeline. Raises ValueError for anything but a uint8 RGB image.
+    `jpeg` encodes and decodes first, as the reference's LIBERO and Bridge evaluations do to meet the artefacts of
+    their training data. `resize_kernel` "lanczos3" resizes as this project's training does (aspect ratio ignored),
+    "bicubic" as the Hugging Face processor does, by the model's `resize` strategy. `center_crop` comes last. Raises
+    ValueError for anything but a uint8 RGB image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image has dtype {image.dtype} and shape {image.shape}; give uint8 RGB [height, width, 3]")
-    if preprocessing["resize_kernel"] != "lanczos3":
-        raise ValueError(f"unknown preprocessing resize_kernel {preprocessing['resize_kernel']!r} in the checkpoint")
-    image = resize_lanczos3(image, model.image_size, model.image_size)
+    if preprocessing.get("jpeg", False):
+        image = jpeg_round_trip(image)
+    if preprocessing["resize_kernel"] == "lanczos3":
+        image = resize_lanczos3(image, model.image_size, model.image_size)
+    else:
+        fill = tuple(int(255 * value) for value in model.towers[-1].mean)
+        image = resize_bicubic(image, model.image_size, model.resize, fill)
     return center_crop(image) if preprocessing["center_crop"] else image
+
+
+def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
+    """The image as it comes back from JPEG: quality 95, colour at half resolution, as TensorFlow encodes by default.
+
+    TensorFlow decodes with a faster, coarser transform: single pixels differ by some grey levels.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    return np.asarray(Image.open(buffer))
 
 
 def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
@@ -39,6 +75,39 @@ def _bilinear_weights(size: int, low: float, high: float) -> np.ndarray:
     """float32 [size, size]: samples evenly spaced from `low` to `high` of the way between first and last pixel."""
     position = np.linspace(low, high, size) * (size - 1)
     return np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(size))).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As the Hugging Face processor: PIL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resize_bicubic(image: np.ndarray, size: int, strategy: str, fill: tuple[int, ...]) -> np.ndarray:
+    """uint8 [size, size, 3] as the reference's processor makes it (torchvision's resize and centre crop on PIL images).
+
+    `strategy` "resize-naive" ignores the aspect ratio; "resize-crop" brings the short side to `size` and crops the
+    middle; "letterbox" first pads to a square with `fill`, the same number of pixels on both sides.
+    """
+    picture = Image.fromarray(image)
+    if strategy == "resize-naive":
+        return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    if strategy == "letterbox":
+        longer = max(picture.size)
+        # Half the difference, rounded down: an odd one leaves the picture a pixel short of square.
+        left, top = ((longer - side) // 2 for side in picture.size)
+        square = Image.new("RGB", (picture.width + 2 * left, picture.height + 2 * top), fill)
+        square.paste(picture, (left, top))
+        picture = square
+    shorter = min(picture.size)
+    width, height = (size if side == shorter else int(size * side / shorter) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As training: TensorFlow's Lanczos
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def resize_lanczos3(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -32,6 +32,7 @@ CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics
 PREPROCESSING = {
     "resize_kernel": "lanczos3",  # "bicubic": PIL's, as the HF processor of imported checkpoints
     "center_crop": False,  # true when trained with random crops
+    "jpeg": False,  # images go through JPEG first, as in the reference's LIBERO and Bridge evaluations
     "text_length": 64,  # tokens of a training row: prompt, action and end token
     "action_normalization": "bounds_q99",
 }

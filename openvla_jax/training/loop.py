@@ -18,6 +18,7 @@ from etils import epath
 from flax import nnx
 
 from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.inference.preprocess import center_crop
 from openvla_jax.models.layers import check_remat
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import (
@@ -113,6 +114,8 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
             config.data.to_dict(), tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
             statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
             **common, )  # fmt: skip
+    if config.augment.enabled:  # validation sees what a policy trained with random crops is served
+        eval_batches = [b._replace(images=np.stack([center_crop(image) for image in b.images])) for b in eval_batches]
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)
@@ -134,8 +137,13 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         model=model,
         tokenizer=tokenizer,
         statistics=iterator.statistics,
+        # The resize is always that of the data pipeline, whatever served the weights that training started from.
         preprocessing=dict(base.preprocessing if base else PREPROCESSING)
-        | {"center_crop": bool(config.augment.enabled), "text_length": config.data.text_length},
+        | {
+            "resize_kernel": PREPROCESSING["resize_kernel"],
+            "center_crop": bool(config.augment.enabled),
+            "text_length": config.data.text_length,
+        },
         training=json.loads(config.to_json_best_effort()),
     )
 
