@@ -1,23 +1,28 @@
-"""Evaluates a checkpoint in closed loop.
+"""Evaluates a checkpoint, or a server: in closed loop, on held-out episodes, and quantised.
 
 python -m openvla_jax.evaluate rollout --checkpoint WORKDIR --episodes 100 --controls --out DIR
 """
 
 import argparse
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from openvla_jax.evaluation import figures
-from openvla_jax.evaluation.rollouts import FIRST_SEED, evaluate
+from openvla_jax.evaluation.rollouts import FIRST_SEED
+
+DEFAULT_FRAMES = 256
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m openvla_jax.evaluate", description="Evaluate a checkpoint.")
     commands = parser.add_subparsers(dest="command", required=True)
+
     rollout = commands.add_parser(
         "rollout", help="success in the embedded tabletop world, on scenes that no training saw"
     )
-    rollout.add_argument("--checkpoint", type=Path, required=True, help="a training run's workdir, or one checkpoint")
+    _policy_arguments(rollout)
     rollout.add_argument("--episodes", type=int, default=200, help="scenes, all run in parallel")
     rollout.add_argument(
         "--first-seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
@@ -26,32 +31,160 @@ def main(argv: list[str] | None = None) -> None:
         "--controls", action="store_true", help="also with another object named, without image, at random"
     )
     rollout.add_argument("--out", type=Path, required=True, help="folder for report.md and figures")
+    rollout.set_defaults(run=run_rollout)
+
+    offline = commands.add_parser("offline", help="actions on held-out episodes, through the serving path")
+    _policy_arguments(offline)
+    _data_arguments(offline)
+    offline.add_argument("--out", type=Path, required=True, help="folder for report.md, offline.json and figures")
+    offline.set_defaults(run=run_offline)
+
+    quantization = commands.add_parser("quantization", help="memory, agreement and latency of int8 and int4 weights")
+    quantization.add_argument("--checkpoint", type=Path, required=True)
+    quantization.add_argument("--kinds", nargs="+", default=["int8", "int4"])
+    quantization.add_argument("--exclude", nargs="*", help="paths that keep full precision; default: towers, tables")
+    quantization.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compare with, and of activations")
+    quantization.add_argument("--episodes", type=int, default=0, help="tabletop scenes to run with each")
+    quantization.add_argument("--save", type=Path, help="folder for the quantised checkpoints, SAVE/int8 and so on")
+    _data_arguments(quantization)
+    quantization.set_defaults(run=run_quantization)
+
     args = parser.parse_args(argv)
+    if args.command != "quantization" and (args.checkpoint is None) == (args.url is None):
+        parser.error("give --checkpoint or --url")
     try:
-        run_rollout(args.checkpoint, args.episodes, args.first_seed, args.controls, args.out)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
 
 
-def run_rollout(checkpoint: Path, episodes: int, first_seed: int, controls: bool, out: Path) -> None:
-    """Evaluates, prints the table, and writes out/report.md with its figures (the training curves where
-    `checkpoint` is a workdir with metrics)."""
+def _policy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, help="a training run's workdir, or one checkpoint")
+    parser.add_argument("--url", help="a running server instead, as http://127.0.0.1:8000 ($OPENVLA_TOKEN: its token)")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="with --checkpoint")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_dir", help="folder of the datasets; default: where the checkpoint was trained")
+    parser.add_argument("--datasets", nargs="+", help="default: all that the checkpoint has statistics of")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--frames", type=int, default=DEFAULT_FRAMES, help="of each dataset, spread over its episodes")
+
+
+def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """(policy or client, what it says of itself: preprocessing, statistics, training)."""
+    if args.url is not None:
+        from openvla_jax.inference.client import Client
+
+        client = Client(args.url)
+        return client, client.info()
     from openvla_jax.inference.policy import Policy
+
+    policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False)
+    contract = policy.contract
+    return policy, {
+        "preprocessing": contract.preprocessing,
+        "statistics": contract.statistics,
+        "training": contract.training,
+    }
+
+
+def read_frames(args: argparse.Namespace, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Held-out frames by dataset."""
+    from openvla_jax.config import nearest
+    from openvla_jax.evaluation.offline import held_out_frames
+
+    data_dir = args.data_dir or info["training"].get("data", {}).get("data_dir")
+    if not data_dir:
+        raise ValueError("the checkpoint does not say where its data are: --data_dir names their folder")
+    for name in args.datasets or ():
+        if name not in info["statistics"]:
+            raise ValueError(f"the checkpoint has no statistics of {name!r}; {nearest(name, info['statistics'])}")
+    names = args.datasets or list(info["statistics"])
+    return {name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split) for name in names}
+
+
+def run_rollout(args: argparse.Namespace) -> None:
+    """Evaluates, prints the table, and writes out/report.md with its figures (the training curves where the
+    checkpoint is a workdir with metrics)."""
+    from openvla_jax.evaluation import figures
+    from openvla_jax.evaluation.rollouts import evaluate
     from openvla_jax.training.metrics import METRICS_FILE, read_metrics
 
-    policy = Policy.from_checkpoint(checkpoint)
+    policy, info = open_policy(args)
+    statistics = next(iter(info["statistics"].values()))["action"]
     began = time.perf_counter()
-    results = evaluate(policy, episodes, controls=controls, first_seed=first_seed)
-    print(f"{episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
-    out.mkdir(parents=True, exist_ok=True)
+    results = evaluate(
+        policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics
+    )
+    print(f"{args.episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
+    args.out.mkdir(parents=True, exist_ok=True)
     made = []
-    if (checkpoint / METRICS_FILE).is_file():
-        made.append(figures.training_curves(read_metrics(checkpoint), out / "training_curves.png"))
-    made.append(figures.rollout_strip(results["policy"], out / "rollouts.png"))
-    made.append(figures.rollout_animation(results["policy"], out / "rollouts.gif"))
-    title = f"Tabletop: {checkpoint} on {episodes} unseen scenes"
-    for path in (figures.write_report(results, out / "report.md", title, made), *made):
+    if args.checkpoint is not None and (args.checkpoint / METRICS_FILE).is_file():
+        made.append(figures.training_curves(read_metrics(args.checkpoint), args.out / "training_curves.png"))
+    made.append(figures.rollout_strip(results["policy"], args.out / "rollouts.png"))
+    made.append(figures.rollout_animation(results["policy"], args.out / "rollouts.gif"))
+    title = f"Tabletop: {args.checkpoint or args.url} on {args.episodes} unseen scenes"
+    for path in (figures.write_report(results, args.out / "report.md", title, made), *made):
         print(path)
+
+
+def run_offline(args: argparse.Namespace) -> None:
+    """Prints the table, and writes out/report.md, offline.json and a figure per dataset."""
+    from openvla_jax.evaluation import figures, offline
+
+    policy, info = open_policy(args)
+    frames = read_frames(args, info)
+    kind = info["preprocessing"]["action_normalization"]
+    results = {
+        name: offline.compare(offline.predict(policy, rows, name), rows, info["statistics"][name]["action"], kind)
+        for name, rows in frames.items()
+    }
+    text = offline.table(results)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    made = [
+        figures.action_scatter(result.predicted, result.true, args.out / f"{name}.png", name)
+        for name, result in results.items()
+    ]
+    summary = {
+        name: {
+            "frames": len(result.true),
+            "accuracy": result.accuracy,
+            "accuracy_by_dimension": result.accuracy_by_dimension.tolist(),
+            "l1_by_dimension": result.l1_by_dimension.tolist(),
+        }
+        for name, result in results.items()
+    }
+    (args.out / "offline.json").write_text(json.dumps(summary, indent=2) + "\n")
+    pictures = [f"![{path.stem}]({path.name})\n" for path in made]
+    lines = [f"# Held-out frames: {args.checkpoint or args.url}, split {args.split}", "", text, "", *pictures]
+    (args.out / "report.md").write_text("\n".join(lines))
+    for path in (args.out / "report.md", *made):
+        print(path)
+
+
+def run_quantization(args: argparse.Namespace) -> None:
+    """Prints the table; with --save writes the quantised checkpoints."""
+    from openvla_jax.evaluation import quantization
+    from openvla_jax.inference.load import load_model, save_model
+    from openvla_jax.models.quantize import EXCLUDE, check_kind
+    from openvla_jax.training.checkpoint import load_contract
+
+    for kind in args.kinds:
+        check_kind(kind)
+    exclude = EXCLUDE if args.exclude is None else tuple(args.exclude)
+    contract = load_contract(args.checkpoint)
+    frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training})
+    rows = quantization.measure(
+        args.checkpoint, frames, args.kinds, dtype=args.dtype, exclude=exclude, episodes=args.episodes
+    )
+    print(quantization.table(rows))
+    for kind in args.kinds if args.save else ():
+        model, _ = load_model(args.checkpoint, args.dtype or rows[0].name, kind, exclude)
+        args.save.mkdir(parents=True, exist_ok=True)
+        save_model(model, contract, args.save / kind)
+        print(args.save / kind)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,30 @@ def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
     return path
 
 
+def action_scatter(predicted: np.ndarray, true: np.ndarray, path: Path, title: str) -> Path:
+    """PNG: predicted against true action, both [N, A] in physical units, one panel per dimension."""
+    from matplotlib.figure import Figure
+
+    dims = true.shape[1]
+    columns = min(dims, 4)
+    rows = -(-dims // columns)
+    figure = Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if i >= dims:
+            axes.set_visible(False)
+            continue
+        low, high = (bound(np.concatenate([predicted[:, i], true[:, i]])) for bound in (np.min, np.max))
+        margin = 0.05 * (high - low) or 0.5
+        ends = [low - margin, high + margin]
+        axes.plot(ends, ends, color="#9aa7b5", linewidth=1)
+        axes.scatter(true[:, i], predicted[:, i], s=8, alpha=0.4, color="#c0392b", edgecolors="none")
+        axes.set(xlim=ends, ylim=ends, title=f"dimension {i}", xlabel="true", ylabel="predicted")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def rollout_strip(rollouts: Rollouts, path: Path, columns: int = 8, scale: int = 2) -> Path:
     """PNG: one recorded scene per row, `columns` frames from first to last, the instruction above, green where it
     succeeded.

@@ -127,11 +127,12 @@ def evaluate(
     image_size: int = 48,
     first_seed: int = FIRST_SEED,
     record: int = 8,
+    action_statistics: Mapping[str, Any] | None = None,
 ) -> dict[str, Rollouts]:
     """Rollouts of `policy` by condition on the scenes first_seed ... first_seed + episodes - 1.
 
     Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The
-    last needs `policy.contract.statistics` with one dataset (an `openvla_jax.Policy` has them).
+    last draws from `action_statistics`; by default they are those of `policy.contract.statistics`, of one dataset.
     """
     if episodes < 1:
         raise ValueError(f"episodes {episodes}: evaluate at least 1")
@@ -141,8 +142,10 @@ def evaluate(
 
     results = {"policy": run_rollouts(policy, worlds(), image_size=image_size, record=record)}
     if controls:
-        (statistics,) = policy.contract.statistics.values()
+        if action_statistics is None:
+            (statistics,) = policy.contract.statistics.values()
+            action_statistics = statistics["action"]
         results["another object named"] = run_rollouts(policy, worlds(), instruct=misnamed, image_size=image_size)
         results["image blanked"] = run_rollouts(BlankedPolicy(policy), worlds(), image_size=image_size)
-        results["random actions"] = run_rollouts(RandomPolicy(statistics["action"]), worlds(), image_size=image_size)
+        results["random actions"] = run_rollouts(RandomPolicy(action_statistics), worlds(), image_size=image_size)
     return results

@@ -1,32 +1,20 @@
 """Decoding and the policy: cached = full, batch = single, and bad requests refused."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import golden
+from small_policy import INSTRUCTIONS, ROW, small_policy
 
-from openvla_jax.config import model_config
 from openvla_jax.inference.decode import decode_actions
-from openvla_jax.inference.policy import Policy
-from openvla_jax.models.openvla import OpenVLA
-from openvla_jax.tokens import load_tokenizer, prompt_ids, unnormalize_actions
-from openvla_jax.training.checkpoint import Contract
-
-ROW = {"q01": [-0.1, -2.0, 0.0], "q99": [0.3, 2.0, 1.0], "mask": [True, True, False]}
-WIDE = {name: [*values, *values] for name, values in ROW.items()}
-STATISTICS = {"arm": {"action": ROW}, "two_arms": {"action": WIDE}}
-INSTRUCTIONS = ["pick up the red cube", "Pick up the blue ball", "push the green block to the left of the red block"]
+from openvla_jax.inference.policy import Policy, reference_tokens
+from openvla_jax.tokens import prompt_ids, unnormalize_actions
+from openvla_jax.training.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")
 def policy():
-    tokenizer = load_tokenizer("tiny")
-    config = model_config({"preset": "tiny", "base_vocab_size": tokenizer.vocab_size})
-    model = OpenVLA(config, jax.random.key(1))
-    # At initialisation all logits are alike; spread out, different inputs choose different tokens.
-    for linear in (model.llama.head, model.llama.blocks.attention.v, model.llama.blocks.attention.o):
-        linear.kernel[...] = linear.kernel[...] * 4
-    return Policy(model, Contract(config, tokenizer, STATISTICS))
+    return small_policy()
 
 
 def images(count, seed=0, size=56):
@@ -126,3 +114,70 @@ def test_bad_requests_are_refused_in_one_line(policy, image, instruction, key, m
 def test_rows_must_agree_in_number(policy):
     with pytest.raises(ValueError, match="2 images, 1 instructions"):
         policy.predict_actions(images(2), INSTRUCTIONS[:1], ["arm"] * 2)
+
+
+def test_sampling_is_by_row_and_seed_and_cold_rows_stay_greedy(policy):
+    pixels, text = images(1)[0], INSTRUCTIONS[0]
+    rows = [policy.prepare(pixels, text, "arm", temperature, seed) for temperature, seed in ((2, 1), (2, 2), (0, 3))]
+    together = policy.decode(rows)
+    for row, tokens in zip(rows, together, strict=True):
+        np.testing.assert_array_equal(policy.decode([row])[0], tokens)
+    np.testing.assert_array_equal(together[2], policy.decode([policy.prepare(pixels, text, "arm")])[0])
+    assert (together[0] != together[1]).any() and (together[0] != together[2]).any()
+    # Drawn in proportion to exp(logits / temperature), among action tokens: first tokens of many seeds.
+    logits = np.asarray(policy._run(rows[2:]).logits)[0, policy.action_tokenizer.first_token :][:256]
+    chances = np.exp((logits - logits.max()) / 2)
+    chances /= chances.sum()
+    many = [policy.prepare(pixels, text, "arm", 2.0, seed) for seed in range(512)]
+    drawn = np.concatenate([policy.decode(many[i : i + 128])[:, 0] for i in range(0, 512, 128)])
+    got = np.bincount(drawn - policy.action_tokenizer.first_token, minlength=256) / 512
+    assert 0.5 * np.abs(got - chances).sum() < 0.5 * np.abs(np.roll(chances, 7) - chances).sum()
+    top = np.argsort(-chances)[:64]  # Hoeffding: off by more than 0.1 once in 50,000 times
+    assert abs(got[top].sum() - chances[top].sum()) < 0.1
+
+
+def test_early_ends_shift_as_in_the_reference():
+    prompt = [1, 11, 12, 13, 14]
+    tokens = np.array([31900, 31901, 2, 31902, 31903, 31904, 31905])
+    # generate() stops behind the end token: prompt + 3 ids, of which the last 7 are taken.
+    assert reference_tokens(prompt, tokens, 2).tolist() == [11, 12, 13, 14, 31900, 31901, 2]
+    assert reference_tokens(prompt, np.array([5, 6, 2]), 2).tolist() == [5, 6, 2]
+    assert reference_tokens(prompt, np.array([5, 6, 7]), 2).tolist() == [5, 6, 7]
+
+
+def test_a_model_that_ignores_its_images_is_refused(policy):
+    policy.check_images()
+    blind = small_policy()
+    fc = blind.model.projector.fc3
+    fc.kernel[...] = fc.kernel[...] * 0
+    blind = Policy(blind.model, blind.contract)
+    with pytest.raises(CheckpointError, match="ignore the image"):
+        blind.check_images()
+    fc.kernel[...] = fc.kernel[...] + np.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        Policy(blind.model, blind.contract).check_images()
+
+
+@pytest.mark.slow
+def test_200_mixed_batches_of_the_golden_equal_single_calls(tmp_path, shared):
+    from openvla_jax.convert import import_weights
+
+    import_weights(golden("openvla_tiny"), tmp_path / "c", tokenizer=shared / "data" / "llama2_tokenizer")
+    policy = Policy.from_checkpoint(tmp_path / "c")
+    rng = np.random.default_rng(0)
+    words = ["pick", "up", "the", "red", "block", "and", "put", "it", "into", "drawer", "slowly", "to", "left"]
+    keys = list(policy.contract.statistics)
+
+    def request():
+        height, width = rng.integers(40, 300, 2)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return policy.prepare(pixels, " ".join(rng.choice(words, rng.integers(1, 24))), keys[rng.integers(len(keys))])
+
+    pool = [request() for _ in range(40)]
+    assert len({-(-len(r.prompt) // 32) for r in pool}) == 2, "both text lengths occur"
+    single = [policy.decode([r])[0] for r in pool]
+    for _ in range(200):
+        chosen = rng.choice(len(pool), rng.integers(1, 9), replace=False)
+        tokens = policy.decode([pool[i] for i in chosen], batch_size=8)
+        np.testing.assert_array_equal(tokens, np.stack([single[i] for i in chosen]))
+    assert len({tuple(tokens) for tokens in single}) > 20

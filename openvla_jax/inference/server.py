@@ -1,0 +1,290 @@
+"""The policy over HTTP: `/act` as OpenVLA's clients speak it, `/act_batch`, `/health`, `/info`, `/metrics`.
+
+Errors are real status codes with {"error": reason}. See docs/serving.md.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import fastapi
+import jax
+import numpy as np
+import prometheus_client
+from fastapi import FastAPI, Response
+from starlette.concurrency import run_in_threadpool
+
+import openvla_jax
+from openvla_jax.inference import wire
+from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
+from openvla_jax.inference.policy import Policy, Request
+from openvla_jax.inference.wire import BadRequestError
+from openvla_jax.models.quantize import QTensor, count_bytes
+
+LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    max_batch: int = 16
+    wait_ms: float = 4.0  # how long the first request of a batch waits for others
+    max_queue: int = 64
+    max_body_mb: float = 16.0
+    body_seconds: float = 30.0  # within which a body must have arrived
+    token: str | None = None  # clients send "Authorization: Bearer TOKEN"
+    reference_errors: bool = False  # "error" with status 200, as the reference's server answers
+
+
+class RefusedError(Exception):
+    """A request that is answered with a status of its own."""
+
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None):
+        super().__init__(reason)
+        self.status, self.headers = status, headers or {}
+
+
+class Metrics:
+    """Prometheus metrics of one server, in a registry of their own."""
+
+    def __init__(self, policy: Policy):
+        self.registry = prometheus_client.CollectorRegistry()
+        made: dict[str, Any] = {"registry": self.registry}
+        self.requests = prometheus_client.Counter("openvla_requests", "Requests", ["path", "status"], **made)
+        self.latency = prometheus_client.Histogram(
+            "openvla_request_seconds", "From the whole body read to the answer", buckets=LATENCY_BUCKETS, **made
+        )
+        self.waited = prometheus_client.Histogram(
+            "openvla_queue_seconds", "Wait of a request for its batch", buckets=LATENCY_BUCKETS, **made
+        )
+        self.decode = prometheus_client.Histogram(
+            "openvla_decode_seconds", "Decoding of a batch", buckets=LATENCY_BUCKETS, **made
+        )
+        self.batch = prometheus_client.Histogram(
+            "openvla_batch_size", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), **made
+        )
+        self.waiting = prometheus_client.Gauge("openvla_waiting_requests", "Requests in the queue", **made)
+        for name, what, read in (
+            ("openvla_action_tokens_total", "Action tokens decoded", lambda: policy.decoded_tokens),
+            ("openvla_action_tokens_outside_total", "Of which the free argmax was none", lambda: policy.outside_tokens),
+            (
+                "openvla_compiled_programs",
+                "Shapes compiled; more after the start is a stall",
+                lambda: len(policy.programs),
+            ),
+        ):
+            prometheus_client.Gauge(name, what, **made).set_function(read)
+
+    def observe(self, size: int, waited: Any, took: float) -> None:
+        self.batch.observe(size)
+        self.decode.observe(took)
+        for seconds in waited:
+            self.waited.observe(seconds)
+
+
+def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
+    """The application: warm up the policy first (`warm_up`), or the first requests wait for compilation."""
+    settings = settings or Settings()
+    metrics = Metrics(policy)
+    batcher = Batcher(policy, settings.max_batch, settings.wait_ms / 1000, settings.max_queue, metrics.observe)
+    metrics.waiting.set_function(lambda: batcher.waiting)
+    limit = int(settings.max_body_mb * 2**20)
+    stopping = False
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        nonlocal stopping
+        stopping = True
+        await run_in_threadpool(batcher.stop)
+
+    app = FastAPI(title="openvla_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.batcher = batcher
+
+    def prepare(payload: dict[str, Any]) -> Request:
+        return policy.prepare(wire.read_image(payload["image"]), payload["instruction"], payload.get("unnorm_key"))
+
+    async def decide(requests: list[Request]) -> list[np.ndarray]:
+        if len(requests) > settings.max_queue:
+            raise RefusedError(413, f"{len(requests)} requests in one body: at most {settings.max_queue}")
+        try:
+            futures = [batcher.submit(request) for request in requests]
+        except QueueFullError as error:
+            raise RefusedError(503, f"{error}: try again", {"Retry-After": "1"}) from None
+        except StoppedError as error:
+            raise RefusedError(503, str(error), {"Retry-After": "10"}) from None
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    async def act(body: bytes) -> Response:
+        payload, encoded = await run_in_threadpool(lambda: wire.read_payload(wire.loads(body)))
+        (action,) = await decide([await run_in_threadpool(prepare, payload)])
+        if encoded:
+            return _json(wire.dumps(action))
+        # In kind: clients that send an array get one back, those that send a picture read plain numbers.
+        return _json(action if isinstance(payload["image"], dict) else action.tolist())
+
+    async def act_batch(body: bytes) -> Response:
+        def read() -> list[Request]:
+            value = wire.loads(body)
+            if not isinstance(value, dict) or set(value) != {"requests"} or not isinstance(value["requests"], list):
+                raise BadRequestError('send {"requests": [{image, instruction, unnorm_key}, ...]}')
+            if not value["requests"]:
+                raise BadRequestError("'requests' is empty")
+            prepared = []
+            for row, item in enumerate(value["requests"]):
+                try:
+                    prepared.append(prepare(wire.read_payload(item)[0]))
+                except ValueError as error:
+                    raise BadRequestError(f"request {row}: {error}") from None
+            return prepared
+
+        actions = await decide(await run_in_threadpool(read))
+        return _json({"actions": [action.tolist() for action in actions]})
+
+    def posted(path: str, handle: Callable[[bytes], Awaitable[Response]]) -> None:
+        async def endpoint(request: fastapi.Request) -> Response:
+            response = await _answer(request, handle, settings, limit, metrics)
+            metrics.requests.labels(path, str(response.status_code)).inc()
+            return response
+
+        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+
+    posted("/act", act)
+    posted("/act_batch", act_batch)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        return _json({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+
+    @app.get("/info", response_model=None)
+    async def info(request: fastapi.Request) -> Response:
+        if not _authorized(request, settings):
+            return _json({"error": "a bearer token is needed"}, 401)
+        return _json(describe(policy, settings))
+
+    @app.get("/metrics", response_model=None)
+    async def prometheus(request: fastapi.Request) -> Response:
+        if not _authorized(request, settings):
+            return _json({"error": "a bearer token is needed"}, 401)
+        text = prometheus_client.generate_latest(metrics.registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _answer(
+    request: fastapi.Request,
+    handle: Callable[[bytes], Awaitable[Response]],
+    settings: Settings,
+    limit: int,
+    metrics: Metrics,
+) -> Response:
+    """The handler's response, or that of whatever is wrong."""
+    try:
+        if not _authorized(request, settings):
+            raise RefusedError(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        body = await _read_body(request, limit, settings.body_seconds)
+        began = time.perf_counter()
+        response = await handle(body)
+        metrics.latency.observe(time.perf_counter() - began)
+        return response
+    except RefusedError as error:
+        status, reason, headers = error.status, str(error), error.headers
+    except BadRequestError as error:
+        status, reason, headers = 400, str(error), {}
+    except ValueError as error:  # the policy's own refusals: key, instruction, image
+        status, reason, headers = 422, str(error), {}
+    except Exception:
+        logging.exception("a request failed")
+        status, reason, headers = 500, "internal error; the server's log has it", {}
+    if settings.reference_errors and status != 401:
+        return _json("error")
+    return _json({"error": reason}, status, headers)
+
+
+async def _read_body(request: fastapi.Request, limit: int, seconds: float) -> bytes:
+    declared = request.headers.get("content-length", "")
+    too_large = RefusedError(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise RefusedError(408, f"the body did not arrive within {seconds:g} s", {"Connection": "close"}) from None
+    return b"".join(parts)
+
+
+def _authorized(request: fastapi.Request, settings: Settings) -> bool:
+    if settings.token is None:
+        return True
+    given = request.headers.get("authorization", "").encode("latin-1", "replace")
+    return hmac.compare_digest(given, f"Bearer {settings.token}".encode())
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(wire.dumps(value), status, headers, media_type="application/json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and about
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def warm_up(policy: Policy, max_batch: int, log: Callable[[str], None] = print) -> float:
+    """Runs every shape that requests can ask for once, so that none waits for compilation; returns seconds."""
+    from openvla_jax.inference.policy import TEXT_LENGTHS
+
+    began = time.perf_counter()
+    size, statistics = policy.contract.model.image_size, policy.contract.statistics
+    pixels = np.zeros((size, size, 3), np.uint8)
+    shortest = policy.prepare(pixels, "a", next(iter(statistics)))
+    sizes = sorted({min(2**n, max_batch) for n in range(max_batch.bit_length() + 1)})
+    for dim in sorted({len(stats["action"]["q01"]) for stats in statistics.values()}):
+        key = next(k for k, stats in statistics.items() if len(stats["action"]["q01"]) == dim)
+        longest = policy.contract.preprocessing["text_length"] - dim - 1
+        buckets = [
+            length
+            for shorter, length in zip((0, *TEXT_LENGTHS), TEXT_LENGTHS, strict=False)
+            if shorter < longest and length >= len(shortest.prompt)
+        ]
+        for bucket in buckets:
+            length = min(bucket, longest)
+            prompt = (shortest.prompt * length)[:length]
+            for batch in sizes:
+                policy.act([Request(pixels, prompt, key, dim)], batch)
+                log(f"warm: batch {batch}, text {bucket}, {dim} action tokens ({time.perf_counter() - began:.1f} s)")
+    policy.outside_tokens = policy.decoded_tokens = 0
+    return time.perf_counter() - began
+
+
+def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
+    """What `/info` says: the contract, and how it is served."""
+    contract, device = policy.contract, jax.local_devices()[0]
+    kernel = policy.model.llama.blocks.mlp.up.kernel
+    return {
+        "model": contract.model.to_dict(),
+        "preprocessing": dict(contract.preprocessing),
+        "statistics": {
+            key: {"action_dim": len(stats["action"]["q01"]), "action": stats["action"]}
+            for key, stats in contract.statistics.items()
+        },
+        "training": json.loads(json.dumps(dict(contract.training), default=str)),
+        "device": f"{device.platform}: {device.device_kind}",
+        "dtype": str(policy.model.dtype),
+        "quantization": str(kernel.values.dtype) if isinstance(kernel, QTensor) else None,
+        "weight_bytes": count_bytes(policy.model),
+        "constrained": policy.constrained,
+        "max_batch": settings.max_batch,
+        "version": openvla_jax.__version__,
+    }

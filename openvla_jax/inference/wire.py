@@ -1,0 +1,175 @@
+"""What crosses the network: JSON with arrays as json-numpy writes them, or images as base64 JPEG or PNG. No pickle.
+
+json-numpy (which OpenVLA's clients use) spells an array {"__numpy__": base64 of its bytes, "dtype": "|u1", "shape":
+[...]}. It is decoded here strictly: its own decoder believes any dtype and shape.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from openvla_jax.config import nearest
+
+MAX_PIXELS = 16 * 2**20  # of one image: a few kilobytes of PNG can declare gigabytes
+REQUEST_KEYS = ("image", "instruction", "unnorm_key")
+
+
+class BadRequestError(ValueError):
+    """A request that cannot be served; the message says what is wrong with it."""
+
+
+def dumps(value: Any) -> str:
+    """JSON with arrays as json-numpy writes them."""
+    return json.dumps(value, default=encode_array)
+
+
+def encode_array(array: Any) -> dict[str, Any]:
+    if not isinstance(array, np.ndarray | np.generic):
+        raise TypeError(f"{type(array).__name__} has no JSON form")
+    array = np.ascontiguousarray(array) if array.ndim else np.asarray(array)
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
+
+
+def decode_array(value: dict[str, Any], where: str) -> np.ndarray:
+    """The array of a json-numpy object: numbers or booleans only, and as many bytes as its shape asks for."""
+    data, dtype, shape = (value.get(key) for key in ("__numpy__", "dtype", "shape"))
+    if set(value) != {"__numpy__", "dtype", "shape"}:
+        raise BadRequestError(
+            f"{where}: a json-numpy array has the keys __numpy__, dtype and shape, got {_keys(value)}"
+        )
+    if not isinstance(dtype, str) or len(dtype) > 8:
+        raise BadRequestError(f"{where}: dtype {_short(dtype)} is not the name of a number type, as '|u1'")
+    try:
+        kind = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError):
+        raise BadRequestError(f"{where}: dtype {_short(dtype)} is unknown; send '|u1' for uint8") from None
+    if kind.kind not in "biuf" or kind.shape:
+        raise BadRequestError(f"{where}: dtype {_short(dtype)} does not hold plain numbers; send '|u1' for uint8")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
+        raise BadRequestError(f"{where}: shape {_short(shape)} is not a list of sizes")
+    raw = _base64(data, where)
+    if math.prod(shape) * kind.itemsize != len(raw):
+        raise BadRequestError(f"{where}: {len(raw)} bytes are not an array of shape {_short(shape)} and dtype {dtype}")
+    return np.frombuffer(raw, kind).reshape(shape)
+
+
+def loads(text: bytes | str) -> Any:
+    """JSON of a request; NaN and other non-standard numbers are refused."""
+
+    def refuse(name: str) -> None:
+        raise BadRequestError(f"the body holds {name}, which is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except BadRequestError:
+        raise
+    except RecursionError:
+        raise BadRequestError("the body is nested too deeply") from None
+    except ValueError as error:
+        raise BadRequestError(f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def read_payload(value: Any) -> tuple[dict[str, Any], bool]:
+    """(payload, whether it came "encoded") of an `/act` body.
+
+    A client that cannot patch its JSON library sends {"encoded": the payload as a JSON string}, and is answered with a
+    JSON string too.
+    """
+    if isinstance(value, dict) and "encoded" in value:
+        if len(value) != 1 or not isinstance(value["encoded"], str):
+            raise BadRequestError(f"'encoded' must be a JSON string and the only key, got {_keys(value)}")
+        return _checked(loads(value["encoded"])), True
+    return _checked(value), False
+
+
+def _checked(payload: Any) -> dict[str, Any]:
+    if not isinstance(payload, dict):
+        raise BadRequestError(f"the body is {_kind(payload)}: send an object with {', '.join(REQUEST_KEYS)}")
+    for key in payload:
+        if key not in REQUEST_KEYS:
+            raise BadRequestError(f"unknown key {_short(key)}; {nearest(_short(key), REQUEST_KEYS)}")
+    for key in REQUEST_KEYS[:2]:
+        if key not in payload:
+            raise BadRequestError(f"{key!r} is missing: send an object with {', '.join(REQUEST_KEYS)}")
+    if not isinstance(payload["instruction"], str):
+        raise BadRequestError(f"instruction is {_kind(payload['instruction'])}: send text")
+    if not isinstance(payload.get("unnorm_key"), str | None):
+        raise BadRequestError(
+            f"unnorm_key is {_kind(payload['unnorm_key'])}: send the name of a dataset, or leave it out"
+        )
+    return payload
+
+
+def read_image(value: Any) -> np.ndarray:
+    """uint8 [height, width, 3] of a json-numpy object, a base64 JPEG or PNG, or nested lists of 0..255."""
+    if isinstance(value, dict):
+        image = decode_array(value, "image")
+    elif isinstance(value, str):
+        image = _decode_picture(_base64(value.partition("base64,")[2] or value, "image"))
+    elif isinstance(value, list):
+        image = _from_lists(value)
+    else:
+        raise BadRequestError(f"image is {_kind(value)}: send a json-numpy array, or a JPEG or PNG in base64")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise BadRequestError(
+            f"image has dtype {image.dtype} and shape {image.shape}; send uint8 RGB [height, width, 3]"
+        )
+    if image.shape[0] * image.shape[1] > MAX_PIXELS or 100 * min(image.shape[:2]) < max(image.shape[:2]):
+        raise BadRequestError(f"image of {image.shape[0]} x {image.shape[1]} pixels: at most {MAX_PIXELS}, sides 1:100")
+    return image
+
+
+def _decode_picture(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise BadRequestError(f"image of {picture.width} x {picture.height} pixels: at most {MAX_PIXELS}")
+            if picture.mode != "RGB":
+                raise BadRequestError(f"image has mode {picture.mode}: send RGB")
+            return np.asarray(picture)
+    except BadRequestError:
+        raise
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
+        raise BadRequestError(
+            f"image is no readable JPEG or PNG ({str(error)[:100] or type(error).__name__})"
+        ) from None
+
+
+def _from_lists(value: list[Any]) -> np.ndarray:
+    try:
+        numbers = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise BadRequestError("image lists differ in length: send [height][width][3]") from None
+    if numbers.dtype.kind not in "iu" or numbers.size == 0 or numbers.min() < 0 or numbers.max() > 255:
+        raise BadRequestError("image lists must hold whole numbers from 0 to 255")
+    return numbers.astype(np.uint8)
+
+
+def _base64(data: Any, where: str) -> bytes:
+    if not isinstance(data, str):
+        raise BadRequestError(f"{where}: its data are {_kind(data)}: send base64 text")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequestError(f"{where}: its data are not base64 ({error})") from None
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return _short(sorted(value))

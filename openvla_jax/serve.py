@@ -1,0 +1,98 @@
+"""Serves a checkpoint's policy over HTTP.
+
+python -m openvla_jax.serve --checkpoint CHECKPOINT
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+SWITCH = {"auto": None, "on": True, "off": False}
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(prog="python -m openvla_jax.serve", description="Serve a policy over HTTP.")
+    parser.add_argument("--checkpoint", required=True, help="a run's workdir, one of its checkpoints, or an import")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers, made while loading")
+    parser.add_argument(
+        "--unconstrained", action="store_true", help="tokens from the whole vocabulary, as the reference"
+    )
+    parser.add_argument("--resize_kernel", choices=("auto", "lanczos3", "bicubic"), default="auto")
+    parser.add_argument("--center_crop", choices=SWITCH, default="auto", help="auto: as the checkpoint was trained")
+    parser.add_argument("--jpeg", choices=SWITCH, default="auto", help="encode and decode images first, as LIBERO's do")
+    parser.add_argument("--max_batch", type=int, default=16, help="requests decoded together")
+    parser.add_argument("--wait_ms", type=float, default=4.0, help="how long a request waits for others")
+    parser.add_argument("--max_queue", type=int, default=64, help="waiting requests beyond which clients get 503")
+    parser.add_argument("--max_body_mb", type=float, default=16.0)
+    parser.add_argument("--token_file", type=Path, help="file with a bearer token ($OPENVLA_TOKEN works too)")
+    parser.add_argument("--reference_errors", action="store_true", help='"error" with status 200, as the reference')
+    parser.add_argument(
+        "--compilation_cache",
+        default=os.path.expanduser("~/.cache/openvla_jax/xla"),
+        help="folder of compiled programs, which makes the next start fast; empty: none",
+    )
+    args = parser.parse_args(argv)
+    try:
+        import uvicorn  # the serve extra; and jax after the arguments, which may be wrong
+
+        from openvla_jax.inference.policy import Policy
+        from openvla_jax.inference.server import Settings, make_app, warm_up
+    except ImportError as error:
+        parser.exit(2, f"error: {error}: pip install 'openvla_jax[serve]'\n")
+    set_compilation_cache(args.compilation_cache)
+    changes: dict[str, Any] = {"center_crop": SWITCH[args.center_crop], "jpeg": SWITCH[args.jpeg]}
+    changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
+    try:
+        settings = Settings(
+            max_batch=args.max_batch,
+            wait_ms=args.wait_ms,
+            max_queue=args.max_queue,
+            max_body_mb=args.max_body_mb,
+            token=read_token(args.token_file),
+            reference_errors=args.reference_errors,
+        )
+        policy = Policy.from_checkpoint(
+            args.checkpoint,
+            args.dtype,
+            args.quantize,
+            constrained=not args.unconstrained,
+            preprocessing={name: value for name, value in changes.items() if value is not None},
+        )
+        app = make_app(policy, settings)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    loaded = time.perf_counter() - began
+    warmed = warm_up(policy, settings.max_batch)
+    print(f"loaded in {loaded:.1f} s, warm after {warmed:.1f} s more; http://{args.host}:{args.port}", flush=True)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and settings.token is None:
+        print("warning: open to the network without a token (--token_file)", flush=True)
+    # Requests that were taken are finished; connections that send nothing do not hold the server up.
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=60)
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token of a file, else of the environment; ValueError for an empty file."""
+    if path is None:
+        return os.environ.get("OPENVLA_TOKEN") or None
+    token = path.read_text().strip()
+    if not token:
+        raise ValueError(f"token file {path} is empty: put the token into it, or leave --token_file out")
+    return token
+
+
+def set_compilation_cache(folder: str) -> None:
+    import jax
+
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+if __name__ == "__main__":
+    main()
