@@ -31,6 +31,7 @@ import psutil  # noqa: E402
 
 from openvla_jax.config import LlamaConfig, VisionConfig, VLAConfig, preset  # noqa: E402
 from openvla_jax.inference.decode import decode_actions  # noqa: E402
+from openvla_jax.models.layers import unstack  # noqa: E402
 from openvla_jax.models.openvla import abstract_model  # noqa: E402
 from openvla_jax.models.quantize import choose_paths, count_bytes, quantize_model  # noqa: E402
 
@@ -276,6 +277,9 @@ def main() -> None:
             model = same_weights(reference, dtype_) if reference is not None else random_model(config, dtype_)
             if quantize:
                 model = quantize_model(model, quantize, choose_paths(model))
+            if cpu:  # as a policy does
+                for stacked in (model.llama, *model.vision.values()):
+                    stacked.blocks = unstack(stacked.blocks)
             for batch in args.batches:
                 for length in args.lengths:
                     prompt = requests(config, batch, length)

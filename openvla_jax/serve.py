@@ -5,6 +5,7 @@ python -m openvla_jax.serve --checkpoint CHECKPOINT
 
 import argparse
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     changes: dict[str, Any] = {"center_crop": SWITCH[args.center_crop], "jpeg": SWITCH[args.jpeg]}
     changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
     try:
+        listener = bind(args.host, args.port)  # before minutes are spent on loading
         settings = Settings(
             max_batch=args.max_batch,
             wait_ms=args.wait_ms,
@@ -73,7 +75,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.host not in ("127.0.0.1", "localhost", "::1") and settings.token is None:
         print("warning: open to the network without a token (--token_file)", flush=True)
     # Requests that were taken are finished; connections that send nothing do not hold the server up.
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=60)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The address, taken but not yet listened at. Raises OSError with the address in its message."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise OSError(f"cannot serve at {host}:{port} ({error}): choose another --port") from None
+    return listener
 
 
 def read_token(path: Path | None) -> str | None:

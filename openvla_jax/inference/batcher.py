@@ -55,17 +55,18 @@ class Batcher:
     def waiting(self) -> int:
         return self._queue.qsize()
 
-    def submit(self, request: Request) -> "concurrent.futures.Future[np.ndarray]":
-        """The action, in the future. Raises QueueFullError or StoppedError at once."""
-        future: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
+    def submit(self, requests: Sequence[Request]) -> "list[concurrent.futures.Future[np.ndarray]]":
+        """Their actions, in the future: all are taken, or none. Raises QueueFullError or StoppedError at once."""
+        now = time.perf_counter()
+        items = [_Item(request, concurrent.futures.Future(), now) for request in requests]
         with self._lock:
             if self._stopped:
                 raise StoppedError("the server is stopping")
-            try:
-                self._queue.put_nowait(_Item(request, future, time.perf_counter()))
-            except queue.Full:
-                raise QueueFullError(f"{self._queue.maxsize} requests wait already") from None
-        return future
+            if self._queue.qsize() + len(items) > self._queue.maxsize:  # it only shrinks meanwhile
+                raise QueueFullError(f"{self._queue.qsize()} requests wait already")
+            for item in items:
+                self._queue.put_nowait(item)
+        return [item.future for item in items]
 
     def stop(self) -> None:
         """Takes no more requests, and returns when those that were taken are answered."""

@@ -105,7 +105,7 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 # A kept connection may have been closed meanwhile: once more on a new one.
                 self._connection.close()
-                if last:
+                if last or isinstance(error, TimeoutError):
                     raise ServerError(f"{self.url} does not answer: {error or type(error).__name__}") from None
         raise AssertionError
 

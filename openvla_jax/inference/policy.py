@@ -11,6 +11,7 @@ import numpy as np
 from openvla_jax.inference.decode import Decoded, Sampling, decode_actions
 from openvla_jax.inference.load import load_weights
 from openvla_jax.inference.preprocess import check_preprocessing, prepare_image
+from openvla_jax.models.layers import unstack
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
 from openvla_jax.tokens import ActionTokenizer, choose_unnorm_key, prompt_ids, unnormalize_actions
@@ -78,7 +79,11 @@ class Policy:
         contract = load_contract(path)
         contract = dataclasses.replace(contract, preprocessing=contract.preprocessing | dict(preprocessing or {}))
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        policy = cls(load_weights(path, contract, dtype, quantize, exclude), contract, constrained)
+        model = load_weights(path, contract, dtype, quantize, exclude)
+        if jax.default_backend() == "cpu":
+            for stacked in (model.llama, *model.vision.values()):
+                stacked.blocks = unstack(stacked.blocks)
+        policy = cls(model, contract, constrained)
         if check_images:
             policy.check_images()
         return policy

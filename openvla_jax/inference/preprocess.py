@@ -70,7 +70,7 @@ def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
     return (np.clip(cropped, 0, 1) * 255.5).astype(np.uint8)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # cameras are few; anybody may send any size
 def _bilinear_weights(size: int, low: float, high: float) -> np.ndarray:
     """float32 [size, size]: samples evenly spaced from `low` to `high` of the way between first and last pixel."""
     position = np.linspace(low, high, size) * (size - 1)
@@ -119,7 +119,7 @@ def resize_lanczos3(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # cameras are few; anybody may send any size
 def _lanczos3_weights(size: int, samples: int) -> np.ndarray:
     """float32 [samples, size]: Lanczos window of radius 3, widened when shrinking, half-pixel centres, rows sum to
     one.

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import prometheus_client
 from fastapi import FastAPI, Response
+from flax import nnx
 from starlette.concurrency import run_in_threadpool
 
 import openvla_jax
@@ -27,6 +28,7 @@ from openvla_jax.inference.policy import Policy, Request
 from openvla_jax.inference.wire import BadRequestError
 from openvla_jax.models.quantize import QTensor, count_bytes
 
+MAX_REASON = 500  # characters: reasons quote what was sent
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -113,7 +115,7 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
         if len(requests) > settings.max_queue:
             raise RefusedError(413, f"{len(requests)} requests in one body: at most {settings.max_queue}")
         try:
-            futures = [batcher.submit(request) for request in requests]
+            futures = batcher.submit(requests)
         except QueueFullError as error:
             raise RefusedError(503, f"{error}: try again", {"Retry-After": "1"}) from None
         except StoppedError as error:
@@ -204,7 +206,7 @@ async def _answer(
         status, reason, headers = 500, "internal error; the server's log has it", {}
     if settings.reference_errors and status != 401:
         return _json("error")
-    return _json({"error": reason}, status, headers)
+    return _json({"error": reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}..."}, status, headers)
 
 
 async def _read_body(request: fastapi.Request, limit: int, seconds: float) -> bytes:
@@ -271,7 +273,7 @@ def warm_up(policy: Policy, max_batch: int, log: Callable[[str], None] = print) 
 def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
     """What `/info` says: the contract, and how it is served."""
     contract, device = policy.contract, jax.local_devices()[0]
-    kernel = policy.model.llama.blocks.mlp.up.kernel
+    kinds = {str(module.values.dtype) for _, module in nnx.iter_modules(policy.model) if isinstance(module, QTensor)}
     return {
         "model": contract.model.to_dict(),
         "preprocessing": dict(contract.preprocessing),
@@ -282,7 +284,7 @@ def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
         "training": json.loads(json.dumps(dict(contract.training), default=str)),
         "device": f"{device.platform}: {device.device_kind}",
         "dtype": str(policy.model.dtype),
-        "quantization": str(kernel.values.dtype) if isinstance(kernel, QTensor) else None,
+        "quantization": kinds.pop() if kinds else None,
         "weight_bytes": count_bytes(policy.model),
         "constrained": policy.constrained,
         "max_batch": settings.max_batch,

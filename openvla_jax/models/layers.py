@@ -206,11 +206,45 @@ def scan_layers(body: Callable[[Any, Array], Array], x: Array, layers: Any, rema
     The body returns activations only: returning parameters makes XLA copy the whole stack.
     """
 
-    def step(carry, layer):
+    def step(carry, scanned):
+        (layer,) = scanned
         return shard_rows(body(layer, shard_rows(carry))), None
 
     check_remat(remat)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    return jax.lax.scan(step, x, layers)[0]
+    return scan_stack(step, x, layers)[0]
+
+
+def scan_stack(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, *others: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan(step, carry, (layers, *others))`; or, over layers that `unstack` made, a loop of Python's.
+
+    There what is scanned beside the layers, and what the steps return, are lists of one entry per layer.
+    """
+    if not isinstance(layers, nnx.List):
+        return jax.lax.scan(step, carry, (layers, *others))
+    outputs = []
+    for i, layer in enumerate(layers):
+        carry, output = step(carry, (layer, *(_entry(other, i) for other in others)))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *leaves: list(leaves), *outputs)
+
+
+def _entry(tree: Any, i: int) -> Any:
+    """Entry i of every list in `tree`."""
+    return jax.tree.map(lambda x: x[i], tree, is_leaf=lambda x: isinstance(x, list))
+
+
+def unstack(layers: nnx.Module) -> nnx.List:
+    """The layers of a stack as modules with arrays of their own; those of the stack are deleted one by one.
+
+    A scan copies each layer's parameters out of the stack before a CPU's products, which with few tokens takes longer
+    than these. Without the stack the program is as long as the model is deep, and so is its compilation.
+    """
+    leaves, structure = jax.tree.flatten(layers)
+    parts = []
+    for leaf in leaves:
+        parts.append(jax.block_until_ready([leaf[i] for i in range(leaf.shape[0])]))
+        leaf.delete()
+    return nnx.List([jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)])

@@ -4,7 +4,7 @@ Numerics follow the transformers implementation that OpenVLA trained with: RMSNo
 angles in float32 and rotate-half layout, softmax in float32, SwiGLU, untied output head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from openvla_jax.models.layers import (
     rope,
     save_name,
     scan_layers,
+    scan_stack,
 )
 from openvla_jax.models.quantize import QTensor
 
@@ -32,8 +33,8 @@ class Cache(NamedTuple):
     seen.
     """
 
-    k: Array  # [L, B, S, K, H]
-    v: Array  # [L, B, S, K, H]
+    k: Any  # [L, B, S, K, H], or a list of [B, S, K, H] where layers are not stacked
+    v: Any  # the same
 
 
 class Attention(nnx.Module):
@@ -134,33 +135,34 @@ class Llama(nnx.Module):
         """As `__call__`, and the keys and values in a cache of `length` >= T positions."""
         positions = _positions(x)
         mask = self._visible(positions, jnp.arange(x.shape[1]))
+        padding = [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)]
 
-        def body(x, block):
+        def step(x, scanned):
+            (block,) = scanned
             q, k, v = block.attention.project(block.norm1(x), positions)
             x = x + block.attention.attend(q, k, v, mask)
-            return x + block.mlp(block.norm2(x)), (k, v)
+            return x + block.mlp(block.norm2(x)), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
 
-        x, (k, v) = jax.lax.scan(body, x, self.blocks)
-        padding = [(0, 0), (0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)]
-        return self.norm(x), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
+        x, cache = scan_stack(step, x, self.blocks)
+        return self.norm(x), cache
 
     def decode(
         self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """One token per row at its own position; rows of different length share a batch."""
-        slots = jnp.arange(cache.k.shape[2])
+        slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])
         mask = self._visible(positions[:, None], slots)
         write = (slots == positions[:, None])[..., None, None]  # [B, S, 1, 1]
 
-        def body(x, scanned):
-            block, k_cache, v_cache = scanned
+        def step(x, scanned):
+            block, (k_cache, v_cache) = scanned
             q, k, v = block.attention.project(block.norm1(x), positions[:, None])
             k_cache, v_cache = jnp.where(write, k, k_cache), jnp.where(write, v, v_cache)
             x = x + block.attention.attend(q, k_cache, v_cache, mask)
-            return x + block.mlp(block.norm2(x)), (k_cache, v_cache)
+            return x + block.mlp(block.norm2(x)), Cache(k_cache, v_cache)
 
-        x, (k, v) = jax.lax.scan(body, x, (self.blocks, cache.k, cache.v))
-        return self.norm(x), Cache(k, v)
+        x, cache = scan_stack(step, x, self.blocks, cache)
+        return self.norm(x), cache
 
     def _visible(self, positions: Int[Array, "B T"], slots: Int[Array, "S"]) -> Array:
         """[B, T, S]: the keys that each query sees (causal, within the sliding window if there is one)."""

@@ -1,7 +1,7 @@
 """Held-out frames through the serving path, quantisation reports, the harness adapter and their command lines."""
 
+import argparse
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,14 +113,13 @@ def test_held_out_frames_are_the_dataset_s_own(shared, tmp_path):
     data_dir = str(shared / "data")
     statistics = dataset_statistics(open_source("bridge_orig", data_dir), cache_dir=str(tmp_path))
     got = offline.held_out_frames("bridge_orig", data_dir, statistics, 5)
-    everything = [
-        (image, text.decode(), action)
-        for t in make_dataset("bridge_orig", data_dir, "val", statistics=statistics, load_proprio=False)
-        for image, text, action in zip(
-            t["observation"]["image_primary"].numpy(), t["task"]["language_instruction"].numpy(), t["action"].numpy(),
-            strict=True,
-        )
-    ]  # fmt: skip
+    trajectories = make_dataset(
+        "bridge_orig", data_dir, "val", statistics=statistics, load_proprio=False, num_parallel_reads=1
+    )
+    everything = []
+    for t in trajectories.as_numpy_iterator():
+        columns = t["observation"]["image_primary"], t["task"]["language_instruction"], t["action"]
+        everything += [(image, text.decode(), action) for image, text, action in zip(*columns, strict=True)]
     labelled = [row for row in everything if row[1].strip()]
     chosen = [labelled[round(i)] for i in np.linspace(0, len(labelled) - 1, 5)]
     assert len(got) == 5 and len(labelled) > 20
@@ -165,7 +164,7 @@ def test_wrong_command_lines_say_so_in_one_line(arguments, message, capsys):
 
 
 def test_unknown_datasets_are_named():
-    args = SimpleNamespace(data_dir="D", datasets=["bridge"], frames=1, split="val")
+    args = argparse.Namespace(data_dir="D", datasets=["bridge"], frames=1, split="val")
     info = {"training": {}, "statistics": {"bridge_orig": {}}}
     with pytest.raises(ValueError, match="no statistics of 'bridge'; did you mean 'bridge_orig'"):
         evaluate.read_frames(args, info)

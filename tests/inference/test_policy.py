@@ -7,6 +7,7 @@ from conftest import golden
 from small_policy import INSTRUCTIONS, ROW, small_policy
 
 from openvla_jax.inference.decode import decode_actions
+from openvla_jax.inference.load import save_model
 from openvla_jax.inference.policy import Policy, reference_tokens
 from openvla_jax.tokens import prompt_ids, unnormalize_actions
 from openvla_jax.training.checkpoint import CheckpointError
@@ -156,6 +157,17 @@ def test_a_model_that_ignores_its_images_is_refused(policy):
     fc.kernel[...] = fc.kernel[...] + np.nan
     with pytest.raises(CheckpointError, match="not finite"):
         Policy(blind.model, blind.contract).check_images()
+
+
+def test_a_loaded_policy_acts_alike_with_its_layers_apart(policy, tmp_path):
+    save_model(policy.model, policy.contract, tmp_path / "checkpoint")
+    loaded = Policy.from_checkpoint(tmp_path / "checkpoint", preprocessing={"center_crop": True})
+    assert len(loaded.model.llama.blocks) == 2, "on a CPU every layer has arrays of its own"
+    assert loaded.contract.preprocessing["center_crop"] and not policy.contract.preprocessing["center_crop"]
+    rows = [policy.prepare(pixels, text, "arm") for pixels, text in zip(images(2, seed=5), INSTRUCTIONS, strict=False)]
+    np.testing.assert_array_equal(loaded.decode(rows), policy.decode(rows))
+    with pytest.raises(ValueError, match="did you mean 'lanczos3'"):
+        Policy.from_checkpoint(tmp_path / "checkpoint", preprocessing={"resize_kernel": "lanczos"})
 
 
 @pytest.mark.slow

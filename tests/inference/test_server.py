@@ -233,15 +233,15 @@ def test_concurrent_requests_share_batches_and_each_gets_its_own_answer(policy):
     sizes = []
     batcher = Batcher(policy, MAX_BATCH, 0.05, observe=lambda size, waited, took: sizes.append(size))
     requests = [policy.prepare(image(i), INSTRUCTIONS[i % 2]) for i in range(10)]
-    futures = [batcher.submit(request) for request in requests]
+    futures = [future for request in requests for future in batcher.submit([request])]
     for future, request in zip(futures, requests, strict=True):
         np.testing.assert_array_equal(future.result(60), policy.act([request])[0])
     assert sum(sizes) == 10 and max(sizes) == MAX_BATCH
-    last = [batcher.submit(request) for request in requests]
+    last = batcher.submit(requests)
     batcher.stop()
     assert all(future.done() for future in last), "what was taken is answered before it stops"
     with pytest.raises(StoppedError):
-        batcher.submit(requests[0])
+        batcher.submit(requests[:1])
 
 
 def test_a_full_queue_refuses_and_a_failing_batch_fails_alone(policy, monkeypatch):
@@ -257,12 +257,15 @@ def test_a_full_queue_refuses_and_a_failing_batch_fails_alone(policy, monkeypatc
     batcher = Batcher(policy, 1, 0.0, max_queue=2)
     request = policy.prepare(image(), INSTRUCTIONS[0])
     bad = policy.prepare(image(), INSTRUCTIONS[0], seed=13)
-    futures = [batcher.submit(bad)]
+    futures = batcher.submit([bad])
     while batcher.waiting:
         time.sleep(0.01)
-    futures += [batcher.submit(request), batcher.submit(request)]
+    futures += batcher.submit([request])
+    with pytest.raises(QueueFullError, match="1 requests wait"):
+        batcher.submit([request, request])
+    futures += batcher.submit([request])  # of the two that were refused, none was taken
     with pytest.raises(QueueFullError, match="2 requests wait"):
-        batcher.submit(request)
+        batcher.submit([request])
     go.set()
     with pytest.raises(RuntimeError, match="boom"):
         futures[0].result(20)
@@ -342,11 +345,15 @@ def test_a_wrong_command_line_says_so_in_one_line(tmp_path, capsys):
     from openvla_jax.serve import main
 
     (tmp_path / "token").write_text(" \n")
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
     for arguments, message in (
         (["--checkpoint", str(tmp_path / "none")], "does not exist"),
         (["--checkpoint", str(tmp_path), "--token_file", str(tmp_path / "token")], "is empty: put the token"),
+        (["--checkpoint", "x", "--port", str(taken.getsockname()[1])], "choose another --port"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main([*arguments, "--compilation_cache", ""])
+            main([*arguments, "--compilation_cache", ""] + ([] if "--port" in arguments else ["--port", "0"]))
         error = capsys.readouterr().err
         assert caught.value.code == 2 and message in error and error.count("\n") == 1, error
