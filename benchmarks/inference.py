@@ -100,9 +100,8 @@ def ours(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -
     def prefill(leaves, patches, ids, lengths):
         model = unflatten(leaves)
         x = model.splice(patches, ids)
-        hidden, cache = model.llama.prefill(x, x.shape[1] + STEPS)
-        last = (lengths + (model.config.patches - 1))[:, None, None]
-        return model.llama.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+        hidden, cache = model.llama.prefill(x, x.shape[1] + STEPS, lengths + (model.config.patches - 1))
+        return model.llama.logits(hidden[:, 0]), cache
 
     @jax.jit
     def step(leaves, tokens, lengths, cache):

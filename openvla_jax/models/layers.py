@@ -222,7 +222,7 @@ def scan_stack(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: 
 
     There what is scanned beside the layers, and what the steps return, are lists of one entry per layer.
     """
-    if not isinstance(layers, nnx.List):
+    if not isinstance(layers, nnx.List | list):
         return jax.lax.scan(step, carry, (layers, *others))
     outputs = []
     for i, layer in enumerate(layers):

@@ -131,20 +131,34 @@ class Llama(nnx.Module):
         """float32 logits over the padded vocabulary."""
         return matmul(hidden, self.head.kernel, preferred_element_type=jnp.float32)
 
-    def prefill(self, x: Float[Array, "B T D"], length: int) -> tuple[Float[Array, "B T D"], Cache]:
-        """As `__call__`, and the keys and values in a cache of `length` >= T positions."""
-        positions = _positions(x)
-        mask = self._visible(positions, jnp.arange(x.shape[1]))
+    def prefill(
+        self, x: Float[Array, "B T D"], length: int, last: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """As `__call__`, and the keys and values in a cache of `length` >= T positions.
+
+        With `last` the hidden states of that position of each row only, [B, 1, D].
+        """
+        positions, slots = _positions(x), jnp.arange(x.shape[1])
         padding = [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)]
 
-        def step(x, scanned):
+        def step(x, scanned, last=None):
             (block,) = scanned
-            q, k, v = block.attention.project(block.norm1(x), positions)
-            x = x + block.attention.attend(q, k, v, mask)
+            normed = block.norm1(x)
+            q, k, v = block.attention.project(normed, positions)
+            queries = positions
+            if last is not None:
+                x, queries = _pick(x, last), last[:, None]
+                q, _, _ = block.attention.project(_pick(normed, last), queries)
+            x = x + block.attention.attend(q, k, v, self._visible(queries, slots))
             return x + block.mlp(block.norm2(x)), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
 
-        x, cache = scan_stack(step, x, self.blocks)
-        return self.norm(x), cache
+        if last is None or not isinstance(self.blocks, nnx.List) or len(self.blocks) == 1:
+            x, cache = scan_stack(step, x, self.blocks)
+            return self.norm(x if last is None else _pick(x, last)), cache
+        # The last layer's outputs at other positions are read by nobody: of these it needs keys and values only.
+        x, cache = scan_stack(step, x, self.blocks[:-1])
+        x, final = step(x, (self.blocks[-1],), last)
+        return self.norm(x), Cache([*cache.k, final.k], [*cache.v, final.v])
 
     def decode(
         self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache
@@ -173,3 +187,8 @@ class Llama(nnx.Module):
 
 def _positions(x: Float[Array, "B T D"]) -> Int[Array, "1 T"]:
     return jnp.arange(x.shape[1])[None]
+
+
+def _pick(x: Float[Array, "B T D"], last: Int[Array, "B"]) -> Float[Array, "B 1 D"]:
+    """One position of each row."""
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)

@@ -131,9 +131,9 @@ class OpenVLA(nnx.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of the token after each row's `lengths` text tokens, and a cache with room for `steps` more."""
         x = self.splice(self.project(pixel_values), input_ids)
-        hidden, cache = self.llama.prefill(x, x.shape[1] + steps)
-        last = (jnp.asarray(lengths) + (self.config.patches - 1))[:, None, None]
-        return self.llama.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+        last = jnp.asarray(lengths) + (self.config.patches - 1)
+        hidden, cache = self.llama.prefill(x, x.shape[1] + steps, last)
+        return self.llama.logits(hidden[:, 0]), cache
 
     def decode(
         self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache
