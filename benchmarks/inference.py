@@ -31,7 +31,6 @@ import psutil  # noqa: E402
 
 from openvla_jax.config import LlamaConfig, VisionConfig, VLAConfig, preset  # noqa: E402
 from openvla_jax.inference.decode import decode_actions  # noqa: E402
-from openvla_jax.models.layers import unstack  # noqa: E402
 from openvla_jax.models.openvla import abstract_model  # noqa: E402
 from openvla_jax.models.quantize import choose_paths, count_bytes, quantize_model  # noqa: E402
 
@@ -277,8 +276,7 @@ def main() -> None:
             if quantize:
                 model = quantize_model(model, quantize, choose_paths(model))
             if cpu:  # as a policy does
-                for stacked in (model.llama, *model.vision.values()):
-                    stacked.blocks = unstack(stacked.blocks)
+                model.unstack()
             for batch in args.batches:
                 for length in args.lengths:
                     prompt = requests(config, batch, length)

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from openvla_jax.inference.decode import Decoded, Sampling, decode_actions
 from openvla_jax.inference.load import load_weights
 from openvla_jax.inference.preprocess import check_preprocessing, prepare_image
-from openvla_jax.models.layers import unstack
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
 from openvla_jax.tokens import ActionTokenizer, choose_unnorm_key, prompt_ids, unnormalize_actions
@@ -81,8 +81,7 @@ class Policy:
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         model = load_weights(path, contract, dtype, quantize, exclude)
         if jax.default_backend() == "cpu":
-            for stacked in (model.llama, *model.vision.values()):
-                stacked.blocks = unstack(stacked.blocks)
+            model.unstack()
         policy = cls(model, contract, constrained)
         if check_images:
             policy.check_images()
@@ -206,8 +205,8 @@ class Policy:
         sampling = None
         if any(request.temperature for request in rows):
             sampling = Sampling(
-                np.asarray([request.temperature for request in rows], np.float32),
-                np.asarray([request.seed & 0x7FFFFFFF for request in rows], np.int32),
+                jnp.asarray([request.temperature for request in rows], jnp.float32),
+                jnp.asarray([request.seed & 0x7FFFFFFF for request in rows], jnp.int32),
             )
         self.programs.add((len(rows), bucket, steps, sampling is not None))
         pixels = np.stack([request.pixels for request in rows])

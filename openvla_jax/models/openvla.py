@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
+from openvla_jax.models.layers import ACTIVATIONS, Linear, matmul_precision, unstack
 from openvla_jax.models.llama import Cache, Llama
 from openvla_jax.models.vit import UnusedViT, ViT
 
@@ -142,6 +142,12 @@ class OpenVLA(nnx.Module):
         x = self.llama.embed(tokens[:, None], self.dtype)
         hidden, cache = self.llama.decode(x, jnp.asarray(lengths) + self.config.patches, cache)
         return self.llama.logits(hidden[:, 0]), cache
+
+    def unstack(self) -> None:
+        """Gives every layer arrays of its own, in place: what is fastest on a CPU (see `layers.unstack`)."""
+        self.llama.blocks = unstack(self.llama.blocks)
+        for tower in self.vision.values():
+            tower.blocks = unstack(tower.blocks)
 
 
 def abstract_model(config: VLAConfig, dtype=jnp.float32) -> OpenVLA:

@@ -105,13 +105,14 @@ def test_harness_conventions():
         HarnessPolicy(Policy(), gripper="libro")
 
 
-def test_held_out_frames_are_the_dataset_s_own(shared, tmp_path):
+def test_held_out_frames_are_the_dataset_s_own(shared, tmp_path, monkeypatch):
     tf = pytest.importorskip("tensorflow")
     from openvla_jax.data.directory import open_source
     from openvla_jax.data.rlds import dataset_statistics, make_dataset
 
     data_dir = str(shared / "data")
     statistics = dataset_statistics(open_source("bridge_orig", data_dir), cache_dir=str(tmp_path))
+    monkeypatch.setattr(offline, "POOL", 10**6)
     got = offline.held_out_frames("bridge_orig", data_dir, statistics, 5)
     trajectories = make_dataset(
         "bridge_orig", data_dir, "val", statistics=statistics, load_proprio=False, num_parallel_reads=1

@@ -192,4 +192,4 @@ def test_200_mixed_batches_of_the_golden_equal_single_calls(tmp_path, shared):
         chosen = rng.choice(len(pool), rng.integers(1, 9), replace=False)
         tokens = policy.decode([pool[i] for i in chosen], batch_size=8)
         np.testing.assert_array_equal(tokens, np.stack([single[i] for i in chosen]))
-    assert len({tuple(tokens) for tokens in single}) > 20
+    assert len({tuple(tokens) for tokens in single}) > 10
