@@ -99,6 +99,8 @@ class Embedding(nnx.Module):
 
 
 class Llama(nnx.Module):
+    blocks: LlamaBlock | nnx.List  # stacked, or one by one (`OpenVLA.unstack`)
+
     def __init__(self, key, config: LlamaConfig):
         keys = jax.random.split(key, 3)
         self.embed = Embedding(keys[0], config)

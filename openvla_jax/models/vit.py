@@ -98,6 +98,8 @@ class ViTBlock(nnx.Module):
 class ViT(nnx.Module):
     """A tower: normalised pixels of one image to patch features, without class and register tokens."""
 
+    blocks: ViTBlock | nnx.List  # stacked, or one by one (`OpenVLA.unstack`)
+
     def __init__(self, key, config: VisionConfig):
         keys = jax.random.split(key, 5)
         width = config.width
