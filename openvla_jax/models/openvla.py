@@ -145,9 +145,9 @@ class OpenVLA(nnx.Module):
 
     def unstack(self) -> None:
         """Gives every layer arrays of its own, in place: what is fastest on a CPU (see `layers.unstack`)."""
-        self.llama.blocks = unstack(self.llama.blocks)  # type: ignore[assignment]
+        self.llama.blocks = unstack(self.llama.blocks)
         for tower in self.vision.values():
-            tower.blocks = unstack(tower.blocks)  # type: ignore[assignment]
+            tower.blocks = unstack(tower.blocks)
 
 
 def abstract_model(config: VLAConfig, dtype=jnp.float32) -> OpenVLA:
