@@ -138,7 +138,8 @@ def run_all(
     waiting = [run for run in runs if run.state != "finished"]
     running: list[Run] = []
     free = list(range(parallel))
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT too: a shell starts background jobs with it ignored.
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while waiting or running:
             while waiting and free:
@@ -160,7 +161,8 @@ def run_all(
         _stop(running)
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         show(runs)
     return all(run.state == "finished" for run in runs)
 
