@@ -18,11 +18,16 @@ def base() -> ConfigDict:
     config.data = data = ConfigDict()
     data.dataset = ""  # a dataset or a mixture by name
     data.data_dir = ""  # folder with one directory per dataset; gs:// works
+    data.module = ""  # a Python file with datasets and mixtures of your own, see docs/data.md
+    data.schedule = ()  # (mixture, last step) pairs that come before data.dataset
     data.text_length = 64  # tokens of text; a longer instruction is cut and counted
     data.shuffle_buffer = 256_000  # encoded frames
     data.num_parallel_reads = 8
-    data.max_host_ram_gb = 64.0
+    data.max_host_ram_gb = 64.0  # of one host's data pipeline; the shuffle buffer is cut to fit
     data.skip_unlabeled = True
+    data.max_action = placeholder(float)  # drops episodes with a larger |normalised action|
+    data.max_proprio = placeholder(float)  # the same of the state
+    data.bad_images = "stop"  # at an image that cannot be decoded; or skip, log and count it
     data.statistics = placeholder(str)  # an existing dataset_statistics.json to use instead of computing
     data.statistics_dir = placeholder(str)  # where computed statistics are cached; default: beside the data
     data.resume = "auto"  # exact (the stream's state is saved), reseed, or auto: exact where that is small

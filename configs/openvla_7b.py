@@ -11,6 +11,9 @@ def get_config():
     config = base()
     config.model.preset = "openvla-7b"
     config.tokenizer = "llama2_tokenizer"
+    # The paper took DROID out for the last third of the run, as its actions were not learned well.
+    config.data.schedule = (("oxe_magic_soup_plus", 200_000),)
     config.data.dataset = "oxe_magic_soup_plus_minus"
+    config.data.bad_images = "skip"
     config.train.steps = 300_000
     return config

@@ -20,7 +20,7 @@ def inspect(sources: list[Source], stats: dict[str, dict]) -> None:
         print(f"dataset {source.name}, version {source.info.version}: {source.directory}")
         print(f"schema: {source.info.features}")
         print(f"cameras {config.image_keys}, depth {config.depth_keys}, state {config.state_keys}")
-        print(f"state {config.state_encoding.name}, actions {config.action_encoding.name}")
+        print(f"state {config.state_encoding.name}, actions {config.encoding_name}")
         used = {split: sum(share.take for share in shares(source, split)) for split in ("train", "val")}
         print(f"episodes {source.splits}; used {used}")
     print(statistics.table(stats))

@@ -1,9 +1,9 @@
 """Several datasets as one endless stream of frames: opened together, weighed against each other, interleaved."""
 
-import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
 from openvla_jax.data import trajectory as traj
 from openvla_jax.data.directory import Share, Source, open_source, shares
 from openvla_jax.data.episodes import Traced, clear_errors, read_episodes, trace
+from openvla_jax.data.own import catalogue
 from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig
 from openvla_jax.data.oxe.mixtures import resolve_mixture
 from openvla_jax.data.rlds import dataset_statistics
@@ -22,16 +23,16 @@ _FRAME_OVERHEAD = 900  # bytes that a frame takes in the shuffle buffer beside i
 
 
 def open_sources(
-    mixture: str | Sequence, data_dir: epath.PathLike, configs: Mapping[str, DatasetConfig] = DATASETS
+    mixture: str | Sequence, data_dir: epath.PathLike, configs: Mapping[str, DatasetConfig] = DATASETS, **names: Any
 ) -> tuple[list[Source], np.ndarray]:
     """Opens every dataset of a mixture; returns them with their raw weights, float64 [datasets].
 
-    mixture: a name of MIXTURES, of one dataset, or (dataset, weight) pairs. Datasets that no policy can be trained on
+    mixture, names: as in `resolve_mixture`. Datasets that no policy can be trained on
     (joint actions) are left out with a warning, as in the reference, unless nothing else remains. Raises one
     DatasetNotFoundError that lists all missing datasets, before anything is read, and DataError for a dataset without
     a primary camera.
     """
-    pairs = resolve_mixture(mixture, configs)
+    pairs = resolve_mixture(mixture, configs, **names)
     usable = [(name, weight) for name, weight in pairs if configs[name].supported]
     if not usable:
         raise DataError(f"nothing to train on: {configs[pairs[0][0]].unsupported_reason}")
@@ -69,16 +70,23 @@ def nominal_length(weights: np.ndarray, sizes: np.ndarray) -> int:
     """
     weights = np.asarray(weights, np.float64)
     primary = weights == 1.0 if (weights == 1.0).any() else weights == weights.max()
-    return int((np.asarray(sizes) / probabilities(weights, sizes))[primary].max())
+    return int((np.asarray(sizes)[primary] / probabilities(weights, sizes)[primary]).max())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
-    """Opened datasets with their raw weights and their statistics (see `rlds.dataset_statistics`)."""
+    """Opened datasets with their raw weights and their statistics (see `rlds.dataset_statistics`).
+
+    A dataset of weight 0 is known, and not drawn from. max_action, max_proprio: episodes with a larger |value| of the
+    normalised action or state are dropped (the reference's filters); they need statistics of the state.
+    """
 
     sources: Sequence[Source]
     weights: np.ndarray
     statistics: Mapping[str, Mapping]
+    max_action: float | None = None
+    max_proprio: float | None = None
+    _traces: dict[int, Traced] = field(default_factory=dict, repr=False)  # weights do not matter to them
 
     @property
     def action_dims(self) -> np.ndarray:
@@ -119,9 +127,10 @@ class Mixture:
         return tf.data.Dataset.sample_from_datasets(streams, chances, seed=seeds[-1], stop_on_empty_dataset=True)
 
     def having(self, split: str) -> list[int]:
-        """The datasets that have episodes in this split; "train" is a must for each, another split for at least one."""
+        """The datasets in use that have episodes in this split; all must have "train", and one any other split."""
         indices, errors = [], []
-        for index, source in enumerate(self.sources):
+        for index in np.flatnonzero(self.weights).tolist():
+            source = self.sources[index]
             try:
                 shares(source, split)
                 indices.append(index)
@@ -151,23 +160,24 @@ class Mixture:
                 kept &= source.config.frame_filter({"action": frame["action"][None, : self.action_dims[index]]})
             return kept
 
-        trajectories = read_episodes(self._traced[index], files, seed=seed, readers=readers)
+        trajectories = read_episodes(self._traced(index), files, seed=seed, readers=readers)
         frames = trajectories.interleave(tf.data.Dataset.from_tensor_slices, cycle_length=readers)
         frames = frames.filter(keep).repeat()
         nothing = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), frames.element_spec)
         nothing |= {"dataset": tf.constant(index), "step": tf.constant(-1)}
         return frames.concatenate(tf.data.Dataset.from_tensors(nothing).repeat())
 
-    @functools.cached_property
-    def _traced(self) -> list[Traced]:
-        """For each dataset: raw trajectory -> the columns of its frames."""
+    def _traced(self, index: int) -> Traced:
+        """Of one dataset: raw trajectory -> the columns of its frames."""
+        if index in self._traces:
+            return self._traces[index]
+        source = self.sources[index]
         width = max(self.action_dims)
 
-        def columns(raw: dict, episode: tf.Tensor, index: int) -> dict:
-            source = self.sources[index]
-            full = traj.restructure(source.config, raw, episode, load_proprio=False)
+        def columns(raw: dict, episode: tf.Tensor) -> dict:
+            full = traj.restructure(source.config, raw, episode, load_proprio=self.max_proprio is not None)
             full = traj.normalize(full, self.statistics[source.name])
-            return {
+            frames = {
                 "image": full["observation"]["image_primary"],
                 "action": tf.pad(full["action"], [[0, 0], [0, width - self.action_dims[index]]]),
                 "language": full["task"]["language_instruction"],
@@ -175,8 +185,13 @@ class Mixture:
                 "episode": full["episode"],
                 "step": full["step"],
             }
+            if self.max_action is None and self.max_proprio is None:
+                return frames
+            kept = tf.where(traj.within(full, self.max_action, self.max_proprio), tf.shape(full["step"])[0], 0)
+            return {key: column[:kept] for key, column in frames.items()}
 
-        return [trace(source, functools.partial(columns, index=i)) for i, source in enumerate(self.sources)]
+        self._traces[index] = trace(source, columns)
+        return self._traces[index]
 
     def expected_frames(self, split: str) -> int:
         """About how many frames a split has, all datasets together: as many per episode as on average."""
@@ -187,24 +202,88 @@ class Mixture:
             total += self.sizes[index] * part / whole
         return round(total)
 
-    def mean_frame_bytes(self) -> float:
-        """What a frame takes in memory while it is encoded, estimated from the first episodes of each dataset."""
-        means = []
-        for source, traced in zip(self.sources, self._traced, strict=True):
+    def memory(self, readers: int) -> "Memory":
+        """What the stream of one process keeps in memory, estimated from the first episodes of each dataset."""
+        frame_bytes = np.zeros(len(self.sources))
+        episode_bytes = 0.0
+        for index in np.flatnonzero(self.weights).tolist():
+            source = self.sources[index]
+            files = shares(source, "train")
             with clear_errors([source]):
-                first = list(read_episodes(traced, shares(source, "train")).take(4).as_numpy_iterator())
+                first = list(read_episodes(self._traced(index), files).take(4).as_numpy_iterator())
             strings = [text for full in first for key in ("image", "language", "episode") for text in full[key]]
-            means.append(sum(map(len, strings)) / max(sum(len(full["step"]) for full in first), 1))
-        return float(np.dot(self.probabilities, means)) + _FRAME_OVERHEAD
+            frame_bytes[index] = sum(map(len, strings)) / max(sum(len(full["step"]) for full in first), 1)
+            records = sum(split.num_bytes for split in source.info.splits.values())
+            episode_bytes += min(readers, len(files)) * records / max(sum(source.splits.values()), 1)
+        return Memory(float(np.dot(self.probabilities, frame_bytes)) + _FRAME_OVERHEAD, episode_bytes)
+
+    def table(self) -> str:
+        """A line per dataset, to be printed: its share of the frames, its size, the range of each action dimension."""
+        lines = [f"{'dataset':<40} {'share':>6} {'frames':>11} {'episodes':>9}  actions, 1st to 99th percentile"]
+        for source, share in zip(self.sources, self.probabilities, strict=True):
+            stats = self.statistics[source.name]
+            action = stats["action"]
+            ranges = []
+            for i, low in enumerate(action["q01"]):
+                constant = action["min"][i] == action["max"][i]
+                ranges.append(f"{low:.3g} constant" if constant else f"{low:.2g}..{action['q99'][i]:.2g}")
+            name = source.name.removesuffix("_converted_externally_to_rlds")
+            sizes = f"{share:6.1%} {stats['num_transitions']:11,} {stats['num_trajectories']:9,}"
+            lines.append(f"{name:<40} {sizes}  {', '.join(ranges)}")
+        return "\n".join(lines)
 
 
-def open_mixture(data: Any, statistics: Mapping[str, Mapping] | None = None) -> Mixture:
-    """The mixture that a data configuration names (dataset, data_dir), with statistics as given or as the
-    configuration says (statistics: a JSON; statistics_dir: where computed ones are kept)."""
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes: frame_bytes for a frame in the shuffle buffer, reader_bytes for the episodes being read."""
+
+    frame_bytes: float
+    reader_bytes: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A mixture and the last training step that draws from it (infinity: no end)."""
+
+    mixture: Mixture
+    until: float
+
+
+def open_phases(data: Any, statistics: Mapping[str, Mapping] | None = None) -> list[Phase]:
+    """The mixtures that a data configuration names, in the order in which training draws from them.
+
+    data: dataset, data_dir, module, schedule (pairs (mixture, last step) that come before `dataset`), max_action,
+    max_proprio. statistics: as given, or as the configuration says (statistics: a JSON; statistics_dir: where computed
+    ones are kept). All phases know all datasets, in one order, and differ in their weights.
+    """
     if not data["data_dir"]:
         raise DataError("data.data_dir is not set: name the folder that holds the datasets")
-    sources, weights = open_sources(data["dataset"], data["data_dir"])
+    configs, mixtures = catalogue(data.get("module"))
+    schedule = [*_schedule(data.get("schedule") or ()), (data["dataset"], math.inf)]
+    weights = [dict(resolve_mixture(mixture, configs, mixtures)) for mixture, _ in schedule]
+    union = {name: 1.0 for mixed in reversed(weights) for name in mixed}  # the last phase's datasets come first
+    sources, _ = open_sources(tuple(union.items()), data["data_dir"], configs)
+    limits = {key: data.get(key) for key in ("max_action", "max_proprio")}
     if statistics is None:
         path, cache_dir = data.get("statistics"), data.get("statistics_dir")
-        statistics = {s.name: dataset_statistics(s, path=path, cache_dir=cache_dir) for s in sources}
-    return Mixture(sources, weights, statistics)
+        options = {"path": path, "cache_dir": cache_dir, "load_proprio": limits["max_proprio"] is not None}
+        statistics = {source.name: dataset_statistics(source, **options) for source in sources}
+    mixture = Mixture(sources, np.zeros(len(sources)), statistics, **limits)
+    phases = []
+    for (name, until), mixed in zip(schedule, weights, strict=True):
+        own = np.array([mixed.get(source.name, 0.0) for source in sources])
+        if not own.any():
+            raise DataError(f"mixture {name!r} has no dataset that can be trained on")
+        phases.append(Phase(replace(mixture, weights=own), until))
+    return phases
+
+
+def _schedule(schedule: Sequence) -> list[tuple[Any, int]]:
+    example = "data.schedule = (('oxe_magic_soup_plus', 200_000),)"
+    pairs = [tuple(pair) if isinstance(pair, tuple | list) else (pair,) for pair in schedule]
+    steps = [pair[1] for pair in pairs if len(pair) == 2]
+    if len(steps) != len(pairs) or not all(isinstance(step, int) and step > 0 for step in steps):
+        raise DataError(f"data.schedule is {schedule!r}: give (mixture, last step) pairs, as in {example}")
+    if steps != sorted(set(steps)):
+        raise DataError(f"data.schedule ends its mixtures at steps {steps}: they must rise")
+    return pairs

@@ -46,7 +46,7 @@ def restructure(
     if action.shape.rank != 2 or action.shape[1] not in (None, width):
         raise DataError(
             f"dataset {config.name!r}: actions have shape {action.shape.as_list()}, but its action encoding "
-            f"{config.action_encoding.name} has {width} dimensions: mend the transform or the encoding"
+            f"{config.encoding_name} has {width} dimensions: mend the transform or the encoding"
         )
     action = tf.ensure_shape(action, [None, width])
     length = tf.shape(action)[0]
@@ -172,13 +172,52 @@ def add_pad_masks(trajectory: Trajectory) -> Trajectory:
     }
 
 
-def chunk(trajectory: Trajectory, window: int = 1, future: int = 0) -> Trajectory:
+def relabel_goal(trajectory: Trajectory, seed: int | tf.Tensor) -> Trajectory:
+    """Adds to the task, per step, the observation of a later step: drawn uniformly, the last step's own at the end.
+
+    The draw depends on seed and episode. Reference: openvla `goal_relabeling.uniform`.
+    """
+    length = tf.shape(trajectory["action"])[0]
+    steps = tf.range(length)
+    unit = tf.random.stateless_uniform([length], _seeds(trajectory, seed))
+    later = steps + 1 + tf.cast(tf.floor(unit * tf.cast(length - steps - 1, tf.float32)), tf.int32)
+    goal = tf.nest.map_structure(lambda x: tf.gather(x, tf.minimum(later, length - 1)), trajectory["observation"])
+    return trajectory | {"task": trajectory["task"] | goal}
+
+
+def drop_conditioning(trajectory: Trajectory, keep_image: float, seed: int | tf.Tensor) -> Trajectory:
+    """Keeps, per step, either the goal's images (with probability keep_image) or the instruction; "" is in its place.
+
+    Steps without an instruction keep their images; where images go, the goal's timestep becomes the episode's last.
+    Reference: openvla `task_augmentation.delete_task_conditioning`.
+    """
+    task = dict(trajectory["task"])
+    length = tf.shape(trajectory["action"])[0]
+    unit = tf.random.stateless_uniform([length], _seeds(trajectory, seed) + 1)
+    images = (unit < keep_image) | (task["language_instruction"] == "")
+    for key, value in task.items():
+        if key.startswith(("image_", "depth_")):
+            task[key] = tf.where(images, value, "")
+    task["language_instruction"] = tf.where(images, "", task["language_instruction"])
+    if "timestep" in task:
+        task["timestep"] = tf.where(images, task["timestep"], length - 1)
+    return trajectory | {"task": task}
+
+
+def _seeds(trajectory: Trajectory, seed: int | tf.Tensor) -> tf.Tensor:
+    episode = tf.strings.to_hash_bucket_fast(tf.strings.reduce_join(trajectory["episode"][:1]), 2**31 - 1)
+    return tf.stack([tf.cast(seed, tf.int64), episode])
+
+
+def chunk(trajectory: Trajectory, window: int = 1, future: int = 0, truncate: bool = False) -> Trajectory:
     """Gives observations a window axis and actions a chunk axis, in place of each step's own.
 
     Observations become [T, window, ...], the steps t-window+1 .. t; observation/pad_mask bool [T, window] is False
     where that is before the start, which repeats the first step. Actions become [T, window + future, A], the steps
     t-window+1 .. t+future; past the end, relative dimensions are 0 and absolute ones repeat the last action. As
-    actions are normalised by then, that 0 is the middle of the range. Reference: openvla `chunk_act_obs`.
+    actions are normalised by then, that 0 is the middle of the range. Reference: openvla `chunk_act_obs`, without its
+    cut of the actions at a relabelled goal. truncate: steps whose actions would reach past the end are left out
+    instead, as in OpenVLA-OFT; a shorter episode has no steps then.
     """
     length = tf.shape(trajectory["action"])[0]
     steps = tf.range(length)[:, None] + tf.range(1 - window, future + 1)[None]  # [T, window + future]
@@ -186,7 +225,11 @@ def chunk(trajectory: Trajectory, window: int = 1, future: int = 0) -> Trajector
     observation = tf.nest.map_structure(lambda x: tf.gather(x, tf.maximum(observed, 0)), trajectory["observation"])
     action = tf.gather(trajectory["action"], tf.clip_by_value(steps, 0, tf.maximum(length - 1, 0)))
     repeats = (steps < length)[..., None] | trajectory["absolute_action_mask"][:, None]
-    return trajectory | {
+    chunked = trajectory | {
         "observation": observation | {"pad_mask": observed >= 0},
         "action": tf.where(repeats, action, tf.zeros_like(action)),
     }
+    if not truncate:
+        return chunked
+    whole = tf.maximum(length - future, 0)
+    return tf.nest.map_structure(lambda x: x[:whole], chunked)

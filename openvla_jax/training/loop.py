@@ -86,13 +86,14 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family)
     local_batch_size = train.batch_size // jax.process_count()
 
-    def open_data(seed: int):
+    def open_data(seed: int, step: int = 0):
         return make_train_iterator(
-            config.data.to_dict(), tokenizer, batch_size=local_batch_size, seed=seed,
+            config.data.to_dict(), tokenizer, batch_size=local_batch_size, seed=seed, step=step,
             process_index=jax.process_index(), process_count=jax.process_count(), **common,
         )  # fmt: skip
 
     iterator = open_data(config.seed)
+    log(iterator.summary)
     exact = resume_mode(config.data.resume, iterator.state_bytes) == "exact"
     log(
         f"data: {', '.join(iterator.dataset_names)}; about {iterator.num_examples} frames per epoch; resume "
@@ -106,7 +107,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         except ValueError as error:  # another number of processes, say
             if config.data.resume == "exact":
                 raise
-            iterator = open_data(config.seed + start)
+            iterator = open_data(config.seed + start, start)
             log(f"data: the stream goes on with another seed, {config.seed + start} ({error})")
     eval_batches = []
     if train.eval_every and train.eval_batches:

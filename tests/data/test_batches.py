@@ -291,16 +291,60 @@ def test_the_buffer_shrinks_to_the_memory_and_to_the_data(fakes, caplog):
 
     whole = _iterator(_data("fake", fakes, shuffle_buffer=10**6))
     assert identity(whole) == 35  # one epoch
-    prefetched = 2 * 4 * 32 * 32 * 3
-    frame_bytes = (whole.state_bytes - prefetched) / 35
+    frame_bytes = whole.memory.frame_bytes
+    fixed = whole.state_bytes - 35 * frame_bytes
     assert 900 < frame_bytes < 1300
-    limit = (prefetched + 20.5 * frame_bytes) / 1e9
+    assert fixed == pytest.approx(3 * 4 * 32 * 32 * 3 + whole.memory.reader_bytes, abs=1)
+    assert f"35 frames x {frame_bytes / 1e3:.1f} kB" in whole.summary
+    limit = (fixed + 20.5 * frame_bytes) / 1e9
     cut = _iterator(_data("fake", fakes, shuffle_buffer=10**6, max_host_ram_gb=limit))
     assert identity(cut) == 20
-    assert cut.state_bytes <= limit * 1e9
+    assert cut.state_bytes <= limit * 1e9 < cut.state_bytes + frame_bytes
     assert "shuffle buffer cut from 35 to 20 frames by data.max_host_ram_gb" in caplog.text
-    with pytest.raises(DataError, match=r"data.max_host_ram_gb=1e-06 holds not even one batch of 4 frames: raise it"):
+    with pytest.raises(DataError, match=r"data.max_host_ram_gb=1e-06 holds not even one batch of 4 frames beside"):
         _iterator(_data("fake", fakes, max_host_ram_gb=1e-6))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOTH = (("fake", 1.0), ("wide", 1.0))
+
+
+def test_the_mixture_changes_at_the_steps_of_the_schedule(fakes, tmp_path):
+    data = _data("fake", fakes, schedule=(("wide", 2), (BOTH, 5)), shuffle_buffer=64)
+    whole = _iterator(data)
+    assert whole.dataset_names == ("fake", "wide")  # the last mixture's first, all of them always
+    assert "from the start, to step 2:" in whole.summary and "after step 5:" in whole.summary
+    batches = []
+    for step in range(1, 9):
+        if step in (3, 5):  # in the middle of a phase, and after its first batch
+            whole.save(str(tmp_path / str(step - 1)))
+        batches.append(next(whole))
+    drawn = [set(batch.dataset.tolist()) for batch in batches]
+    assert drawn[:2] == [{1}, {1}] and drawn[5:] == [{0}] * 3
+    assert set().union(*drawn[2:5]) == {0, 1}
+    for done in (2, 4):
+        resumed = _iterator(data)
+        resumed.restore(str(tmp_path / str(done)))
+        assert all(_same(next(resumed), batch) for batch in batches[done:])
+    assert set(next(_iterator(data, step=5)).dataset.tolist()) == {0}  # reseeded: the step alone decides
+    assert set(next(_iterator(data, step=1)).dataset.tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ((("wide", 5), ("fake", 5)), r"data.schedule ends its mixtures at steps \[5, 5\]: they must rise"),
+        (("wide",), r"data.schedule is \('wide',\): give \(mixture, last step\) pairs, as in"),
+        ((("wide", 0.5),), r"give \(mixture, last step\) pairs"),
+        ((("wider", 5),), r"unknown dataset or mixture 'wider' \(nearest: 'wide'\)"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_told(fakes, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        _iterator(_data("fake", fakes, schedule=schedule))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,6 +382,35 @@ def test_an_image_that_cannot_be_decoded_is_located(names, tmp_path, content):
     )
     with pytest.raises(BadImageError, match=message):
         _exhaust(iterator)
+
+
+def test_broken_images_can_be_skipped_and_are_counted(names, tmp_path, caplog):
+    def spoil(steps):
+        for step in (1, 2):
+            steps[step]["observation"]["image"] = b"no image"
+
+    iterator = _bad(tmp_path / "some", spoil, bad_images="skip")
+    _exhaust(iterator)  # 40 frames, and 10 in a pass
+    assert 6 <= iterator.skipped_images <= 12
+    where = "dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 2: the image cannot be decoded"
+    assert where in caplog.text
+    iterator.save(str(tmp_path / "state"))
+    again = _iterator(_data("fake", tmp_path / "some", statistics=str(tmp_path / "some" / "s.json"), shuffle_buffer=4,
+                            bad_images="skip"))  # fmt: skip
+    again.restore(str(tmp_path / "state"))
+    assert again.skipped_images == iterator.skipped_images
+    assert _same(next(again), next(iterator))
+    with pytest.raises(DataError, match=r"data.bad_images is 'ignore': stop or skip"):
+        _iterator(_data("fake", tmp_path / "some", bad_images="ignore"))
+
+
+def test_nothing_but_broken_images_stops_all_the_same(names, tmp_path):
+    broken = fake_rlds.episode(0)
+    for step in broken["steps"]:
+        step["observation"]["image"] = b"no image"
+    fake_rlds.write(tmp_path, {"train": [[broken]], "val": [[broken]]})
+    with pytest.raises(BadImageError, match="cannot be decoded"):
+        next(_iterator(_data("fake", tmp_path, bad_images="skip")))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

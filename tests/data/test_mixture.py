@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
 from openvla_jax.data.directory import open_source
-from openvla_jax.data.mixture import Mixture, nominal_length, open_mixture, open_sources, probabilities
+from openvla_jax.data.mixture import Mixture, nominal_length, open_phases, open_sources, probabilities
 from openvla_jax.data.oxe import DATASETS, ActionEncoding
 
 
@@ -168,16 +168,35 @@ def test_frames_without_instruction_or_against_the_filter_are_dropped(tmp_path, 
     assert nothing == [("", -1)] * 3  # no search without end
 
 
-def test_mean_frame_bytes_are_those_of_the_encoded_frames(mixture):
+def test_episodes_with_large_actions_are_dropped(tmp_path, mixture):
+    episodes = [fake_rlds.episode(0, steps=3), fake_rlds.episode(1, steps=3)]
+    for episode in episodes:
+        for step in episode["steps"]:
+            step["action"][:] = 0.3
+    episodes[1]["steps"][1]["action"][2] = 0.7  # its neighbours go with it
+    fake_rlds.write(tmp_path, {"train": [episodes], "val": [episodes]}, name="a")
+    source = open_source(fake_rlds.config("a"), str(tmp_path))
+    for limit, names in ((0.5, {"0"}), (0.8, {"0", "1"})):
+        limited = Mixture([source], np.ones(1), mixture.statistics, max_action=limit)
+        frames = _take(limited.stream("train", seed=0), 12)
+        assert {(frame["episode"].decode()[-1:], frame["step"]) for frame in frames} == {
+            (name, step) for name in names for step in range(3)
+        }
+
+
+def test_memory_is_that_of_encoded_frames_and_of_the_records_being_read(mixture):
     stream = _take(Mixture([mixture.sources[0]], np.ones(1), mixture.statistics).stream("train", seed=0), 8)
     exact = np.mean([len(f["image"]) + len(f["language"]) + len(f["episode"]) for f in stream])
-    alone = Mixture([mixture.sources[0]], np.ones(1), mixture.statistics)
-    assert alone.mean_frame_bytes() - 900 == pytest.approx(exact)
+    memory = Mixture([mixture.sources[0]], np.ones(1), mixture.statistics).memory(readers=8)
+    assert memory.frame_bytes - 900 == pytest.approx(exact)
+    sizes = [path.stat().length for path in mixture.sources[0].directory.glob("a-*tfrecord*")]
+    assert memory.reader_bytes == pytest.approx(sum(sizes) / 3 - 16)  # one train file; a record has 16 bytes around it
 
 
 def test_statistics_come_from_where_the_configuration_says(shared, tmp_path):
     data = {"dataset": "bridge_orig", "data_dir": str(shared / "data"), "statistics_dir": str(tmp_path)}
-    computed = open_mixture(data)
+    (computed,) = (phase.mixture for phase in open_phases(data))
     assert computed.sizes.tolist() == [400]
     assert len(list(tmp_path.glob("statistics_bridge_orig_1.0.0_*.json"))) == 1
-    assert open_mixture(data, {"bridge_orig": {"num_transitions": 3}}).sizes.tolist() == [3]
+    (phase,) = open_phases(data, {"bridge_orig": {"num_transitions": 3}})
+    assert phase.mixture.sizes.tolist() == [3]

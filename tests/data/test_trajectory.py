@@ -243,3 +243,59 @@ def test_filters():
     assert trajectory.within(full, max_action=2.0, max_proprio=3.0)
     assert not trajectory.within(full, max_action=1.9)
     assert not trajectory.within(full, max_proprio=2.9)
+
+
+@hypothesis.given(st.integers(1, 9), st.integers(0, 9))
+@hypothesis.settings(max_examples=30)
+def test_truncated_chunks_are_whole(length, future):
+    action = np.arange(length, dtype=np.float32)[:, None]
+    full = {
+        "action": tf.constant(action),
+        "observation": {"timestep": tf.range(length)},
+        "absolute_action_mask": tf.zeros([length, 1], tf.bool),
+    }
+    result = trajectory.chunk(full, 1, future, truncate=True)
+    whole = max(length - future, 0)
+    expected = np.arange(whole)[:, None] + np.arange(future + 1)
+    np.testing.assert_array_equal(result["action"][..., 0], expected)
+    np.testing.assert_array_equal(result["observation"]["timestep"], np.arange(whole)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Goals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _labelled(length, labels=None):
+    return {
+        "action": tf.zeros([length, 7]),
+        "observation": {
+            "image_primary": tf.strings.as_string(tf.range(length)),
+            "timestep": tf.range(length),
+        },
+        "task": {"language_instruction": tf.constant(labels or ["go"] * length)},
+        "episode": tf.fill([length], "file#3"),
+    }
+
+
+def test_goals_are_later_steps_of_the_same_episode():
+    goals = np.stack([trajectory.relabel_goal(_labelled(6), seed)["task"]["timestep"].numpy() for seed in range(400)])
+    for t in range(5):
+        values, counts = np.unique(goals[:, t], return_counts=True)
+        np.testing.assert_array_equal(values, np.arange(t + 1, 6))
+        assert np.all(np.abs(counts / 400 - 1 / (5 - t)) < 0.1)  # uniform
+    assert set(goals[:, 5]) == {5}
+    task = trajectory.relabel_goal(_labelled(6), 1)["task"]
+    np.testing.assert_array_equal(task["image_primary"].numpy().astype(int), task["timestep"])
+    again = trajectory.relabel_goal(_labelled(6), 1)["task"]
+    np.testing.assert_array_equal(task["timestep"], again["timestep"])
+
+
+def test_a_step_is_told_its_goal_by_image_or_by_words():
+    labels = ["go"] * 199 + [""]
+    task = trajectory.drop_conditioning(trajectory.relabel_goal(_labelled(200, labels), 0), 0.25, 0)["task"]
+    images = task["image_primary"].numpy() != b""
+    np.testing.assert_array_equal(images, task["language_instruction"].numpy() == b"")
+    assert images[-1]  # no words to go by
+    assert 0.15 < images.mean() < 0.35
+    assert np.all(task["timestep"].numpy()[~images] == 199)

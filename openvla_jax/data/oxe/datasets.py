@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import tensorflow as tf
 
+from openvla_jax.data import DataError
 from openvla_jax.data.oxe.transforms import TRANSFORMS, Trajectory, Transform, droid_moves, standard
 
 
@@ -44,6 +45,7 @@ class DatasetConfig:
     where the dataset has no such camera. state_keys: observations concatenated into the state; None is one zero column.
     transform: raw trajectory -> standardised trajectory, in TensorFlow operations (no Python branches on tensors: it is
     traced as it stands). frame_filter: frame with normalised actions [..., action dim] -> scalar bool, False drops it.
+    action_masks: (is it absolute?, is it normalised?) per action dimension, where no ActionEncoding describes it.
     """
 
     name: str
@@ -51,22 +53,23 @@ class DatasetConfig:
     depth_keys: dict[str, str | None]
     state_keys: tuple[str | None, ...]
     state_encoding: StateEncoding
-    action_encoding: ActionEncoding
+    action_encoding: ActionEncoding | None
     transform: Transform
     language_key: str = "language_instruction"
     frame_filter: Callable[[Trajectory], tf.Tensor] | None = None
+    action_masks: tuple[tuple[bool, ...], tuple[bool, ...]] | None = None
 
     @tf.autograph.experimental.do_not_convert
     def standardize(self, trajectory: Trajectory) -> Trajectory:
         """Raw trajectory -> {"observation", "action", "language_instruction", ...}; the input is left as it is.
 
-        ValueError where the trajectory lacks a key that the transform reads, or the result an action or instruction.
+        DataError where the trajectory lacks a key that the transform reads, or the result an action or instruction.
         """
         try:
             result = self.transform(_copy_of_dicts(trajectory))
             _ = result["action"], result[self.language_key]
         except KeyError as error:
-            raise ValueError(
+            raise DataError(
                 f"dataset {self.name!r}: trajectory has no {error.args[0]!r}; it has {', '.join(_paths(trajectory))}. "
                 f"Is this the right dataset and version?"
             ) from error
@@ -75,10 +78,8 @@ class DatasetConfig:
     @property
     def unsupported_reason(self) -> str | None:
         """Why no policy can be trained on this dataset, or None if one can."""
-        if self.action_encoding not in _ACTION_MASKS:
-            return (
-                f"dataset {self.name!r} has {self.action_encoding.name} actions, which the reference does not train on"
-            )
+        if self._known_masks() is None:
+            return f"dataset {self.name!r} has {self.encoding_name} actions, which the reference does not train on"
         if not any(self.image_keys.values()):
             return f"dataset {self.name!r} has no camera in its configuration"
         return None
@@ -98,10 +99,19 @@ class DatasetConfig:
         """Per action dimension: normalised by the dataset's statistics?"""
         return self._masks()[1]
 
+    @property
+    def encoding_name(self) -> str:
+        """What the actions are, in one word."""
+        return "own" if self.action_encoding is None else self.action_encoding.name
+
+    def _known_masks(self):
+        return self.action_masks or (self.action_encoding and _ACTION_MASKS.get(self.action_encoding))
+
     def _masks(self):
-        if self.action_encoding not in _ACTION_MASKS:
+        masks = self._known_masks()
+        if masks is None:
             raise ValueError(f"{self.unsupported_reason}; leave it out of the mixture")
-        return _ACTION_MASKS[self.action_encoding]
+        return masks
 
 
 def _copy_of_dicts(tree):

@@ -6,7 +6,7 @@ relative to the size of its dataset: 1.0 is one pass over it for one pass over a
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from openvla_jax.data.oxe.datasets import DATASETS
 
@@ -145,23 +145,27 @@ MIXTURES: dict[str, Mixture] = {
 }
 
 
-def resolve_mixture(mixture: str | Sequence[tuple[str, float]], datasets: Collection[str] = DATASETS.keys()) -> Mixture:
+def resolve_mixture(
+    mixture: str | Sequence[tuple[str, float]],
+    datasets: Collection[str] = DATASETS.keys(),
+    mixtures: Mapping[str, Mixture] = MIXTURES,
+) -> Mixture:
     """The (dataset, weight) pairs that a name or a list of pairs stands for.
 
-    mixture: a name in MIXTURES, the name of one dataset (weight 1.0), or pairs given by the user. datasets: the names
+    mixture: a name in mixtures, the name of one dataset (weight 1.0), or pairs given by the user. datasets: the names
     of all configured datasets, the user's own included. ValueError names all unknown datasets with the nearest known
     name, a dataset given twice, and a weight that is not a positive number. Datasets that are configured but not
     supported (`DatasetConfig.supported`) are returned like the others.
     """
     if isinstance(mixture, str):
-        mixture = MIXTURES.get(mixture, ((mixture, 1.0),))
+        mixture = mixtures.get(mixture, ((mixture, 1.0),))
     pairs = tuple((name, float(weight)) for name, weight in mixture)
     names = [name for name, _ in pairs]
     if not pairs:
         raise ValueError("the mixture is empty; name a mixture, a dataset, or give (dataset, weight) pairs")
     unknown = [name for name in names if name not in datasets]
     if unknown:
-        known = sorted({*datasets, *MIXTURES})
+        known = sorted({*datasets, *mixtures})
         hints = [f"{name!r} (nearest: {difflib.get_close_matches(name, known, 1, 0.0)[0]!r})" for name in unknown]
         raise ValueError(
             f"unknown dataset or mixture {', '.join(hints)}; mend the name, or configure it in data.module"
