@@ -1,8 +1,8 @@
 """Image augmentation on the accelerator: what the reference does with tf.image on the host, op by op, in JAX.
 
-The single ops take one float32 image in [0, 1], `[H, W, 3]`, and a factor; `augment` draws the factors and runs the
-reference's chain (crop, brightness, contrast, saturation, hue) on a batch of uint8. All is pure, static in shape, and
-free of gathers: the crop is two small matrix products.
+The single ops take one float32 image in [0, 1] and a factor; `augment` draws the factors and runs the reference's chain
+(crop, brightness, contrast, saturation, hue) on a batch of uint8. All is pure and static in shape. The chain works on
+planes, [3, H, W]: with three channels as the innermost axis most of a vector register lies idle.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-Image = Float[Array, "H W C"]
+Image = Float[Array, "H W 3"]
+Planes = Float[Array, "3 H W"]
 Scalar = float | Float[Array, ""]
 
 
@@ -80,14 +81,13 @@ def apply_factors(image: UInt8[Array, "H W 3"], factors: Factors) -> UInt8[Array
 
     Back to uint8 it truncates x * 255.5, as `tf.image.convert_image_dtype(x, tf.uint8, saturate=True)`.
     """
-    height, width, _ = image.shape
-    pixels = image.astype(jnp.float32) * jnp.float32(1 / 255)
-    pixels = jnp.clip(crop_and_resize(pixels, factors.box, height, width), 0.0, 1.0)
+    pixels = jnp.moveaxis(image, -1, 0).astype(jnp.float32) * jnp.float32(1 / 255)
+    pixels = jnp.clip(_cropped(pixels, factors.box, *image.shape[:2]), 0.0, 1.0)
     pixels = jnp.clip(adjust_brightness(pixels, factors.brightness), 0.0, 1.0)
-    pixels = jnp.clip(adjust_contrast(pixels, factors.contrast), 0.0, 1.0)
-    pixels = jnp.clip(adjust_saturation(pixels, factors.saturation), 0.0, 1.0)
-    pixels = jnp.clip(adjust_hue(pixels, factors.hue), 0.0, 1.0)
-    return jnp.minimum(pixels * 255.5, 255.0).astype(jnp.uint8)
+    pixels = jnp.clip(_contrast(pixels, factors.contrast), 0.0, 1.0)
+    pixels = jnp.clip(_saturation(pixels, factors.saturation), 0.0, 1.0)
+    pixels = jnp.clip(_hue(pixels, factors.hue), 0.0, 1.0)
+    return jnp.moveaxis(jnp.minimum(pixels * 255.5, 255.0).astype(jnp.uint8), 0, -1)
 
 
 def random_crop_box(key: PRNGKeyArray, config: AugmentConfig = AugmentConfig()) -> Float[Array, "4"]:
@@ -102,66 +102,107 @@ def random_crop_box(key: PRNGKeyArray, config: AugmentConfig = AugmentConfig()) 
     return jnp.stack([top, left, top + height, left + width])
 
 
-def crop_and_resize(image: Image, box: Float[Array, "4"], height: int, width: int) -> Float[Array, "height width C"]:
-    """A box (top, left, bottom, right, all in [0, 1]) of an image, resized to [height, width, C].
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops of tf.image, on images [H, W, 3]; none is clipped
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def crop_and_resize(image: Image, box: Float[Array, "4"], height: int, width: int) -> Float[Array, "height width 3"]:
+    """A box (top, left, bottom, right, all in [0, 1]) of an image, resized to [height, width, 3].
 
     `tf.image.crop_and_resize`: bilinear without antialiasing; the result's corners sample the corners of the box.
     """
-    # float32 products: the default precision would round pixels to bfloat16 on a TPU.
-    exact = jax.lax.Precision.HIGHEST
-    rows = _bilinear_weights(box[0], box[2], image.shape[0], height)
-    columns = _bilinear_weights(box[1], box[3], image.shape[1], width)
-    image = jnp.einsum("hH,HWC->hWC", rows, image, precision=exact)
-    return jnp.einsum("wW,hWC->hwC", columns, image, precision=exact)
+    return jnp.moveaxis(_cropped(jnp.moveaxis(image, -1, 0), box, height, width), 0, -1)
 
 
-def _bilinear_weights(low: Scalar, high: Scalar, size: int, samples: int) -> Float[Array, "samples size"]:
-    """Weights of `size` pixels in `samples` points, evenly from `low` to `high` (shares of size - 1), ends included."""
-    if samples == 1:
-        points = jnp.full((1,), 0.5 * (low + high) * (size - 1))
-    else:
-        points = low * (size - 1) + jnp.arange(samples) * ((high - low) * (size - 1) / (samples - 1))
-    points = jnp.clip(points, 0, size - 1)  # rounding must not step over the last pixel
-    return jnp.maximum(1 - jnp.abs(points[:, None] - jnp.arange(size)), 0.0)
-
-
-def adjust_brightness(image: Image, delta: Scalar) -> Image:
-    """Adds delta (`tf.image.adjust_brightness`); not clipped."""
+def adjust_brightness(image: Image | Planes, delta: Scalar) -> Image | Planes:
+    """Adds delta (`tf.image.adjust_brightness`)."""
     return image + delta
 
 
 def adjust_contrast(image: Image, factor: Scalar) -> Image:
-    """Scales the distance from each channel's mean over the image (`tf.image.adjust_contrast`); not clipped."""
-    mean = image.mean(axis=(0, 1), keepdims=True)
-    return (image - mean) * factor + mean
+    """Scales the distance from each channel's mean over the image (`tf.image.adjust_contrast`)."""
+    return jnp.moveaxis(_contrast(jnp.moveaxis(image, -1, 0), factor), 0, -1)
 
 
-def adjust_saturation(image: Float[Array, "H W 3"], factor: Scalar) -> Float[Array, "H W 3"]:
+def adjust_saturation(image: Image, factor: Scalar) -> Image:
     """Scales the saturation in HSV and caps it at 1 (`tf.image.adjust_saturation`)."""
-    # Hue and value stay, so every channel's distance from the largest scales alike; at saturation 1 the smallest is 0.
-    value, chroma = _value_and_chroma(image)
-    scale = jnp.minimum(factor, value / jnp.where(chroma > 0, chroma, 1.0))
-    return value - (value - image) * scale
+    return jnp.moveaxis(_saturation(jnp.moveaxis(image, -1, 0), factor), 0, -1)
 
 
-def adjust_hue(image: Float[Array, "H W 3"], delta: Scalar) -> Float[Array, "H W 3"]:
+def adjust_hue(image: Image, delta: Scalar) -> Image:
     """Turns the hue by delta, in turns (`tf.image.adjust_hue`)."""
-    value, chroma = _value_and_chroma(image)
-    red, green, blue = jnp.split(image, 3, axis=-1)
-    safe = jnp.where(chroma > 0, chroma, 1.0)
+    return jnp.moveaxis(_hue(jnp.moveaxis(image, -1, 0), delta), 0, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same on planes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _cropped(planes: Planes, box: Float[Array, "4"], height: int, width: int) -> Float[Array, "3 height width"]:
+    rows = _sample_points(box[0], box[2], planes.shape[1], height)
+    columns = _bilinear_weights(_sample_points(box[1], box[3], planes.shape[2], width), planes.shape[2])
+
+    def by_product(planes: Planes) -> Float[Array, "3 height W"]:
+        weights = _bilinear_weights(rows, planes.shape[1])
+        return jnp.einsum("hH,cHW->chW", weights, planes, precision=jax.lax.Precision.HIGHEST)
+
+    def by_gather(planes: Planes) -> Float[Array, "3 height W"]:
+        above = jnp.floor(rows).astype(jnp.int32)
+        below = jnp.minimum(above + 1, planes.shape[1] - 1)
+        share = (rows - above)[:, None]
+        return planes[:, above] * (1 - share) + planes[:, below] * share
+
+    # A TPU multiplies faster than it gathers, and float32 products need to be asked for there.
+    resized = jax.lax.platform_dependent(planes, tpu=by_product, default=by_gather)
+    return jnp.einsum("chW,wW->chw", resized, columns, precision=jax.lax.Precision.HIGHEST)
+
+
+def _sample_points(low: Scalar, high: Scalar, size: int, samples: int) -> Float[Array, "samples"]:
+    """Points on an axis of `size` pixels, evenly from `low` to `high` (shares of size - 1), ends included."""
+    if samples == 1:
+        points = jnp.full((1,), 0.5 * (low + high) * (size - 1))
+    else:
+        points = low * (size - 1) + jnp.arange(samples) * ((high - low) * (size - 1) / (samples - 1))
+    return jnp.clip(points, 0, size - 1)  # rounding must not step over the last pixel
+
+
+def _bilinear_weights(points: Float[Array, "samples"], size: int) -> Float[Array, "samples size"]:
+    """Weights of `size` pixels in each point."""
+    return jnp.maximum(1 - jnp.abs(points[:, None] - jnp.arange(size)), 0.0)
+
+
+def _contrast(planes: Planes, factor: Scalar) -> Planes:
+    mean = planes.mean(axis=(1, 2), keepdims=True)
+    return (planes - mean) * factor + mean
+
+
+def _saturation(planes: Planes, factor: Scalar) -> Planes:
+    # Hue and value stay, so every channel's distance from the largest scales alike; at saturation 1 the smallest is 0.
+    value, chroma = _value_and_chroma(planes)
+    scale = jnp.minimum(factor, value / jnp.where(chroma > 0, chroma, 1.0))
+    return value - (value - planes) * scale
+
+
+def _hue(planes: Planes, delta: Scalar) -> Planes:
+    value, chroma = _value_and_chroma(planes)
+    red, green, blue = planes
+    inverse = 1 / jnp.where(chroma > 0, chroma, 1.0)
     sextant = jnp.where(
         value == red,
-        (green - blue) / safe,
-        jnp.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+        (green - blue) * inverse,
+        jnp.where(value == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
     )
     # Each channel falls from `value` to `value - chroma` and back over the circle of six sextants, a third apart.
-    turned = (sextant + 6 * delta + jnp.asarray([5.0, 3.0, 1.0])) % 6
+    turned = sextant + 6 * delta + jnp.asarray([5.0, 3.0, 1.0])[:, None, None]
+    turned -= 6 * jnp.floor(turned / 6)
     return value - chroma * jnp.clip(jnp.minimum(turned, 4 - turned), 0.0, 1.0)
 
 
-def _value_and_chroma(image: Float[Array, "H W 3"]) -> tuple[Float[Array, "H W 1"], Float[Array, "H W 1"]]:
-    value = image.max(axis=-1, keepdims=True)
-    return value, value - image.min(axis=-1, keepdims=True)
+def _value_and_chroma(planes: Planes) -> tuple[Float[Array, "H W"], Float[Array, "H W"]]:
+    value = planes.max(axis=0)
+    return value, value - planes.min(axis=0)
 
 
 def _between(unit: Float[Array, ""], low: Scalar, high: Scalar) -> Float[Array, ""]:

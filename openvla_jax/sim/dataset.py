@@ -5,23 +5,15 @@ python -m openvla_jax.sim.dataset --out data --episodes 2000
 
 import argparse
 import hashlib
-import io
 import json
-import os
-import tempfile
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # has to be set before TensorFlow is first imported
-
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from openvla_jax.data import writer
 from openvla_jax.sim import tabletop
 from openvla_jax.sim.tabletop import ACTION_DIM, STATE_DIM, Tabletop, expert_action
-
-tf.config.set_visible_devices([], "GPU")  # TensorFlow only writes files; it must not take the accelerator's memory
 
 NAME = "tabletop"
 VERSION = "1.0.0"
@@ -33,26 +25,20 @@ JUMP_LOW, JUMP_HIGH = (-0.16, -0.16, -0.02), (0.16, 0.2, 0.1)  # where a disturb
 SHARDS = 8  # of the train split
 
 # Steps are laid out as in Open X-Embodiment: observation, action, instruction and the RLDS flags.
-FEATURES = tfds.features.FeaturesDict(
-    {
-        "steps": tfds.features.Dataset(
-            {
-                "observation": {
-                    "image": tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
-                    "state": tfds.features.Tensor(shape=(STATE_DIM,), dtype=np.float32),
-                },
-                "action": tfds.features.Tensor(shape=(ACTION_DIM,), dtype=np.float32),
-                "language_instruction": tfds.features.Text(),
-                "reward": tfds.features.Scalar(np.float32),
-                "discount": tfds.features.Scalar(np.float32),
-                "is_first": tfds.features.Scalar(np.bool_),
-                "is_last": tfds.features.Scalar(np.bool_),
-                "is_terminal": tfds.features.Scalar(np.bool_),
-            }
-        ),
-        "episode_metadata": {"seed": tfds.features.Scalar(np.int64)},
-    }
-)
+FEATURES = {
+    "steps": tfds.features.Dataset(
+        {
+            "observation": {
+                "image": tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
+                "state": tfds.features.Tensor(shape=(STATE_DIM,), dtype=np.float32),
+            },
+            "action": tfds.features.Tensor(shape=(ACTION_DIM,), dtype=np.float32),
+            "language_instruction": tfds.features.Text(),
+            **writer.FLAGS,
+        }
+    ),
+    "episode_metadata": {"seed": tfds.features.Scalar(np.int64)},
+}
 
 
 def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
@@ -84,7 +70,7 @@ def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
 def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = None, noise: float = 0.02) -> Path:
     """Writes out/tabletop/1.0.0 with splits train and val (5% of `episodes` by default); returns that folder.
 
-    A complete dataset of the same parameters is kept. It is written beside that folder and renamed when complete.
+    A complete dataset of the same parameters is kept.
     Raises FileExistsError where a dataset of other parameters lies there, ValueError for a number of episodes below 1.
     """
     counts = {"train": episodes, "val": max(1, episodes // 20) if val_episodes is None else val_episodes}
@@ -101,31 +87,15 @@ def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = Non
         raise FileExistsError(
             f"{directory} holds a dataset with other parameters ({found}): remove it or choose another --out"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{VERSION}.incomplete.", dir=directory.parent) as incomplete:
-        _write(Path(incomplete) / VERSION, parameters)
-        (Path(incomplete) / VERSION).rename(directory)
-    return directory
-
-
-def _write(directory: Path, parameters: dict) -> None:
-    directory.mkdir()
-    info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(
-            name=NAME, version=VERSION, data_dir=str(directory), module_name="openvla_jax.sim.dataset"
-        ),
+    seeds = {split: range(FIRST_SEED[split], FIRST_SEED[split] + count) for split, count in counts.items()}
+    return writer.write_dataset(
+        directory,
+        FEATURES,
+        {split: (_example(seed, noise) for seed in numbers) for split, numbers in seeds.items()},
         description="Scripted pick-up episodes in a rendered tabletop world (openvla_jax.sim).",
-        features=FEATURES,
-        metadata=tfds.core.MetadataDict(parameters),
+        episodes_per_file=-(-max(counts.values()) // SHARDS),
+        metadata=parameters,
     )
-    counts = parameters["episodes"]
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=-(-max(counts.values()) // SHARDS))
-    writer.initialize_splits(list(counts))
-    for split, count in counts.items():
-        seeds = range(FIRST_SEED[split], FIRST_SEED[split] + count)
-        for start in range(0, count, 100):  # the writer rewrites its description after every call
-            writer.add_examples({split: [_example(seed, parameters["noise"]) for seed in seeds[start : start + 100]]})
-    writer.close_all()
 
 
 def _parameters(directory: Path) -> dict | None:
@@ -137,31 +107,18 @@ def _parameters(directory: Path) -> dict | None:
 
 def _example(seed: int, noise: float) -> dict:
     instruction, steps = expert_episode(seed, noise)
-    last = len(steps) - 1
     return {
         "steps": [
             {
-                "observation": {"image": _png(step["image"]), "state": step["state"]},
+                "observation": {"image": writer.encode(step["image"]), "state": step["state"]},
                 "action": step["action"],
                 "language_instruction": instruction,
-                "reward": float(i == last),
-                "discount": 1.0,
-                "is_first": i == 0,
-                "is_last": i == last,
-                "is_terminal": i == last,
+                **writer.flags(i, len(steps)),
             }
             for i, step in enumerate(steps)
         ],
         "episode_metadata": {"seed": seed},
     }
-
-
-def _png(image: np.ndarray) -> io.BytesIO:
-    """Encoded here: TFDS's own encoder takes several times as long on small images."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, format="PNG", compress_level=1)
-    stream.seek(0)
-    return stream
 
 
 def main() -> None:
