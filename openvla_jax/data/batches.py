@@ -7,10 +7,8 @@ of the stream (shuffle buffer included) can be written beside a checkpoint and t
 import functools
 import json
 import logging
-import math
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +18,7 @@ from etils import epath
 
 from openvla_jax.data import BadImageError, Batch, DataError, images
 from openvla_jax.data.episodes import clear_errors
-from openvla_jax.data.mixture import Memory, Mixture, Phase, nominal_length, open_phases
+from openvla_jax.data.mixture import Memory, Mixture, nominal_length, open_phases, table
 from openvla_jax.data.statistics import check_finite
 from openvla_jax.tokens import ActionTokenizer, encode_example
 
@@ -216,14 +214,11 @@ class TrainIterator(Iterator[Batch]):
         if self.step >= self._until:
             logging.info("step %d: the next mixture of data.schedule begins", self.step)
             self._open(self.step + 1)
-        began = None if self._started else time.perf_counter()
         self._started = True
         with clear_errors(self._encoder.mixture.sources):
             rows = next(self._iterator)
         batch = self._encoder({key: value.numpy() for key, value in rows.items()})
         self.step += 1
-        if began is not None:
-            logging.info("first batch after %.1f s; resident memory %.2f GB", time.perf_counter() - began, _resident())
         return batch
 
     def save(self, directory: str) -> None:
@@ -309,7 +304,7 @@ def make_train_iterator(
     shuffle_buffer = _fit(data, shuffle_buffer, memory.frame_bytes, memory.reader_bytes + prefetched, batch_size)
     state_bytes = int(shuffle_buffer * memory.frame_bytes + memory.reader_bytes) + prefetched
     summary = (
-        f"{_tables(phases)}\nmemory of the data in this process, estimated: {state_bytes / 1e9:.2f} GB = "
+        f"{table(phases)}\nmemory of the data in this process, estimated: {state_bytes / 1e9:.2f} GB = "
         f"shuffle buffer {shuffle_buffer:,} frames x {memory.frame_bytes / 1e3:.1f} kB + "
         f"readers {memory.reader_bytes / 1e9:.2f} GB + "
         f"{_PREFETCHED_BATCHES + 1} batches {prefetched / 1e9:.2f} GB"
@@ -367,17 +362,7 @@ def _fit(data: Any, buffer: int, frame_bytes: float, fixed_bytes: float, batch_s
     return fitting
 
 
-def _tables(phases: Sequence[Phase]) -> str:
-    """What is drawn from, and how often, in each phase."""
-    texts = []
-    for number, phase in enumerate(phases):
-        after = f"after step {phases[number - 1].until:,}" if number else "from the start"
-        until = "" if math.isinf(phase.until) else f", to step {phase.until:,}"
-        texts.append((f"{after}{until}:\n" if len(phases) > 1 else "") + phase.mixture.table())
-    return "\n".join(texts)
-
-
-def _resident() -> float:
+def resident_memory_gb() -> float:
     """Resident memory of this process in GB; where the system does not say, the most that it ever was."""
     try:
         with open("/proc/self/statm") as file:

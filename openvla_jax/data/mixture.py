@@ -217,21 +217,6 @@ class Mixture:
             episode_bytes += min(readers, len(files)) * records / max(sum(source.splits.values()), 1)
         return Memory(float(np.dot(self.probabilities, frame_bytes)) + _FRAME_OVERHEAD, episode_bytes)
 
-    def table(self) -> str:
-        """A line per dataset, to be printed: its share of the frames, its size, the range of each action dimension."""
-        lines = [f"{'dataset':<40} {'share':>6} {'frames':>11} {'episodes':>9}  actions, 1st to 99th percentile"]
-        for source, share in zip(self.sources, self.probabilities, strict=True):
-            stats = self.statistics[source.name]
-            action = stats["action"]
-            ranges = []
-            for i, low in enumerate(action["q01"]):
-                constant = action["min"][i] == action["max"][i]
-                ranges.append(f"{low:.3g} constant" if constant else f"{low:.2g}..{action['q99'][i]:.2g}")
-            name = source.name.removesuffix("_converted_externally_to_rlds")
-            sizes = f"{share:6.1%} {stats['num_transitions']:11,} {stats['num_trajectories']:9,}"
-            lines.append(f"{name:<40} {sizes}  {', '.join(ranges)}")
-        return "\n".join(lines)
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -287,3 +272,23 @@ def _schedule(schedule: Sequence) -> list[tuple[Any, int]]:
     if steps != sorted(set(steps)):
         raise DataError(f"data.schedule ends its mixtures at steps {steps}: they must rise")
     return pairs
+
+
+def table(phases: Sequence[Phase]) -> str:
+    """A line per dataset, to be printed: its share of the frames in each phase, its size, the range of its actions."""
+    known = phases[-1].mixture
+    untils = [f"to {phase.until:,}" for phase in phases[:-1]] + ["then" if len(phases) > 1 else "share"]
+    heads = " ".join(f"{until:>10}" for until in untils)
+    lines = [f"{'dataset':<36} {heads} {'frames':>11} {'episodes':>9}  actions, 1st to 99th percentile"]
+    for index, source in enumerate(known.sources):
+        stats = known.statistics[source.name]
+        action = stats["action"]
+        ranges = []
+        for i, low in enumerate(action["q01"]):
+            constant = action["min"][i] == action["max"][i]
+            ranges.append(f"{low:.3g} constant" if constant else f"{low:.2g}..{action['q99'][i]:.2g}")
+        shares = " ".join(f"{phase.mixture.probabilities[index]:10.2%}" for phase in phases)
+        name = source.name.removesuffix("_converted_externally_to_rlds")
+        sizes = f"{stats['num_transitions']:11,} {stats['num_trajectories']:9,}"
+        lines.append(f"{name:<36} {shares} {sizes}  {', '.join(ranges)}")
+    return "\n".join(lines)

@@ -58,7 +58,8 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     Returns the final state. Raises ValueError, FileNotFoundError or CheckpointError with one line for bad input, before
     anything is written; NonFiniteError if the loss is not a number.
     """
-    from openvla_jax.data.batches import make_eval_batches, make_train_iterator  # TensorFlow comes with it
+    # TensorFlow comes with it
+    from openvla_jax.data.batches import make_eval_batches, make_train_iterator, resident_memory_gb
 
     train, workdir = config.train, absolute(directory)
     log = print if jax.process_index() == 0 else logging.debug
@@ -154,7 +155,9 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     if start >= train.steps:
         log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
         return state
+    began = time.perf_counter()
     batch = global_batch(next(iterator), mesh)
+    log(f"first batch after {time.perf_counter() - began:.1f} s; resident memory {resident_memory_gb():.2f} GB")
     began = time.perf_counter()
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     step_fn = job.step.lower(state, batch).compile(compiler_options=options)
@@ -184,6 +187,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         if step % train.log_every == 0 or step == train.steps:
             flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
             flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
+            flat["train/resident_memory_gb"] = resident_memory_gb()
             if writer is not None:
                 writer.write(step, flat)
             log(progress.line(step, flat))

@@ -1,0 +1,272 @@
+"""How fast frames come: stage by stage, and beside the order in which the reference does the same work.
+
+CPU time per frame is what other programs on the machine disturb least; `rows` of frames/s are of wall time.
+"""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from openvla_jax.data import images
+from openvla_jax.data import trajectory as traj
+from openvla_jax.data.batches import make_train_iterator
+from openvla_jax.data.directory import shares
+from openvla_jax.data.episodes import read_episodes, trace
+from openvla_jax.data.mixture import open_phases
+from openvla_jax.data.writer import FLAGS, encode, flags, write_dataset
+
+NAME = "bench_two_cameras"
+MODULE = f"""
+from openvla_jax.data.own import Columns, describe
+
+DATASETS = [
+    describe(
+        "{NAME}",
+        cameras={{"primary": "image", "wrist": "wrist_image"}},
+        action=[Columns("action", 0, 6), Columns("action", 6, gripper="1 is open")],
+    )
+]
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What was measured of one stage, with all stages before it."""
+
+    name: str
+    frames: int
+    seconds: float
+    cpu_seconds: float
+    read_bytes: float  # per frame
+
+    @property
+    def rate(self) -> float:
+        return self.frames / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        return 1e3 * self.cpu_seconds / self.frames
+
+
+def write_episodes(folder: Path, episodes: int = 24, steps: int = 60, size: int = 256) -> str:
+    """Writes a dataset of smooth, noisy JPEG frames of two cameras, and its description; returns the latter's path."""
+    rng = np.random.default_rng(0)
+    scenes = [_scene(rng, size) for _ in range(16)]  # drawing them takes longer than reading them
+
+    def generate() -> Iterator[dict]:
+        for episode in range(episodes):
+            walk = rng.normal(0, 0.3, (steps, 7)).clip(-1, 1).astype(np.float32)
+            picks = rng.integers(len(scenes), size=(steps, 2))
+            yield {
+                "steps": [
+                    {
+                        "observation": {"image": encode(scenes[a], "JPEG"), "wrist_image": encode(scenes[b], "JPEG")},
+                        "action": walk[t],
+                        "language_instruction": f"put object {episode} into the drawer",
+                        **flags(t, steps),
+                    }
+                    for t, (a, b) in enumerate(picks)
+                ]
+            }
+
+    camera = tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg")
+    step = {
+        "observation": {"image": camera, "wrist_image": camera},
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "language_instruction": tfds.features.Text(),
+        **FLAGS,
+    }
+    write_dataset(
+        folder / NAME / "1.0.0",
+        {"steps": tfds.features.Dataset(step)},
+        {"train": generate()},
+        description="Frames to measure reading with.",
+        episodes_per_file=max(episodes // 8, 1),
+    )
+    module = folder / "bench_data.py"
+    module.write_text(MODULE)
+    return str(module)
+
+
+def _scene(rng: np.random.Generator, size: int) -> np.ndarray:
+    from PIL import Image
+
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    return (np.asarray(coarse) + rng.normal(0, 6, (size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This pipeline
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size: int, seconds: float) -> list[Stage]:
+    """Measures reading, then reading and decoding, and so on, to an augmented batch on the device."""
+    (phase,) = open_phases(data)[-1:]
+    read_bytes = phase.mixture.memory(1).frame_bytes
+    stream = phase.mixture.stream("train", seed=0, readers=data["num_parallel_reads"]).shuffle(512, seed=0)
+    decoded = stream.map(lambda frame: images.decode(frame["image"])[0, 0], num_parallel_calls=tf.data.AUTOTUNE)
+    resized = stream.map(lambda frame: images.load(frame["image"], image_size)[0], num_parallel_calls=tf.data.AUTOTUNE)
+    kinds = {
+        "read, standardise, normalise, shuffle": stream.map(lambda frame: frame["action"]),
+        "+ decode": decoded,
+        "+ resize": resized,
+    }
+    result = []
+    for name, dataset in kinds.items():
+        batches = dataset.batch(batch_size, drop_remainder=True).prefetch(2).as_numpy_iterator()
+        result.append(_measure(name, functools.partial(next, batches), batch_size, seconds, read_bytes))
+    iterator = make_train_iterator(data, tokenizer, batch_size=batch_size, image_size=image_size, seed=0)
+    result.append(_measure("+ tokens and batch", lambda: next(iterator), batch_size, seconds, read_bytes))
+    step = _augmented()
+    result.append(
+        _measure("+ to the device, augmented", lambda: step(next(iterator).images), batch_size, seconds, read_bytes)
+    )
+    return result
+
+
+def _augmented() -> Callable[[np.ndarray], None]:
+    """Puts images on the device and augments them; one batch is in flight while the host makes the next."""
+    import jax
+
+    from openvla_jax.data.augment import augment
+
+    run = jax.jit(augment)
+    keys = map(jax.random.key, iter(range(10**9)))
+    flying: list[Any] = []
+
+    def step(pixels: np.ndarray) -> None:
+        flying.append(run(next(keys), jax.device_put(pixels)))
+        if len(flying) > 1:
+            flying.pop(0).block_until_ready()
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size: int, seconds: float) -> Stage:
+    """The same frames in the order of the reference: one reader per dataset, a goal image relabelled, carried through
+    the shuffle buffer, decoded, resized and augmented beside each frame's own, all on the host; then frame by frame to
+    tokens and a batch. Its image transforms in PyTorch, which follow, are left out."""
+    from openvla_jax.tokens import ActionTokenizer, encode_example
+
+    (phase,) = open_phases(data)[-1:]
+    mixture = phase.mixture
+
+    def frames(index: int) -> tf.data.Dataset:
+        source = mixture.sources[index]
+        views = tuple(view for view, key in source.config.image_keys.items() if key)  # parsed, whether used or not
+
+        def columns(raw: dict, episode: tf.Tensor) -> dict:
+            full = traj.restructure(source.config, raw, episode, views=views)
+            full["observation"]["proprio"] = tf.zeros([tf.shape(full["step"])[0], 1])  # its cost is that of the action
+            full = traj.normalize(full, {**mixture.statistics[source.name], "proprio": _UNSCALED})
+            full = traj.relabel_goal(traj.add_pad_masks(full), 0)
+            return {
+                "image": full["observation"]["image_primary"],
+                "goal": full["task"]["image_primary"],
+                "action": full["action"],
+                "language": full["task"]["language_instruction"],
+            }
+
+        episodes = read_episodes(trace(source, columns), shares(source, "train"), seed=0, readers=1).repeat()
+        return episodes.interleave(tf.data.Dataset.from_tensor_slices, cycle_length=1)
+
+    indices = mixture.having("train")
+    stream = tf.data.Dataset.sample_from_datasets([frames(i) for i in indices], mixture.probabilities[indices].tolist())
+
+    def decode(frame: dict) -> dict:
+        return frame | {key: images.resize(images.decode(frame[key]), image_size) for key in ("image", "goal")}
+
+    def augment(frame: dict) -> dict:
+        seed = tf.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32)
+        return frame | {key: _tf_augment(frame[key], seed) for key in ("image", "goal")}
+
+    stream = stream.shuffle(512).map(decode, num_parallel_calls=16).map(augment, num_parallel_calls=16)
+    source = stream.prefetch(16).as_numpy_iterator()
+    actions = ActionTokenizer(tokenizer.vocab_size)
+
+    def batch() -> None:
+        import jax
+
+        rows = [next(source) for _ in range(batch_size)]
+        for row in rows:
+            encode_example(tokenizer, actions, row["language"].decode(), row["action"], data["text_length"], "pure")
+        jax.device_put(np.stack([row["image"] for row in rows])).block_until_ready()
+
+    return _measure("the reference's order", batch, batch_size, seconds, mixture.memory(1).frame_bytes)
+
+
+_UNSCALED = {"mean": [0.0], "std": [1.0], "min": [-1.0], "max": [1.0], "q01": [-1.0], "q99": [1.0]}
+
+
+def _tf_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """The reference's chain of tf.image ops."""
+    x = tf.image.convert_image_dtype(image, tf.float32)
+    side = tf.sqrt(0.9)
+    start = tf.random.stateless_uniform([], seed) * (1 - side)
+    box = tf.stack([start, start, start + side, start + side])[None]
+    x = tf.clip_by_value(tf.image.crop_and_resize(x[None], box, [0], tf.shape(image)[:2])[0], 0, 1)
+    x = tf.clip_by_value(tf.image.stateless_random_brightness(x, 0.2, seed), 0, 1)
+    x = tf.clip_by_value(tf.image.stateless_random_contrast(x, 0.8, 1.2, seed), 0, 1)
+    x = tf.clip_by_value(tf.image.stateless_random_saturation(x, 0.8, 1.2, seed), 0, 1)
+    x = tf.clip_by_value(tf.image.stateless_random_hue(x, 0.05, seed), 0, 1)
+    return tf.image.convert_image_dtype(x, tf.uint8, saturate=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring and telling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _measure(name: str, draw: Callable[[], Any], batch_size: int, seconds: float, read_bytes: float) -> Stage:
+    for _ in range(2 + 512 // batch_size):  # the shuffle buffer fills, functions are compiled
+        draw()
+    frames, began, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < seconds:
+        draw()
+        frames += batch_size
+    stage = Stage(name, frames, time.perf_counter() - began, time.process_time() - cpu, read_bytes)
+    logging.info("%s: %.0f frames/s", name, stage.rate)
+    return stage
+
+
+def report(ours: list[Stage], theirs: Stage | None, host_cores: int) -> str:
+    """A table of the stages, where the time goes, and what a host with so many cores would do at the same CPU cost."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rows = [*ours, *([theirs] if theirs else [])]
+    width = max(len(stage.name) for stage in rows)
+    lines = [f"{'stage (each with those above it)':<{width}}  frames/s  CPU ms/frame"]
+    lines += [f"{stage.name:<{width}}  {stage.rate:8.0f}  {stage.cpu_ms:12.2f}" for stage in rows]
+    whole = ours[-1]
+    shares = [after.cpu_ms - before.cpu_ms for before, after in itertools.pairwise(ours)]
+    parts = zip(("decode", "resize", "tokens and batch", "device and augmentation"), shares, strict=True)
+    told = ", ".join(f"{name} {max(share, 0) / whole.cpu_ms:.0%}" for name, share in parts)
+    host = ours[-2]
+    lines += [
+        f"CPU time goes to: {told}; on an accelerator the augmentation leaves the host",
+        f"{whole.rate * whole.read_bytes / 1e6:.1f} MB/s of records; {cores} cores here",
+        f"projected, at this CPU cost per frame, for a host of {host_cores} cores that feeds an accelerator: "
+        f"{host_cores * 1e3 / host.cpu_ms:,.0f} frames/s",
+    ]
+    if theirs:
+        lines.append(
+            f"against the reference's order: {theirs.cpu_ms / host.cpu_ms:.1f}x less CPU on the host, "
+            f"{theirs.cpu_ms / whole.cpu_ms:.1f}x less with the augmentation on this CPU; "
+            f"{host.rate / theirs.rate:.1f}x and {whole.rate / theirs.rate:.1f}x the frames/s"
+        )
+    return "\n".join(lines)
