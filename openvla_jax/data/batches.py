@@ -304,7 +304,8 @@ def make_train_iterator(
     shuffle_buffer = _fit(data, shuffle_buffer, memory.frame_bytes, memory.reader_bytes + prefetched, batch_size)
     state_bytes = int(shuffle_buffer * memory.frame_bytes + memory.reader_bytes) + prefetched
     summary = (
-        f"{table(phases)}\nmemory of the data in this process, estimated: {state_bytes / 1e9:.2f} GB = "
+        f"{table(phases)}\nmemory: {resident_memory_gb():.2f} GB in this process now, and for the data, estimated, "
+        f"{state_bytes / 1e9:.2f} GB = "
         f"shuffle buffer {shuffle_buffer:,} frames x {memory.frame_bytes / 1e3:.1f} kB + "
         f"readers {memory.reader_bytes / 1e9:.2f} GB + "
         f"{_PREFETCHED_BATCHES + 1} batches {prefetched / 1e9:.2f} GB"

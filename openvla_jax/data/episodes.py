@@ -19,7 +19,7 @@ from etils import epath
 from openvla_jax.data import CorruptRecordError, DataError, DatasetNotFoundError
 from openvla_jax.data.directory import Share, Source
 
-_READ_BYTES = 1 << 20  # per reader; remote files are read in pieces of this size
+READ_BYTES = 1 << 20  # per reader; remote files are read in pieces of this size
 
 # (raw trajectory, episode id) -> whatever the caller wants to know of it
 Function = Callable[[dict, tf.Tensor], dict]
@@ -116,7 +116,7 @@ def read_episodes(
 
     @tf.autograph.experimental.do_not_convert
     def read(path: tf.Tensor, name: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
-        records = tf.data.TFRecordDataset(path, buffer_size=_READ_BYTES).skip(skip).take(take).enumerate(skip)
+        records = tf.data.TFRecordDataset(path, buffer_size=READ_BYTES).skip(skip).take(take).enumerate(skip)
         results = records.map(lambda number, record: result(number, record, name))
         return results if keep is None else results.filter(keep)
 
@@ -231,7 +231,7 @@ def _find_corrupt(sources: Sequence[Source], message: str) -> str:
     for source in sources:
         for file in source.info.splits["all"].file_instructions:
             try:
-                for _ in tf.data.TFRecordDataset(str(file.filename), buffer_size=_READ_BYTES).batch(64):
+                for _ in tf.data.TFRecordDataset(str(file.filename), buffer_size=READ_BYTES).batch(64):
                     pass
             except tf.errors.DataLossError as error:
                 gist = _gist(error)

@@ -13,7 +13,7 @@ from etils import epath
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
 from openvla_jax.data import trajectory as traj
 from openvla_jax.data.directory import Share, Source, open_source, shares
-from openvla_jax.data.episodes import Traced, clear_errors, read_episodes, trace
+from openvla_jax.data.episodes import READ_BYTES, Traced, clear_errors, read_episodes, trace
 from openvla_jax.data.own import catalogue
 from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig
 from openvla_jax.data.oxe.mixtures import resolve_mixture
@@ -205,7 +205,7 @@ class Mixture:
     def memory(self, readers: int) -> "Memory":
         """What the stream of one process keeps in memory, estimated from the first episodes of each dataset."""
         frame_bytes = np.zeros(len(self.sources))
-        episode_bytes = 0.0
+        reader_bytes = 0.0
         for index in np.flatnonzero(self.weights).tolist():
             source = self.sources[index]
             files = shares(source, "train")
@@ -213,9 +213,11 @@ class Mixture:
                 first = list(read_episodes(self._traced(index), files).take(4).as_numpy_iterator())
             strings = [text for full in first for key in ("image", "language", "episode") for text in full[key]]
             frame_bytes[index] = sum(map(len, strings)) / max(sum(len(full["step"]) for full in first), 1)
-            records = sum(split.num_bytes for split in source.info.splits.values())
-            episode_bytes += min(readers, len(files)) * records / max(sum(source.splits.values()), 1)
-        return Memory(float(np.dot(self.probabilities, frame_bytes)) + _FRAME_OVERHEAD, episode_bytes)
+            # Each open file has a buffer, a record and a result in work; then `readers` episodes are taken apart.
+            record = sum(split.num_bytes for split in source.info.splits.values()) / sum(source.splits.values())
+            episode = sum(map(len, strings)) / len(first)
+            reader_bytes += min(readers, len(files)) * (READ_BYTES + 2 * record) + readers * episode
+        return Memory(float(np.dot(self.probabilities, frame_bytes)) + _FRAME_OVERHEAD, reader_bytes)
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,49 @@ def test_other_processes_give_and_resume_the_same_stream(shared, tmp_path):
     assert len(list((tmp_path / "statistics").iterdir())) == 1
 
 
+_SHARES = """
+import json, sys
+import numpy as np
+from openvla_jax.data.batches import make_train_iterator
+from openvla_jax.tokens import load_tokenizer
+data, index = json.loads(sys.argv[1])
+seen = {}
+for count in (2, 4):
+    if index < count:
+        iterator = make_train_iterator(
+            data, load_tokenizer("tiny"), batch_size=4, image_size=16, seed=0, process_index=index, process_count=count
+        )
+        levels = [int(np.median(image)) for _ in range(20) for image in next(iterator).images]
+        seen[count] = sorted(set(levels))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_two_and_four_real_processes_share_the_frames(tmp_path):
+    """Each sees its part again and again; the parts are disjoint and make up the whole."""
+    (tmp_path / "mine.py").write_text(
+        "from openvla_jax.data.own import Columns, describe\n"
+        "DATASETS = [describe('mine', cameras={'primary': 'image'}, action=[Columns('action', 0, 7)])]\n"
+    )
+    episodes = [[fake_rlds.episode(2 * file), fake_rlds.episode(2 * file + 1)] for file in range(4)]  # 7 levels apart
+    fake_rlds.write(tmp_path, {"train": episodes, "val": [[fake_rlds.episode(9)]]}, name="mine")
+    data = {
+        "dataset": "mine", "data_dir": str(tmp_path), "module": str(tmp_path / "mine.py"), "shuffle_buffer": 8,
+        "text_length": 64, "num_parallel_reads": 2, "statistics_dir": str(tmp_path / "statistics"),
+    }  # fmt: skip
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    commands = [[sys.executable, "-c", _SHARES, json.dumps([data, index])] for index in range(4)]
+    options = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": environment}
+    processes = [subprocess.Popen(command, **options) for command in commands]
+    outputs = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    everything = sorted(7 * number + t for number in range(8) for t in range(5))
+    for count in (2, 4):
+        parts = [output[str(count)] for output in outputs[:count]]
+        assert sorted(level for part in parts for level in part) == everything
+    assert len(list((tmp_path / "statistics").glob("*.json"))) == 1  # none of them got in another's way
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,7 +190,9 @@ def test_memory_is_that_of_encoded_frames_and_of_the_records_being_read(mixture)
     memory = Mixture([mixture.sources[0]], np.ones(1), mixture.statistics).memory(readers=8)
     assert memory.frame_bytes - 900 == pytest.approx(exact)
     sizes = [path.stat().length for path in mixture.sources[0].directory.glob("a-*tfrecord*")]
-    assert memory.reader_bytes == pytest.approx(2 * (sum(sizes) / 3 - 16))  # two files; 16 bytes frame a record
+    record = sum(sizes) / 3 - 16  # 16 bytes frame it
+    episode = 4 * exact
+    assert memory.reader_bytes == pytest.approx(2 * (2**20 + 2 * record) + 8 * episode)
 
 
 def test_statistics_come_from_where_the_configuration_says(shared, tmp_path):
