@@ -348,7 +348,8 @@ def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     """The model of a training config's `model` section: `{"preset": name, **overrides}`.
 
     Overrides are nested by section (`llama`, `projector`, `towers` by tower name, and the top-level fields), for
-    example `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. Unknown keys raise. A
+    example `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. A tower that is None is left
+    out. Unknown keys raise. A
     `base_vocab_size` of its own (another tokenizer) pads the language model's vocabulary anew, to a multiple of 64.
     """
     settings = dict(settings)
@@ -363,5 +364,6 @@ def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     for key in overrides:
         if key not in names:
             raise ValueError(f"unknown tower {key!r} in model.towers of preset {base.name!r}; {nearest(key, names)}")
-    data["towers"] = [tower | dict(overrides.get(tower["name"], {})) for tower in data["towers"]]
+    kept = [tower for tower in data["towers"] if overrides.get(tower["name"], {}) is not None]
+    data["towers"] = [tower | dict(overrides.get(tower["name"], {})) for tower in kept]
     return VLAConfig.from_dict(data | settings)

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint, or a server: in closed loop, on held-out episodes, and quantised.
+"""Evaluates a checkpoint, or a server: in closed loop, on held-out episodes, and quantised; and reports on a run.
 
 python -m openvla_jax.evaluate rollout --checkpoint WORKDIR --episodes 100 --controls --out DIR
 """
@@ -49,8 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     _data_arguments(quantization)
     quantization.set_defaults(run=run_quantization)
 
+    report = commands.add_parser("report", help="one page about a training run, also while it runs")
+    report.add_argument("workdir", type=Path, help="the run's workdir; the page is WORKDIR/report.html")
+    report.add_argument("--frames", type=int, default=4, help="held-out frames of each dataset to predict; 0: none")
+    report.set_defaults(run=run_report)
+
     args = parser.parse_args(argv)
-    if args.command != "quantization" and (args.checkpoint is None) == (args.url is None):
+    if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
         parser.error("give --checkpoint or --url")
     try:
         args.run(args)
@@ -162,6 +167,13 @@ def run_offline(args: argparse.Namespace) -> None:
     (args.out / "report.md").write_text("\n".join(lines))
     for path in (args.out / "report.md", *made):
         print(path)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Writes the page and prints its path."""
+    from openvla_jax.evaluation.run_report import write_report
+
+    print(write_report(args.workdir, args.frames))
 
 
 def run_quantization(args: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
 """Figures and the report of an evaluation: training curves, a strip and an animation of rollouts, report.md."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from openvla_jax.evaluation.page import COLORS, new_figure, plain, png
 from openvla_jax.evaluation.rollouts import Rollouts
 
 SUCCESS, FAILURE = (46, 139, 87), (192, 57, 43)
@@ -18,17 +21,21 @@ _PANELS = (
 
 
 def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """PNG of loss, token accuracy and action L1 against the step, training and validation; `metrics` as read from
-    metrics.jsonl, keys `train/...` and `val/...`. ValueError where it holds no training loss."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    """PNG of `curves_figure`."""
+    path.write_bytes(png(curves_figure(metrics)))
+    return path
 
+
+def curves_figure(metrics: Sequence[Mapping[str, float]]) -> Any:
+    """Loss, token accuracy and action L1 against the step, training and validation; `metrics` as read from
+    metrics.jsonl, keys `train/...` and `val/...`. ValueError where it holds no training loss."""
     if not any("train/loss" in row for row in metrics):
-        raise ValueError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw in {path}")
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+        raise ValueError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw")
+    figure = new_figure(12, 3.4)
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for split, style in (
             ("train", {"color": "#9aa7b5", "linewidth": 1}),
-            ("val", {"color": "#c0392b", "marker": "o"}),
+            ("val", {"color": COLORS[1], "marker": "o"}),
         ):
             points = [(row["step"], row[f"{split}/{name}"]) for row in metrics if f"{split}/{name}" in row]
             if points:
@@ -36,21 +43,18 @@ def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
                     *zip(*points, strict=True), label={"train": "training", "val": "held-out episodes"}[split], **style
                 )
         axes.set(xlabel="step", title=label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        plain(axes)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    return path
+    return figure
 
 
 def action_scatter(predicted: np.ndarray, true: np.ndarray, path: Path, title: str) -> Path:
     """PNG: predicted against true action, both [N, A] in physical units, one panel per dimension."""
-    from matplotlib.figure import Figure
 
     dims = true.shape[1]
     columns = min(dims, 4)
     rows = -(-dims // columns)
-    figure = Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+    figure = new_figure(3 * columns, 3 * rows)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if i >= dims:
             axes.set_visible(False)
@@ -65,6 +69,13 @@ def action_scatter(predicted: np.ndarray, true: np.ndarray, path: Path, title: s
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     return path
+
+
+def enlarged_png(image: np.ndarray, height: int) -> bytes:
+    """PNG of an image uint8 [H, W, 3], small ones enlarged without smoothing to about `height` pixels."""
+    out = io.BytesIO()
+    _enlarge(image, max(1, height // image.shape[0])).save(out, format="PNG")
+    return out.getvalue()
 
 
 def rollout_strip(rollouts: Rollouts, path: Path, columns: int = 8, scale: int = 2) -> Path:

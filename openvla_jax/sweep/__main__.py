@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from openvla_jax.sweep import jobset, runner
+from openvla_jax.sweep import jobset, rollouts, runner
 from openvla_jax.sweep.points import SweepError, load_sweep
 
 BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 1, 130
@@ -38,11 +38,15 @@ def _report(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m openvla_jax.sweep report", description="Tables and figures.")
     parser.add_argument("workdir", type=Path, help="a sweep's workdir; it may still be running")
-    parser.add_argument("--metric", default="val/action_accuracy", help="what to compare points by")
+    parser.add_argument("--metric", help="what to compare points by; default: val/action_accuracy, or the success")
+    parser.add_argument("--rollouts", type=int, metavar="N", help="first measure success on N tabletop scenes")
     parser.add_argument("--lower", action="store_true", help="less is better (default: for names with loss or l1)")
     options = parser.parse_args(arguments)
-    lower = options.lower or any(word in options.metric for word in ("loss", "l1"))
-    for path in write_report(options.workdir, options.metric, lower):
+    if options.rollouts is not None:
+        rollouts.measure(options.workdir, options.rollouts)
+    metric = options.metric or ("val/action_accuracy" if options.rollouts is None else rollouts.SUCCESS)
+    lower = options.lower or any(word in metric for word in ("loss", "l1"))
+    for path in write_report(options.workdir, metric, lower):
         print(path)
     return 0
 

@@ -1,6 +1,5 @@
 """The report of a sweep, finished or running: results.csv, report.md, figures, and a self-contained HTML page."""
 
-import base64
 import csv
 import html
 import io
@@ -13,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html, write_text
 from openvla_jax.sweep.points import CONFIG, SweepError
+from openvla_jax.sweep.rollouts import BOUNDS, SUCCESS, measured
 from openvla_jax.sweep.runner import SWEEP_FILE
 from openvla_jax.training.metrics import METRICS_FILE, read_metrics
 
@@ -22,7 +23,6 @@ SEED = "seed"
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048)  # fmt: skip
 _LOG_SPAN = 20.0  # an axis whose values differ by more than this factor is drawn on a logarithmic scale
-_COLORS = ("#1f5a94", "#c0392b", "#2e8b57", "#8e5ea2", "#d98e04", "#4c9fb0", "#7f4f24", "#5c6770")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Result:
 
     @property
     def step(self) -> int:
-        return int(self.curve[-1]["step"]) if self.curve else 0
+        return int(max((row["step"] for row in self.curve), default=0))
 
     def last(self, metric: str) -> float:
         """The metric's latest value; NaN where there is none yet."""
@@ -48,6 +48,7 @@ class Group:
 
     settings: dict[str, Any]
     values: list[float]
+    bounds: tuple[float, float] = (math.nan, math.nan)  # 95% interval of a single value, where the metric has one
 
     @property
     def mean(self) -> float:
@@ -55,16 +56,14 @@ class Group:
         return float(np.mean(known)) if known else math.nan
 
     @property
-    def half_width(self) -> float:
-        """Of the mean's 95% interval (Student's t over seeds); NaN for fewer than two."""
+    def interval(self) -> tuple[float, float]:
+        """Of the mean, 95% (Student's t over seeds); for a single seed what its metric says of itself, or NaN."""
         known = [value for value in self.values if not math.isnan(value)]
         if len(known) < 2:
-            return math.nan
+            return self.bounds
         t = _T[len(known) - 2] if len(known) - 2 < len(_T) else 1.96
-        return float(t * np.std(known, ddof=1) / math.sqrt(len(known)))
-
-    def label(self) -> str:
-        return ", ".join(f"{_short(key)} {_text(value)}" for key, value in self.settings.items()) or "base"
+        half = float(t * np.std(known, ddof=1) / math.sqrt(len(known)))
+        return self.mean - half, self.mean + half
 
 
 def write_report(workdir: Path, metric: str, lower: bool) -> list[Path]:
@@ -87,12 +86,12 @@ def write_report(workdir: Path, metric: str, lower: bool) -> list[Path]:
     title = f"Sweep {workdir.name}: {metric}, {len(results)} points"
     progress = f"{sum(math.isfinite(r.last(metric)) for r in results)} of {len(results)} points have it so far."
     paths = [workdir / "report.html", workdir / "report.md", workdir / "results.csv"]
-    _write(paths[0], _page(title, progress, rows, figures, results, swept))
-    _write(paths[1], _markdown(title, progress, rows, figures))
-    _write(paths[2], _csv(results, swept, known))
-    for name, png in figures.items():
+    write_text(paths[0], _page(title, progress, rows, figures, results, swept))
+    write_text(paths[1], _markdown(title, progress, rows, figures))
+    write_text(paths[2], _csv(results, swept, known))
+    for name, data in figures.items():
         path = workdir / f"{name}.png"
-        path.write_bytes(png)
+        path.write_bytes(data)
         paths.append(path)
     return paths
 
@@ -108,7 +107,8 @@ def load(workdir: Path) -> list[Result]:
     for name, point in points.items():
         settings = ({CONFIG: point["config"]} if several else {}) | point["overrides"]
         metrics = workdir / name / METRICS_FILE
-        results.append(Result(name, settings, read_metrics(metrics.parent) if metrics.exists() else []))
+        curve = read_metrics(metrics.parent) if metrics.exists() else []
+        results.append(Result(name, settings, curve + measured(metrics.parent)))
     return results
 
 
@@ -118,9 +118,12 @@ def load(workdir: Path) -> list[Result]:
 
 
 def _swept(results: Sequence[Result]) -> list[str]:
-    """The settings that differ between points, in the order in which they are written."""
+    """The settings that differ between points, in the order in which they are written; of settings that change
+    together the first."""
     keys = dict.fromkeys(key for result in results for key in result.settings)
-    return [key for key in keys if len({_text(result.settings.get(key)) for result in results}) > 1]
+    columns = {key: tuple(_text(result.settings.get(key)) for result in results) for key in keys}
+    first = {column: key for key, column in reversed(columns.items())}
+    return [key for key, column in columns.items() if len(set(column)) > 1 and first[column] == key]
 
 
 def _groups(results: Sequence[Result], swept: Sequence[str], metric: str) -> list[Group]:
@@ -130,6 +133,8 @@ def _groups(results: Sequence[Result], swept: Sequence[str], metric: str) -> lis
         settings = {key: result.settings.get(key) for key in axes}
         group = groups.setdefault(tuple(map(_text, settings.values())), Group(settings, []))
         group.values.append(result.last(metric))
+        if metric == SUCCESS:
+            group.bounds = result.last(BOUNDS[0]), result.last(BOUNDS[1])
     return list(groups.values())
 
 
@@ -140,14 +145,16 @@ def _table(groups: Sequence[Group], axes: Sequence[str], metric: str, lower: boo
     if any(map(math.isfinite, means)):
         best = int(np.nanargmin(means) if lower else np.nanargmax(means))
     seeds = any(len(group.values) > 1 for group in groups)
-    rows = [(*map(_short, axes), metric, *(("95% interval of the mean", "seeds") if seeds else ()))]
+    bounds = seeds or any(math.isfinite(group.bounds[0]) for group in groups)
+    rows = [(*map(_short, axes), metric, *(("95% interval",) if bounds else ()), *(("seeds",) if seeds else ()))]
     for number, group in enumerate(groups):
         value = "-" if math.isnan(group.mean) else f"{group.mean:.4g}"
         row = [*(_text(group.settings[key]) for key in axes), f"**{value}**" if number == best else value]
+        if bounds:
+            low, high = group.interval
+            row.append("-" if math.isnan(low) else f"{low:.3g} to {high:.3g}")
         if seeds:
-            half = group.half_width
-            known = sum(map(math.isfinite, group.values))
-            row += ["-" if math.isnan(half) else f"± {half:.2g}", f"{known} of {len(group.values)}"]
+            row.append(f"{sum(map(math.isfinite, group.values))} of {len(group.values)}")
         rows.append(tuple(row))
     return rows
 
@@ -177,31 +184,13 @@ def _page(
     title: str, progress: str, rows: Sequence[Sequence[str]], figures: Mapping[str, bytes],
     results: Sequence[Result], swept: Sequence[str],
 ) -> str:  # fmt: skip
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .9em;text-align:right;border-bottom:1px solid "
-        "#ddd}th{border-bottom:2px solid #888}td:first-child,th:first-child{text-align:left}tr.best{background:#eaf4ec;"
-        "font-weight:600}img{max-width:100%;margin:1em 0}details{margin:1em 0}"
-    )
-    body = [f"<h1>{html.escape(title)}</h1><p>{html.escape(progress)}</p>", _html_table(rows)]
-    for name, png in figures.items():
-        data = base64.b64encode(png).decode()
-        body.append(f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{data}">')
+    body = [f"<p>{html.escape(progress)}</p>", table_html(rows)]
+    body += [image_html(data, name.replace("_", " ")) for name, data in figures.items()]
     every = [("point", "step"), *((result.name, str(result.step)) for result in results)]
-    body.append(f"<details><summary>All points</summary>{_html_table(every)}</details>")
+    body.append(f"<details><summary>All points</summary>{table_html(every)}</details>")
     if swept:
         body.append(f"<p>Swept: {html.escape(', '.join(swept))}.</p>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0]) + "</tr>"]
-    for row in rows[1:]:
-        best = any(cell.startswith("**") for cell in row)
-        cells = "".join(f"<td>{html.escape(cell.strip('*'))}</td>" for cell in row)
-        lines.append(f"<tr{' class=best' if best else ''}>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return page(title, body)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +204,7 @@ def _curves(results: Sequence[Result], swept: Sequence[str], metric: str) -> byt
     axes_of = [key for key in swept if key != SEED]
     labels = [", ".join(_text(result.settings.get(key)) for key in axes_of) or result.name for result in results]
     colors = _colors(list(dict.fromkeys(labels)), results, axes_of)
-    figure = _figure(6.2 * len(panels), 4.2)
+    figure = new_figure(6.2 * len(panels), 4.2)
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         seen: set[str] = set()
         for result, label in zip(results, labels, strict=True):
@@ -227,17 +216,17 @@ def _curves(results: Sequence[Result], swept: Sequence[str], metric: str) -> byt
                 seen.add(label)
         axes.set(xlabel="step", title=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _plain(axes)
+        plain(axes)
     if len(colors) > 1:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8,
                       title=", ".join(map(_short, axes_of)), title_fontsize=8)  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> bytes:
     """The metric against one swept setting, on that setting's scale, with intervals where there are seeds."""
-    figure = _figure(6.5, 4.2)
+    figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
     values = [group.settings[key] for group in groups]
     numbers = _numbers(values)
@@ -247,16 +236,17 @@ def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> byte
     elif min(numbers) > 0 and max(numbers) / min(numbers) > _LOG_SPAN:
         axes.set_xscale("log")
     y = [group.mean for group in groups]
-    error = [0.0 if math.isnan(group.half_width) else group.half_width for group in groups]
-    axes.errorbar(x, y, yerr=error if any(error) else None, fmt="o" if numbers is None else "o-", color=_COLORS[0],
+    ends = np.array([group.interval for group in groups]).T
+    error = np.nan_to_num(np.abs(ends - y))
+    axes.errorbar(x, y, yerr=error if error.any() else None, fmt="o" if numbers is None else "o-", color=COLORS[0],
                   ecolor="#9aa7b5", capsize=3)  # fmt: skip
     if any(map(math.isfinite, y)):
         best = int(np.nanargmin(y) if lower else np.nanargmax(y))
-        axes.plot([x[best]], [y[best]], "o", color=_COLORS[1], markersize=9, label=f"best: {_text(values[best])}")
+        axes.plot([x[best]], [y[best]], "o", color=COLORS[1], markersize=9, label=f"best: {_text(values[best])}")
         axes.legend(frameon=False)
     axes.set(xlabel=key, title=metric)
-    _plain(axes)
-    return _png(figure)
+    plain(axes)
+    return png(figure)
 
 
 def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> bytes | None:
@@ -267,7 +257,7 @@ def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> byte
     grid = np.full((len(lines), len(columns)), np.nan)
     for group in groups:
         grid[lines.index(_text(group.settings[axes[1]])), columns.index(_text(group.settings[axes[0]]))] = group.mean
-    figure = _figure(2 + 0.9 * len(columns), 1.6 + 0.6 * len(lines))
+    figure = new_figure(2 + 0.9 * len(columns), 1.6 + 0.6 * len(lines))
     plot = figure.subplots()
     image = plot.imshow(grid, cmap="viridis", aspect="auto")
     plot.set_xticks(range(len(columns)), columns, rotation=30)
@@ -278,24 +268,7 @@ def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> byte
             plot.text(j, i, f"{value:.3g}", ha="center", va="center", color="black" if value > middle else "white")
     plot.set(xlabel=axes[0], ylabel=axes[1], title=metric)
     figure.colorbar(image)
-    return _png(figure)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
+    return png(figure)
 
 
 def _colors(labels: Sequence[str], results: Sequence[Result], axes: Sequence[str]) -> dict[str, Any]:
@@ -306,7 +279,7 @@ def _colors(labels: Sequence[str], results: Sequence[Result], axes: Sequence[str
     if len(axes) == 1 and _numbers([r.settings.get(axes[0]) for r in results]) is not None and len(values) > 3:
         order = sorted(labels, key=float)
         return {label: colormaps["viridis"](0.9 * i / (len(order) - 1)) for i, label in enumerate(order)}
-    return {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
+    return {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
 
 
 def _numbers(values: Sequence[Any]) -> list[float] | None:
@@ -320,9 +293,3 @@ def _short(key: str) -> str:
 
 def _text(value: Any) -> str:
     return "base" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)

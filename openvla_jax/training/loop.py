@@ -188,6 +188,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
             flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
             flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
             flat["train/resident_memory_gb"] = resident_memory_gb()
+            flat |= {f"train/{name}": value for name, value in metrics_lib.device_memory().items()}
             if writer is not None:
                 writer.write(step, flat)
             log(progress.line(step, flat))

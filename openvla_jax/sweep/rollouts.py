@@ -1,0 +1,53 @@
+"""Closed-loop success of a sweep's finished points in the embedded tabletop world, kept beside their metrics."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from openvla_jax.evaluation.page import write_text
+from openvla_jax.sweep.points import SweepError
+from openvla_jax.sweep.runner import SWEEP_FILE, saved_step
+
+ROLLOUTS_FILE = "rollouts.json"
+SUCCESS = "rollout/success"
+BOUNDS = ("rollout/success_low", "rollout/success_high")  # of its Wilson 95% interval
+
+
+def measured(directory: Path) -> list[dict[str, float]]:
+    """What `measure` found in a point's directory, as a line of its metrics; nothing where it has not been there."""
+    file = directory / ROLLOUTS_FILE
+    return [json.loads(file.read_text())] if file.exists() else []
+
+
+def measure(workdir: Path, episodes: int, log: Callable[[str], None] = print) -> None:
+    """Runs the latest checkpoint of every point on the same unseen scenes; skips what was measured so already."""
+    if episodes < 1:
+        raise SweepError(f"--rollouts {episodes}: run 1 scene at least")
+    file = workdir / SWEEP_FILE
+    if not file.exists():
+        raise SweepError(f"{workdir} holds no sweep ({SWEEP_FILE} is missing)")
+    for name in json.loads(file.read_text())["points"]:
+        step = saved_step(workdir / name)
+        key = {"step": step, "rollout/scenes": episodes}
+        known = measured(workdir / name)
+        if not step or (known and key.items() <= known[0].items()):
+            continue
+        rate, bounds = _success(workdir / name, episodes)
+        row = key | {SUCCESS: rate} | dict(zip(BOUNDS, bounds, strict=True))
+        write_text(workdir / name / ROLLOUTS_FILE, json.dumps(row) + "\n")
+        log(f"{name}: {rate:.1%} of {episodes} scenes at step {step}")
+
+
+def _success(checkpoint: Path, episodes: int) -> tuple[float, tuple[float, float]]:
+    import jax
+
+    from openvla_jax.evaluation.rollouts import evaluate
+    from openvla_jax.inference.policy import Policy
+
+    policy = Policy.from_checkpoint(checkpoint, check_images=False)  # one that learnt nothing is a result too
+    rollouts = evaluate(policy, episodes, record=0)["policy"]
+    del policy
+    gc.collect()
+    jax.clear_caches()  # compiled programs hold on to weights
+    return rollouts.rate, rollouts.interval
