@@ -1,11 +1,14 @@
 """Serves a checkpoint's policy over HTTP.
 
 python -m openvla_jax.serve --checkpoint CHECKPOINT
+python -m openvla_jax.serve --plan v5e:2x2,v5e:2x4       # what serving a 7B there would take, estimated
 """
 
 import argparse
 import os
 import socket
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ SWITCH = {"auto": None, "on": True, "off": False}
 def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(prog="python -m openvla_jax.serve", description="Serve a policy over HTTP.")
-    parser.add_argument("--checkpoint", required=True, help="a run's workdir, one of its checkpoints, or an import")
+    parser.add_argument("--checkpoint", help="a run's workdir, one of its checkpoints, or an import")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
@@ -38,7 +41,16 @@ def main(argv: list[str] | None = None) -> None:
         default=os.path.expanduser("~/.cache/openvla_jax/xla"),
         help="folder of compiled programs, which makes the next start fast; empty: none",
     )
+    planning = parser.add_argument_group("planning (the serving program compiled for TPU slices, without one)")
+    planning.add_argument("--plan", metavar="SLICES", help="plan instead of serving: v5e:2x2,v5e:2x4")
+    planning.add_argument("--plan_model", default="openvla-7b", help="preset, where there is no --checkpoint")
+    planning.add_argument("--plan_batch", type=int, default=1)
+    planning.add_argument("--plan_out", help="JSON file for the report")
     args = parser.parse_args(argv)
+    if args.plan:
+        sys.exit(run_plan(args, parser))
+    if not args.checkpoint:
+        parser.error("give --checkpoint DIR, or --plan SLICES to plan instead of serving")
     try:
         import uvicorn  # the serve extra; and jax after the arguments, which may be wrong
 
@@ -77,6 +89,28 @@ def main(argv: list[str] | None = None) -> None:
     # Requests that were taken are finished; connections that send nothing do not hold the server up.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def run_plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Prints the plans; the exit code: 0 if every one fits, else 1."""
+    from openvla_jax.training.tpu import planning_environment
+
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ.update(planning_environment(os.environ, Path(dump)))
+        from openvla_jax.config import preset
+        from openvla_jax.inference.plan import run_plans
+        from openvla_jax.training.checkpoint import load_contract
+
+        try:
+            if args.plan_batch < 1:
+                raise ValueError(f"--plan_batch {args.plan_batch}: 1 at least")
+            model = load_contract(args.checkpoint).model if args.checkpoint else preset(args.plan_model)
+            fits = run_plans(
+                model, args.plan.split(","), Path(dump), args.plan_out, batch=args.plan_batch, quantize=args.quantize
+            )
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+    return 0 if fits else 1
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -54,6 +54,7 @@ def export_weights(
     dst = Path(dst)
     refuse_existing(dst, overwrite)
     source = open_source(src)
+    source.refuse_quantized()
     tokenizer = source.contract().tokenizer
     layout: Literal["hf", "native"] = "hf" if format == "hf" else "native"
     notes = [*source.notes, *_require_leaves(source)]

@@ -84,6 +84,20 @@ class Source:
     def nbytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.weights.leaves.values())
 
+    @property
+    def quantized(self) -> str | None:
+        """The integers' type of a checkpoint that was saved quantised."""
+        leaves = self.weights.leaves.items()
+        return next((dtype.name for leaf, (dtype, _) in leaves if leaf.endswith("/values")), None)
+
+    def refuse_quantized(self) -> None:
+        """Raises ConversionError for a checkpoint that was saved quantised."""
+        if self.quantized:
+            raise ConversionError(
+                f"{self.path} is {self.quantized}, which has no PyTorch form: name the checkpoint that it was made "
+                "from; `python -m openvla_jax.evaluate quantization` compares their actions"
+            )
+
     def contract(self) -> Contract:
         from openvla_jax.tokens import load_tokenizer
 

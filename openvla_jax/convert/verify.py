@@ -63,6 +63,8 @@ def verify_weights(
     most, tokens and actions not at all. One model is in memory at a time.
     """
     sources = [open_source(path, model_config=model_config) for path in (a, b)]
+    for source in sources:
+        source.refuse_quantized()
     lines, failures = _compare_descriptions(*sources)
     comparable, difference = not failures, None
     if comparable:
@@ -307,7 +309,7 @@ def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | 
         f" in {len(source_shapes(source.weights.slots))} tensors" if isinstance(source.weights, TorchWeights) else ""
     )
     lines = [
-        _title(source),
+        _title(source) + (f", {source.quantized} kernels" if source.quantized else ""),
         *(
             f"tower {t.name}: {t.image_size} px, patch {t.patch_size}, width {t.width}, depth {t.depth}, "
             f"heads {t.heads}, mlp {t.mlp_dim}, {t.activation}, mean {list(t.mean)}, std {list(t.std)}"

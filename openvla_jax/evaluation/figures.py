@@ -44,7 +44,8 @@ def curves_figure(metrics: Sequence[Mapping[str, float]]) -> Any:
                 )
         axes.set(xlabel="step", title=label)
         plain(axes)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     return figure
 
 

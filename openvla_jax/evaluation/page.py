@@ -15,7 +15,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .9em;text-align:right;border-bottom:1px solid "
     "#ddd;vertical-align:top}th{border-bottom:2px solid #888}td:first-child,th:first-child{text-align:left}"
     "tr.best{background:#eaf4ec;font-weight:600}img{max-width:100%;margin:1em 0}details{margin:1em 0}"
-    "h2{margin-top:2em;font-size:1.25em}"
+    "h2{margin-top:2em;font-size:1.25em}.frame{display:flex;gap:1.5em;align-items:center}"
 )
 
 

@@ -47,8 +47,8 @@ def write_report(workdir: str | os.PathLike, frames: int = 4) -> epath.Path:
         image_html(png(figures.curves_figure(metrics)), "training curves"),
         "<h2>Data</h2>",
         table_html(mixture(config, metrics, contract.statistics if contract else {})),
-        "<h2>Throughput</h2>",
-        image_html(png(series(metrics, _THROUGHPUT)), "throughput"),
+        "<h2>Throughput and optimiser</h2>",
+        image_html(png(series(metrics, _SERIES)), "throughput, learning rate and gradient norm"),
         "<h2>Memory</h2>",
         table_html(memory(metrics, contract.model if contract else None)),
         "<h2>Checkpoints</h2>",
@@ -65,7 +65,7 @@ def write_report(workdir: str | os.PathLike, frames: int = 4) -> epath.Path:
 # Sections
 # ---------------------------------------------------------------------------------------------------------------------
 
-_THROUGHPUT = (
+_SERIES = (
     ("train/examples_per_second", "examples per second"),
     ("train/data_wait_fraction", "share of time waiting for data"),
     ("train/learning_rate", "learning rate"),
@@ -81,7 +81,7 @@ def summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], c
         rows.append(("model", f"{contract.model.name}, {count_parameters(contract.model):,} parameters"))
     rows.append(("started from", config.get("init_from") or "random weights"))
     rows.append(("data", config["data"]["dataset"]))
-    rows.append(("batch", f"{train['batch_size']} ({train['accumulation']} parts), seed {config['seed']}"))
+    rows.append(("batch", f"{train['batch_size']} in {train['accumulation']} part(s), seed {config['seed']}"))
     rows.append(("learning rate", f"{config['optimizer']['learning_rate']:g}, {config['optimizer']['schedule']}"))
     rows.append(("step", f"{step:,} of {train['steps']:,}, {duration(seconds)} between first and last line"))
     for name, what in (("loss", "loss"), ("action_accuracy", "action token accuracy"), ("action_l1", "L1")):
@@ -110,7 +110,7 @@ def mixture(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], s
         learnt = (_latest(metrics, f"train/{name + '/' if len(names) > 1 else ''}{what}") for what in _LEARNT)
         episodes = statistics[name].get("num_trajectories", 0)
         cells = (f"{weights.get(name, 1.0):g}", f"{episodes:,}", f"{size:,}", f"{share:.1%}")
-        rows.append((name, *cells, *(f"{value:.3g}" for value in learnt)))
+        rows.append((name, *cells, *(f"{value:.3g}" if np.isfinite(value) else "-" for value in learnt)))
     return rows if names else [("dataset", ""), (config["data"]["dataset"], "its statistics come with a checkpoint")]
 
 
@@ -188,8 +188,9 @@ def _predictions(workdir: epath.Path, contract: Contract, count: int) -> Iterabl
             rows = [("", *(f"dim {d}" for d in range(result.true.shape[1])))]
             for what, actions in (("done", result.true), ("predicted", result.predicted)):
                 rows.append((what, *(f"{value + 0.0:.3f}" for value in actions[i].round(3))))
-            yield f"<p><b>{html.escape(frame.instruction)}</b> (step {frame.step})</p>"
-            yield image_html(figures.enlarged_png(frame.image, 144), frame.instruction) + table_html(rows)
+            picture = image_html(figures.enlarged_png(frame.image, 144), frame.instruction)
+            caption = f"<b>{html.escape(frame.instruction)}</b> (step {frame.step})"
+            yield f"<div class=frame>{picture}<div>{caption}{table_html(rows)}</div></div>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,21 +75,40 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
         "model_flops_per_step": model_flops(model, config.data.text_length) * train.batch_size,
         "compiler_options": options,
     }
+    compiled = compile_for(job.step.lower(arguments, batch), "train_step", tpu, dump, options)
+    entry |= {"hbm_peak_bytes": compiled.peak_bytes, "compile_seconds": compiled.seconds}
+    return entry | _estimate(entry, config, tpu, compiled)
+
+
+class Compiled(NamedTuple):
+    """What the TPU compiler made of a program, for one chip."""
+
+    seconds: float  # of compiling
+    peak_bytes: int
+    memory: Any  # its memory analysis; None, as the cost, where the program does not fit
+    cost: Cost | None
+
+
+def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mapping[str, str] | None = None) -> Compiled:
+    """Compiles a lowered function called `name`, and estimates its cost from what the compiler wrote into `dump`."""
     began = time.perf_counter()
-    lowered = job.step.lower(arguments, batch)
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
-        return entry | _too_large(error, time.perf_counter() - began)
-    entry["compile_seconds"] = time.perf_counter() - began
-    texts = [path for path in dump.glob("*.after_codegen.txt") if "train_step" in path.name]
+        return Compiled(time.perf_counter() - began, _bytes_wanted(error), None, None)
+    seconds = time.perf_counter() - began
+    texts = [path for path in dump.glob("*.after_codegen.txt") if name in path.name]
     if not texts:
         raise PlanError(f"the compiler left no text in {dump}: set planning_environment() before jax is imported")
     program = Program(max(texts, key=lambda path: path.stat().st_mtime_ns).read_text())
     for path in texts:
         path.unlink()
-    cost = program.cost(tpu.facts.clock, link_time(tpu))
-    return entry | _estimate(entry, config, tpu, compiled.memory_analysis(), cost)
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    )  # fmt: skip
+    return Compiled(seconds, int(peak), memory, program.cost(tpu.facts.clock, link_time(tpu)))
 
 
 def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list[dict[str, Any]]:
@@ -142,11 +161,15 @@ def run_plans(
             print(f"{topology} does not fit, by {over / 2**30:.1f} GiB a chip: {_mend(config, tries)}")
     print(ASSUMPTIONS)
     if out:
-        path = Path(out)
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps({"assumptions": ASSUMPTIONS, "entries": entries}, indent=2) + "\n")
-        new.replace(path)
+        write_json(Path(out), {"assumptions": ASSUMPTIONS, "entries": entries})
     return fits
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Atomic."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(report, indent=2) + "\n")
+    new.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,16 +260,16 @@ def link_time(tpu: Slice):
 
 
 def _estimate(
-    entry: Mapping[str, Any], config: ml_collections.ConfigDict, tpu: Slice, memory: Any, cost: Cost
+    entry: Mapping[str, Any], config: ml_collections.ConfigDict, tpu: Slice, compiled: Compiled
 ) -> dict[str, Any]:
-    peak = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    )  # fmt: skip
+    if compiled.cost is None:
+        unknown = ("compute_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu",
+                   "examples_per_second", "days", "collectives", "args_bytes", "temp_bytes")  # fmt: skip
+        return {key: None for key in unknown} | {"fits": False}
+    memory, cost = compiled.memory, compiled.cost
     step = cost.compute_seconds + cost.exposed_seconds
     return {
-        "fits": bool(peak <= tpu.facts.hbm_bytes),
-        "hbm_peak_bytes": int(peak),
+        "fits": bool(compiled.peak_bytes <= tpu.facts.hbm_bytes),
         "args_bytes": int(memory.argument_size_in_bytes),
         "temp_bytes": int(memory.temp_size_in_bytes),
         "compute_seconds": cost.compute_seconds,
@@ -262,15 +285,12 @@ def _estimate(
     }
 
 
-def _too_large(error: Exception, seconds: float) -> dict[str, Any]:
-    """The entry of a program that the compiler could not fit; raises what is no lack of memory."""
+def _bytes_wanted(error: Exception) -> int:
+    """What a program that the compiler could not fit would take; raises what is no lack of memory."""
     found = _OUT_OF_MEMORY.search(str(error))
     if found is None:
         raise PlanError(f"the TPU compiler failed: {' '.join(str(error).split())[:300]}") from error
-    used = float(found.group(1)) * _UNITS[found.group(2).upper()]
-    unknown = ("compute_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu", "examples_per_second",
-               "days", "collectives", "args_bytes", "temp_bytes")  # fmt: skip
-    return {key: None for key in unknown} | {"fits": False, "hbm_peak_bytes": int(used), "compile_seconds": seconds}
+    return int(float(found.group(1)) * _UNITS[found.group(2).upper()])
 
 
 def _mend(config: ml_collections.ConfigDict, tried: bool) -> str:

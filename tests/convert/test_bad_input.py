@@ -18,7 +18,8 @@ from conftest import ROOT
 from fabricate import write_hf, write_native
 from safetensors.numpy import load_file, save_file
 
-from openvla_jax.convert import ConversionError, export_weights, import_weights
+from openvla_jax.convert import ConversionError, export_weights, import_weights, inspect_weights, verify_weights
+from openvla_jax.inference.load import load_model, save_model
 from openvla_jax.training.checkpoint import load_contract
 
 
@@ -287,6 +288,22 @@ def test_damaged_checkpoint_is_not_exported(hf, tmp_path, change, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # The destination
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_quantised_checkpoints_are_told_apart(hf, tmp_path):
+    import_weights(hf, tmp_path / "whole")
+    model, _ = load_model(tmp_path / "whole", quantize="int8", exclude=("vision", "llama"))
+    save_model(model, load_contract(tmp_path / "whole"), tmp_path / "int8")
+    for refuse in (
+        lambda: export_weights(tmp_path / "int8", tmp_path / "dst"),
+        lambda: verify_weights(tmp_path / "whole", tmp_path / "int8"),
+        lambda: import_weights(tmp_path / "int8", tmp_path / "dst"),
+    ):
+        with pytest.raises(ConversionError) as error:
+            refuse()
+        assert "\n" not in str(error.value) and "int8" in str(error.value)
+    assert not (tmp_path / "dst").exists()
+    assert "int8 kernels" in inspect_weights(tmp_path / "int8").splitlines()[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

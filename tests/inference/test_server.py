@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -20,6 +21,9 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 from small_policy import INSTRUCTIONS, STATISTICS, small_policy
 
+from openvla_jax.evaluate import main as evaluate_command
+from openvla_jax.evaluation import figures
+from openvla_jax.evaluation.rollouts import evaluate
 from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
 from openvla_jax.inference.client import Client, ServerError
@@ -288,6 +292,45 @@ def test_overload_is_503_with_retry_after(policy, monkeypatch):
         monkeypatch.setattr(policy, "act", lambda requests, size=None: 1 / 0)
         broken = client.post("/act", json=good())
         assert broken.status_code == 500 and "ZeroDivision" not in broken.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation through it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The URL of the app behind a real socket, served by a thread."""
+    uvicorn = pytest.importorskip("uvicorn")
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_rollouts_through_a_server_are_those_of_the_policy_itself(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    row = {"q01": [-0.1] * 7, "q99": [0.1] * 7, "mask": [True] * 6 + [False]}
+    policy = small_policy({"tabletop": {"action": row}}, text_length=36)
+    local = evaluate(policy, 2)["policy"]
+    with listening(make_app(policy, Settings(max_batch=2, wait_ms=500))) as url:
+        evaluate_command(["rollout", "--url", url, "--episodes", "2", "--out", str(tmp_path)])
+    assert "| policy | 0 / 2 |" in capsys.readouterr().out
+    assert f"Tabletop: {url} on 2 unseen scenes" in (tmp_path / "report.md").read_text()
+    expected = figures.rollout_strip(local, tmp_path / "local.png")  # what every action led to
+    assert (tmp_path / "rollouts.png").read_bytes() == expected.read_bytes()
+    assert len({frame.tobytes() for frame in local.frames[0]}) > 3, "the gripper moves"
+    with pytest.raises(SystemExit) as caught:
+        evaluate_command(["rollout", "--url", url, "--episodes", "2", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "does not answer" in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

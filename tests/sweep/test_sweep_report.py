@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from openvla_jax.sweep import report
+from openvla_jax.evaluation.rollouts import wilson_interval
+from openvla_jax.sweep import report, rollouts
+from openvla_jax.sweep.__main__ import main
 from openvla_jax.sweep.points import SweepError
 
 LR = "optimizer.learning_rate"
@@ -38,9 +40,9 @@ def test_best_intervals_and_csv(tmp_path):
     lines = (workdir / "report.md").read_text().splitlines()
     assert "5 of 6 points have it so far." in lines
     half = stats.t.ppf(0.975, 2) * stats.sem(values[1e-4])
-    assert f"| 0.0001 | 0.55 | ± {half:.2g} | 3 of 3 |" in lines
+    assert f"| 0.0001 | 0.55 | {0.55 - half:.3g} to {0.55 + half:.3g} | 3 of 3 |" in lines
     half = stats.t.ppf(0.975, 1) * stats.sem(values[1e-2][:2])
-    assert f"| 0.01 | **0.85** | ± {half:.2g} | 2 of 3 |" in lines
+    assert f"| 0.01 | **0.85** | {0.85 - half:.3g} to {0.85 + half:.3g} | 2 of 3 |" in lines
 
     rows = list(csv.DictReader(io.StringIO((workdir / "results.csv").read_text())))
     assert len(rows) == 6
@@ -53,6 +55,39 @@ def test_best_intervals_and_csv(tmp_path):
         METRIC: "0.8",
     }
     assert rows[5][METRIC] == "" and rows[5]["step"] == "0"
+
+
+def test_success_in_closed_loop_is_a_metric(tmp_path, monkeypatch, capsys):
+    """Measured once for each checkpoint; a single seed shows the interval of its scenes."""
+    workdir = make(tmp_path / "s", {"a": ({LR: 1e-4}, 0.5), "b": ({LR: 1e-3}, 0.4), "c": ({LR: 1e-2}, None)})
+    for name, step in (("a", 2), ("b", 2)):
+        (workdir / name / "checkpoints" / str(step)).mkdir(parents=True)
+    asked = []
+
+    def success(checkpoint, episodes):
+        asked.append(checkpoint.name)
+        wins = {"a": 3, "b": 9}[checkpoint.name]
+        return wins / episodes, wilson_interval(wins, episodes)
+
+    monkeypatch.setattr(rollouts, "_success", success)
+    assert main(["report", str(workdir), "--rollouts", "10"]) == 0
+    assert "b: 90.0% of 10 scenes at step 2" in capsys.readouterr().out
+    low, high = wilson_interval(9, 10)
+    lines = (workdir / "report.md").read_text().splitlines()
+    assert f"| 0.001 | **0.9** | {low:.3g} to {high:.3g} |" in lines and "| 0.01 | - | - |" in lines
+    assert main(["report", str(workdir), "--rollouts", "10"]) == 0
+    assert asked == ["a", "b"]
+    (workdir / "a" / "checkpoints" / "3").mkdir()
+    assert main(["report", str(workdir), "--rollouts", "10"]) == 0
+    assert asked == ["a", "b", "a"]
+    assert main(["report", str(workdir), "--rollouts", "0"]) == 2
+
+
+def test_settings_that_change_together_are_one_axis(tmp_path):
+    points = {f"p{s}": ({"towers.a.size": s, "towers.b.size": s, "seed": k}, s / 100) for k, s in ((0, 24), (1, 48))}
+    workdir = make(tmp_path / "s", points)
+    assert "effect.png" in [path.name for path in report.write_report(workdir, METRIC, lower=False)]
+    assert "| 48 | **0.48** |" in (workdir / "report.md").read_text().splitlines()
 
 
 def test_lower_is_better_for_losses(tmp_path):
