@@ -4,7 +4,8 @@
   python benchmarks/sweep.py --points 3   # fewer
 
 The sweep's process is killed with SIGKILL while its fourth point (of twelve) runs. Fails if a finished point is run
-again, a point is missing, or any metric of any step differs from the uninterrupted sweep's.
+again, a point is missing, or any metric of any step differs from the uninterrupted sweep's; and if the sweep itself
+takes more than a second per point (`--points 0` measures that alone).
 """
 
 import argparse
@@ -20,8 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from openvla_jax.sweep import runner  # noqa: E402
+from openvla_jax.sweep.points import Point  # noqa: E402
 from openvla_jax.sweep.runner import saved_step  # noqa: E402
 
+MAX_OVERHEAD = 1.0  # seconds of a point beyond its run
+# A run that is over as soon as it has begun.
+EMPTY_RUN = """
+import pathlib, sys
+work = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+(work / "checkpoints" / "1").mkdir(parents=True)
+"""
 COMPARED = ("train/loss", "train/grad_norm", "train/action_accuracy", "val/loss", "val/action_accuracy")
 
 
@@ -30,11 +40,35 @@ def curve(point: Path) -> list[dict[str, float]]:
     return [{key: row[key] for key in ("step", *COMPARED) if key in row} for row in rows]
 
 
+def overhead(folder: Path, points: int = 20) -> float:
+    """Seconds that a sweep takes per point beyond its runs: empty runs, against the same commands one by one."""
+    (folder / "train.py").write_text(EMPTY_RUN)
+    runner.REPOSITORY = folder
+    made = [Point(f"seed={seed}", "c.py", {"seed": seed}, steps=1) for seed in range(points)]
+    began = time.perf_counter()
+    runs = runner.prepare(folder / "sweep", made)
+    with runner.only_one(folder / "sweep"), open(os.devnull, "w") as nowhere:
+        runner.run_all(runs, 1, (), runner.Table(nowhere))
+    swept = time.perf_counter() - began
+    began = time.perf_counter()
+    for point in made:
+        work = folder / "alone" / point.name
+        subprocess.run([sys.executable, *point.arguments(str(work))], cwd=folder, check=True)
+    return (swept - (time.perf_counter() - began)) / points
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=12)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = overhead(Path(folder))
+    print(f"overhead of a sweep: {seconds:.2f} s a point", flush=True)
+    if seconds > MAX_OVERHEAD:
+        sys.exit(f"FAILED: more than {MAX_OVERHEAD} s")
+    if not options.points:
+        return
     place = ROOT / ".cache"
     place.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-sweep-", dir=place) as folder:

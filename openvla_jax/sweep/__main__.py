@@ -64,7 +64,7 @@ def _sweep(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.parallel < 1:
         raise SweepError(f"--parallel {options.parallel}: one run at least")
-    points = load_sweep(options.sweep, options.set)
+    points = load_sweep(options.sweep, options.set, group=options.workdir.rstrip("/").rpartition("/")[2])
 
     if options.launcher == "print":
         for point in points:

@@ -107,11 +107,12 @@ class Point:
         return [self.script, "--config", self.config, "--workdir", workdir, *flags]
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Point]:
+def load_sweep(path: Path, overrides: Sequence[str] = (), group: str = "") -> list[Point]:
     """The points of a sweep file, each checked against its base config: keys exist, values have the right type.
 
-    `overrides` are `KEY=VALUE` for all points, as on the command line; what a point sets itself wins. SweepError names
-    the first thing that is wrong.
+    `overrides` are `KEY=VALUE` for all points, as on the command line; what a point sets itself wins. Points that
+    log to Weights & Biases without a group of their own are put into `group`. SweepError names the first thing that is
+    wrong.
     """
     module = _load(path, "sweep")
     if not hasattr(module, "get_sweep"):
@@ -140,6 +141,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Point]:
         texts = {key: text for key, text in common if key not in overridden}
         settings = texts | overridden
         checked = apply(configs[config], settings, where, parse=texts.keys())
+        if "wandb" in checked and checked.wandb.project and not checked.wandb.group:
+            settings = settings | {"wandb.group": group}
         if name in (other.name for other in result):
             raise SweepError(f"{where} is there twice")
         result.append(Point(name, config, settings, int(checked.train.steps)))

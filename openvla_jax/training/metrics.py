@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
 
 
 class MetricLog:
@@ -41,6 +42,7 @@ class MetricLog:
             self._wandb = client.init(
                 project=wandb["project"], entity=wandb.get("entity") or None, group=wandb.get("group") or None,
                 name=epath.Path(workdir).name, config=dict(config), dir=os.fspath(workdir), resume="allow",
+                id=_wandb_id(epath.Path(workdir)),
             )  # fmt: skip
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -58,6 +60,14 @@ class MetricLog:
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(workdir: epath.Path) -> str:
+    """Of the run in `workdir`, kept there: a resumed run goes on in its own page."""
+    file = workdir / WANDB_ID_FILE
+    if not file.exists():
+        file.write_text(secrets.token_hex(6))
+    return file.read_text()
 
 
 def _drop_after(path: epath.Path, step: int) -> None:

@@ -77,6 +77,14 @@ def test_the_commands_say_what_was_checked(tmp_path, monkeypatch):
         assert found == value and type(found) is type(value)
 
 
+def test_runs_that_log_to_wandb_are_grouped(tmp_path):
+    path = sweep(tmp_path, [{"seed": 1}, {"seed": 2, "wandb.group": "mine"}])
+    assert [p.overrides.get("wandb.group") for p in load_sweep(path, group="s")] == [None, "mine"]
+    points = load_sweep(path, ["wandb.project=P"], group="s")
+    assert [p.overrides["wandb.group"] for p in points] == ["s", "mine"]
+    assert "--config.wandb.group=s" in points[0].arguments("W")
+
+
 def test_another_base_for_some_points(tmp_path):
     points = load_sweep(sweep(tmp_path, [{}, {"config": "configs/finetune/full.py"}]))
     assert [point.script for point in points] == ["train.py", "finetune.py"]
