@@ -2,8 +2,8 @@
 
   python benchmarks/serving.py --seconds 60 --clients 32
 
-Serves a model of random weights (or --checkpoint) in a process of its own, once with batches of 1 and once with
-batches, and lets clients, threads of this process, ask without pause; each answer is compared with the local policy's.
+Serves a model of random weights (or --checkpoint) in two processes, one with batches of 1 and one with batches; lets
+clients, threads of this process, ask them in turns without pause, and compares each answer with the local policy's.
 Also prints the time from the start of the process to the first action, with a cold and with a warm compilation cache.
 Fails if a request fails or an answer differs.
 
@@ -23,8 +23,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,6 +42,7 @@ from openvla_jax.models.openvla import OpenVLA  # noqa: E402
 from openvla_jax.tokens import load_tokenizer  # noqa: E402
 from openvla_jax.training.checkpoint import PREPROCESSING, Contract  # noqa: E402
 
+TURNS = 5
 INSTRUCTIONS = ("pick up the red cube", "push the blue ball to the left", "put the green block into the bowl")
 
 
@@ -53,9 +56,19 @@ def make_checkpoint(directory: Path) -> None:
     save_model(model, Contract(config, tokenizer, statistics, PREPROCESSING | {"text_length": 40}), directory)
 
 
+class Serving(NamedTuple):
+    url: str
+    process: psutil.Process
+    ready: float  # seconds until it was
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self.process.cpu_times()[:2])
+
+
 @contextlib.contextmanager
-def serving(checkpoint: Path, cache: Path, max_batch: int) -> Iterator[tuple[str, float]]:
-    """(url, seconds until it was ready) of a server process, which is asked to stop at the end."""
+def serving(checkpoint: Path, cache: Path, max_batch: int) -> Iterator[Serving]:
+    """A server process, which is asked to stop at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,14 +79,14 @@ def serving(checkpoint: Path, cache: Path, max_batch: int) -> Iterator[tuple[str
         try:
             client = Client(f"http://127.0.0.1:{port}")
             client.wait_until_ready()
-            yield client.url, time.perf_counter() - began
+            yield Serving(client.url, psutil.Process(process.pid), time.perf_counter() - began)
             process.send_signal(signal.SIGTERM)
             process.wait(30)
         finally:
             process.kill()
 
 
-def load(url: str, cases: list[tuple], clients: int, seconds: float) -> tuple[np.ndarray, int, int]:
+def load(url: str, cases: list[tuple], clients: int, seconds: float) -> tuple[list[float], int, int]:
     """(latencies, failed requests, wrong answers) of `clients` asking without pause."""
     stop = time.perf_counter() + seconds
     latencies: list[float] = []
@@ -98,7 +111,7 @@ def load(url: str, cases: list[tuple], clients: int, seconds: float) -> tuple[np
         thread.start()
     for thread in threads:
         thread.join()
-    return np.asarray(latencies), sum(failed), sum(wrong)
+    return latencies, sum(failed), sum(wrong)
 
 
 def main() -> None:
@@ -118,25 +131,36 @@ def main() -> None:
             image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
             instruction = INSTRUCTIONS[i % len(INSTRUCTIONS)]
             cases.append((image, instruction, policy.predict_action(image, instruction)))
-        cache, rates, bad = Path(folder) / "cache", {}, 0
-        print("| batches of up to | clients | actions/s | latency ms p50 / p95 | failed | wrong | ready after s |")
+        cache, sizes = Path(folder) / "cache", (1, args.max_batch)
+        latencies: dict[int, list[float]] = {size: [] for size in sizes}
+        cpu, failed, wrong = (dict.fromkeys(sizes, 0) for _ in range(3))
+        with contextlib.ExitStack() as stack:
+            servers = {size: stack.enter_context(serving(checkpoint, cache, size)) for size in sizes}
+            for _ in range(TURNS):
+                for size, server in servers.items():
+                    cpu[size] -= server.cpu_seconds
+                    found = load(server.url, cases, args.clients, args.seconds / TURNS)
+                    cpu[size] += server.cpu_seconds
+                    latencies[size] += found[0]
+                    failed[size] += found[1]
+                    wrong[size] += found[2]
+        print(
+            "| batches of up to | clients | actions/s | latency ms p50 / p95 | server's CPU ms each | failed | wrong |"
+        )
         print("| --- " * 7 + "|")
-        for max_batch in (1, args.max_batch):
-            with serving(checkpoint, cache, max_batch) as (url, ready):
-                latencies, failed, wrong = load(url, cases, args.clients, args.seconds)
-            rates[max_batch] = len(latencies) / args.seconds
-            p50, p95 = 1e3 * np.quantile(latencies, [0.5, 0.95])
-            bad += failed + wrong
+        for size in sizes:
+            count, (p50, p95) = len(latencies[size]), 1e3 * np.quantile(latencies[size], [0.5, 0.95])
             print(
-                f"| {max_batch} | {args.clients} | {rates[max_batch]:.0f} | {p50:.1f} / {p95:.1f} | {failed} | {wrong} "
-                f"| {ready:.1f} |",
-                flush=True,
+                f"| {size} | {args.clients} | {count / args.seconds:.0f} | {p50:.1f} / {p95:.1f} "
+                f"| {1e3 * cpu[size] / count:.2f} | {failed[size]} | {wrong[size]} |"
             )
+        rates = {size: len(values) for size, values in latencies.items()}
+        print(f"batching: {rates[args.max_batch] / rates[1]:.1f}x the throughput", flush=True)
         began = time.perf_counter()
-        with serving(checkpoint, cache, args.max_batch) as (url, ready):
-            Client(url).predict_action(*cases[0][:2])
+        with serving(checkpoint, cache, args.max_batch) as server:
+            Client(server.url).predict_action(*cases[0][:2])
             print(f"start to first action from a warm compilation cache: {time.perf_counter() - began:.1f} s")
-    print(f"batching: {rates[args.max_batch] / rates[1]:.1f}x the throughput")
+    bad = sum(failed.values()) + sum(wrong.values())
     if bad:
         sys.exit(f"failed: {bad} requests failed or were answered wrong")
 

@@ -8,4 +8,4 @@ from openvla_jax.sweep import axis, product, seeds
 
 def get_sweep():
     towers = axis("config", [f"configs/ablation.py:{name}" for name in ("dino+siglip", "dino", "siglip")])
-    return "configs/ablation.py", product(towers, seeds(2))
+    return "configs/ablation.py", product(seeds(2), towers)

@@ -172,19 +172,23 @@ class Policy:
         Rows are repeated up to `batch_size`, if there is one, so that few programs serve batches of any size.
         """
         kind = self.contract.preprocessing["action_normalization"]
-        actions = []
-        for tokens, request in zip(self.decode(requests, batch_size), requests, strict=True):
-            stats = self.contract.statistics[request.unnorm_key]["action"]
-            normalized = self.action_tokenizer.decode(tokens[: request.action_dim])
-            actions.append(unnormalize_actions(normalized, stats, kind))
+        tokens = self.decode(requests, batch_size)
+        actions: list[Any] = [None] * len(requests)
+        for key in {request.unnorm_key for request in requests}:
+            rows = [row for row, request in enumerate(requests) if request.unnorm_key == key]
+            normalized = self.action_tokenizer.decode(tokens[rows, : requests[rows[0]].action_dim])
+            physical = unnormalize_actions(normalized, self.contract.statistics[key]["action"], kind)
+            for row, action in zip(rows, physical, strict=True):
+                actions[row] = action
         return actions
 
     def decode(self, requests: Sequence[Request], batch_size: int | None = None) -> np.ndarray:
         """Action tokens int32 [B, largest action_dim]."""
         decoded = self._run(requests, batch_size)
         tokens, outside = (x[: len(requests)] for x in jax.device_get((decoded.tokens, decoded.outside)))
-        self.outside_tokens += sum(int(outside[row, : r.action_dim].sum()) for row, r in enumerate(requests))
-        self.decoded_tokens += sum(request.action_dim for request in requests)
+        dims = np.asarray([request.action_dim for request in requests])
+        self.outside_tokens += int((outside & (np.arange(outside.shape[1]) < dims[:, None])).sum())
+        self.decoded_tokens += int(dims.sum())
         if self.constrained:
             return tokens
         eos = self.contract.tokenizer.eos_token_id

@@ -123,12 +123,16 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
     async def act(body: bytes) -> Response:
-        payload, encoded = await run_in_threadpool(lambda: wire.read_payload(wire.loads(body)))
-        (action,) = await decide([await run_in_threadpool(prepare, payload)])
+        def read() -> tuple[Request, bool, bool]:
+            payload, encoded = wire.read_payload(wire.loads(body))
+            return prepare(payload), encoded, isinstance(payload["image"], dict)
+
+        request, encoded, array = await run_in_threadpool(read)
+        (action,) = await decide([request])
         if encoded:
             return _json(wire.dumps(action))
         # In kind: clients that send an array get one back, those that send a picture read plain numbers.
-        return _json(action if isinstance(payload["image"], dict) else action.tolist())
+        return _json(action if array else action.tolist())
 
     async def act_batch(body: bytes) -> Response:
         def read() -> list[Request]:
