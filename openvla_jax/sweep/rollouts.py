@@ -17,7 +17,7 @@ BOUNDS = ("rollout/success_low", "rollout/success_high")  # of its Wilson 95% in
 def measured(directory: Path) -> list[dict[str, float]]:
     """What `measure` found in a point's directory, as a line of its metrics; nothing where it has not been there."""
     file = directory / ROLLOUTS_FILE
-    return [json.loads(file.read_text())] if file.exists() else []
+    return [json.loads(file.read_text())["metrics"]] if file.exists() else []
 
 
 def measure(workdir: Path, episodes: int, log: Callable[[str], None] = print) -> None:
@@ -28,14 +28,13 @@ def measure(workdir: Path, episodes: int, log: Callable[[str], None] = print) ->
     if not file.exists():
         raise SweepError(f"{workdir} holds no sweep ({SWEEP_FILE} is missing)")
     for name in json.loads(file.read_text())["points"]:
-        step = saved_step(workdir / name)
-        key = {"step": step, "rollout/scenes": episodes}
-        known = measured(workdir / name)
-        if not step or (known and key.items() <= known[0].items()):
+        step, kept = saved_step(workdir / name), workdir / name / ROLLOUTS_FILE
+        settings = {"step": step, "episodes": episodes}
+        if not step or (kept.exists() and json.loads(kept.read_text())["settings"] == settings):
             continue
         rate, bounds = _success(workdir / name, episodes)
-        row = key | {SUCCESS: rate} | dict(zip(BOUNDS, bounds, strict=True))
-        write_text(workdir / name / ROLLOUTS_FILE, json.dumps(row) + "\n")
+        row = {"step": step, SUCCESS: rate} | dict(zip(BOUNDS, bounds, strict=True))
+        write_text(kept, json.dumps({"settings": settings, "metrics": row}) + "\n")
         log(f"{name}: {rate:.1%} of {episodes} scenes at step {step}")
 
 
