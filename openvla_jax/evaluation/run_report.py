@@ -133,15 +133,15 @@ def series(metrics: Sequence[Mapping[str, float]], names: Iterable[tuple[str, st
 
 
 def memory(metrics: Sequence[Mapping[str, float]], model: VLAConfig | None) -> Rows:
-    rows = [("what", "GiB")]
+    rows = [("what", "GB")]
     for name, what in (
-        ("train/device_peak_gib", "fullest device, peak"),
-        ("train/host_peak_gib", "first process on its host, peak"),
+        ("train/device_peak_gb", "fullest device of the first process, at most"),
+        ("train/resident_memory_gb", "first process on its host, at most"),
     ):
-        value = _latest(metrics, name)
-        rows.append((what, f"{value:.2f}" if np.isfinite(value) else "not recorded"))
+        values = [row[name] for row in metrics if name in row]
+        rows.append((what, f"{max(values):.2f}" if values else "not recorded"))
     if model is not None:
-        parameters = 4 * count_parameters(model) / 2**30
+        parameters = 4 * count_parameters(model) / 1e9
         rows.append(("parameters in float32, all devices together", f"{parameters:.3f}"))
         rows.append(("with Adam's moments of all of them", f"{3 * parameters:.3f}"))
     return rows

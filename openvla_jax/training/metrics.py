@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import resource
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,15 +100,12 @@ def flatten(metrics: Mapping[str, Any], datasets: Sequence[str], prefix: str) ->
     return flat
 
 
-def peak_memory() -> dict[str, float]:
-    """GiB that this process has held at most, and its fullest device; the latter where its allocator says."""
+def device_memory() -> dict[str, float]:
+    """`device_peak_gb`, the most that the fullest device of this process has held, where its allocator says."""
     import jax
 
-    # ru_maxrss is in KiB on Linux, in bytes on macOS.
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    sizes = {"host_peak_gib": host, "device_peak_gib": max(devices)}
-    return {name: size / 2**30 for name, size in sizes.items() if size}
+    peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+    return {"device_peak_gb": peak / 1e9} if peak else {}
 
 
 class Progress:

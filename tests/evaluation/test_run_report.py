@@ -41,7 +41,7 @@ def workdir(tmp_path):
     for step in (10, 20):
         row = {"step": step, "time": 100.0 + step, "train/loss": 1 / step, "train/learning_rate": 1e-3}
         row |= {f"train/{name}/action_accuracy": 0.25 + step / 100 for name in STATISTICS}
-        row |= {"train/examples_per_second": 50.0, "train/host_peak_gib": 1.5}
+        row |= {"train/examples_per_second": 50.0, "train/resident_memory_gb": 2.5 - step / 20}
         rows += [row, {"step": step, "time": 101.0 + step, "val/loss": 2 / step, "val/action_accuracy": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -60,8 +60,8 @@ def test_a_run_without_a_checkpoint(workdir, capsys):
     page = (workdir / "report.html").read_text()
     assert cells(page, "step")[0].startswith("20 of 40, 0m11s")
     assert cells(page, "loss") == ["train 0.05, val 0.1"]
-    assert cells(page, "first process on its host, peak") == ["1.50"]
-    assert cells(page, "fullest device, peak") == ["not recorded"]
+    assert cells(page, "first process on its host, at most") == ["2.00"]
+    assert cells(page, "fullest device of the first process, at most") == ["not recorded"]
     assert "there is no checkpoint yet" in page
     sources = re.findall(r'(?:src|href)="([^"]{22})', page)
     assert len(sources) == 2 and all(source.startswith("data:image/png;base64") for source in sources)
