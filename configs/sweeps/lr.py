@@ -7,4 +7,4 @@ from openvla_jax.sweep import axis, log_spaced
 
 
 def get_sweep():
-    return "configs/ablation.py", axis("optimizer.learning_rate", log_spaced(1e-5, 1e-2, 7))
+    return "configs/ablation.py", axis("optimizer.learning_rate", log_spaced(1e-5, 1e-2, 4))

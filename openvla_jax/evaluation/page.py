@@ -62,7 +62,7 @@ def page(title: str, body: Sequence[str]) -> str:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Atomic."""
-    path = epath.Path(path)
-    new = path.parent / (path.name + ".new")
+    whole = epath.Path(path)
+    new = whole.parent / (whole.name + ".new")
     new.write_text(text)
-    new.replace(path)
+    new.replace(whole)
