@@ -99,14 +99,18 @@ def read_frames(args: argparse.Namespace, info: Mapping[str, Any]) -> dict[str, 
     from openvla_jax.config import nearest
     from openvla_jax.evaluation.offline import held_out_frames
 
-    data_dir = args.data_dir or info["training"].get("data", {}).get("data_dir")
+    data = info["training"].get("data", {})
+    data_dir, module = args.data_dir or data.get("data_dir"), data.get("module", "")
     if not data_dir:
         raise ValueError("the checkpoint does not say where its data are: --data_dir names their folder")
     for name in args.datasets or ():
         if name not in info["statistics"]:
             raise ValueError(f"the checkpoint has no statistics of {name!r}; {nearest(name, info['statistics'])}")
     names = args.datasets or list(info["statistics"])
-    return {name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split) for name in names}
+    return {
+        name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split, module)
+        for name in names
+    }
 
 
 def run_rollout(args: argparse.Namespace) -> None:

@@ -60,21 +60,24 @@ class Comparison:
 
 
 def held_out_frames(
-    dataset: str, data_dir: str, statistics: Mapping[str, Any], count: int, split: str = "val"
+    dataset: str, data_dir: str, statistics: Mapping[str, Any], count: int, split: str = "val", module: str = ""
 ) -> list[Frame]:
     """`count` labelled frames, spread evenly over the split's episodes (over the first POOL * count frames of them).
 
-    `statistics` are those of the dataset in the policy's contract. Raises DataError as reading does.
+    `statistics` are those of the dataset in the policy's contract, `module` the run's `data.module`. Raises
+    DataError as reading does.
     """
     from openvla_jax.data import DataError  # TensorFlow comes with these
     from openvla_jax.data import images as image_files
+    from openvla_jax.data.own import catalogue
     from openvla_jax.data.rlds import make_dataset
 
     if count < 1:
         raise DataError(f"frames {count}: evaluate at least 1")
     trajectories = make_dataset(
-        dataset, data_dir, split, statistics=statistics, load_proprio=False, skip_unlabeled=True, num_parallel_reads=1
-    )
+        catalogue(module)[0].get(dataset, dataset), data_dir, split, statistics=statistics, load_proprio=False,
+        skip_unlabeled=True, num_parallel_reads=1,
+    )  # fmt: skip
     pool: list[tuple] = []
     for trajectory in trajectories.as_numpy_iterator():
         pool.extend(_steps(trajectory))

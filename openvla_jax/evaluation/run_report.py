@@ -96,12 +96,13 @@ def summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], c
 def mixture(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], statistics: Mapping[str, Any]) -> Rows:
     """Each dataset's size, its share of the frames that are drawn, and how well it is learnt."""
     from openvla_jax.data.mixture import probabilities  # TensorFlow comes with these
+    from openvla_jax.data.own import catalogue
     from openvla_jax.data.oxe.mixtures import resolve_mixture
 
     rows: Rows = [("dataset", "weight", "episodes", "steps", "share", "accuracy (train)", "L1 (train)")]
     try:
-        weights = dict(resolve_mixture(config["data"]["dataset"]))
-    except ValueError:  # a dataset that was configured in Python
+        weights = dict(resolve_mixture(config["data"]["dataset"], *catalogue(config["data"].get("module"))))
+    except ValueError:  # its file is gone
         weights = {}
     names = [name for name in statistics if "num_transitions" in statistics[name]]
     sizes = np.array([statistics[name]["num_transitions"] for name in names])
@@ -175,13 +176,13 @@ def _predictions(workdir: epath.Path, contract: Contract, count: int) -> Iterabl
     from openvla_jax.inference.policy import Policy
 
     policy = Policy.from_checkpoint(workdir, check_images=False)
-    data_dir, kind = contract.training["data"]["data_dir"], contract.preprocessing["action_normalization"]
+    data, kind = contract.training["data"], contract.preprocessing["action_normalization"]
     yield (
         f"<p>Checkpoint {open_checkpoint(workdir).name}, greedy, through the serving path; actions in the dataset's "
         "units.</p>"
     )
     for name, statistics in contract.statistics.items():
-        frames = offline.held_out_frames(name, data_dir, statistics, count)
+        frames = offline.held_out_frames(name, data["data_dir"], statistics, count, module=data.get("module", ""))
         result = offline.compare(offline.predict(policy, frames, name), frames, statistics["action"], kind)
         yield f"<h3>{html.escape(name)}: {result.accuracy:.0%} of the tokens</h3>"
         for i, frame in enumerate(frames):

@@ -85,7 +85,7 @@ def test_a_run_with_a_checkpoint(workdir, monkeypatch):
             return np.tile([0.5, 1.0, 0.996], (len(images), 1))
 
     monkeypatch.setattr(Policy, "from_checkpoint", lambda path, check_images: Fixed())
-    monkeypatch.setattr(offline, "held_out_frames", lambda name, data_dir, statistics, count: [seen] * count)
+    monkeypatch.setattr(offline, "held_out_frames", lambda name, data_dir, statistics, count, module: [seen] * count)
     page = run_report.write_report(workdir, frames=2).read_text()
     assert f"{count_parameters(model):,} parameters" in page
     # bridge_rt_1 weighs both datasets 1.0, so frames are drawn by size.
@@ -96,7 +96,7 @@ def test_a_run_with_a_checkpoint(workdir, monkeypatch):
     assert re.findall(r"<td>done</td><td>(.*?)</td><td>(.*?)</td>", page)[0] == ("0.500", "-1.000")
     assert re.findall(r"<td>predicted</td><td>(.*?)</td><td>(.*?)</td>", page)[0] == ("0.500", "1.000")
 
-    def missing(*_):
+    def missing(*_, module):
         raise FileNotFoundError("no D here")
 
     monkeypatch.setattr(offline, "held_out_frames", missing)
