@@ -27,12 +27,12 @@ REPORT_FILE = "report.html"
 Rows = list[tuple[str, ...]]
 
 
-def write_report(workdir: str | os.PathLike, frames: int = 4) -> epath.Path:
+def write_report(directory: str | os.PathLike, frames: int = 4) -> epath.Path:
     """Writes W/report.html: progress, curves, data mixture, throughput, memory, checkpoints, and what the latest
     checkpoint predicts on `frames` held-out frames of each dataset (0: none). What cannot be shown is told with its
-    reason. Raises ValueError where `workdir` holds no run.
+    reason. Raises ValueError where `directory` holds no run.
     """
-    workdir = absolute(workdir)
+    workdir = absolute(directory)
     files = [workdir / "config.json", workdir / METRICS_FILE]
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(f"{workdir} holds no training run ({' and '.join(missing)} missing)")
@@ -76,7 +76,7 @@ _SERIES = (
 def summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], contract: Contract | None) -> Rows:
     train, last = config["train"], metrics[-1]
     step, seconds = int(last["step"]), last["time"] - metrics[0]["time"]
-    rows = [("run", "")]
+    rows: Rows = [("run", "")]
     if contract is not None:
         rows.append(("model", f"{contract.model.name}, {count_parameters(contract.model):,} parameters"))
     rows.append(("started from", config.get("init_from") or "random weights"))
@@ -134,7 +134,7 @@ def series(metrics: Sequence[Mapping[str, float]], names: Iterable[tuple[str, st
 
 
 def memory(metrics: Sequence[Mapping[str, float]], model: VLAConfig | None) -> Rows:
-    rows = [("what", "GB")]
+    rows: Rows = [("what", "GB")]
     for name, what in (
         ("train/device_peak_gb", "fullest device of the first process, at most"),
         ("train/resident_memory_gb", "first process on its host, at most"),
@@ -186,7 +186,7 @@ def _predictions(workdir: epath.Path, contract: Contract, count: int) -> Iterabl
         result = offline.compare(offline.predict(policy, frames, name), frames, statistics["action"], kind)
         yield f"<h3>{html.escape(name)}: {result.accuracy:.0%} of the tokens</h3>"
         for i, frame in enumerate(frames):
-            rows = [("", *(f"dim {d}" for d in range(result.true.shape[1])))]
+            rows: Rows = [("", *(f"dim {d}" for d in range(result.true.shape[1])))]
             for what, actions in (("done", result.true), ("predicted", result.predicted)):
                 rows.append((what, *(f"{value + 0.0:.3f}" for value in actions[i].round(3))))
             picture = image_html(figures.enlarged_png(frame.image, 144), frame.instruction)
