@@ -4,7 +4,7 @@
 
 Serves a model of random weights (or --checkpoint) in two processes, one with batches of 1 and one with batches; lets
 clients, threads of this process, ask them in turns without pause, and compares each answer with the local policy's.
-Also prints the time from the start of the process to the first action, with a cold and with a warm compilation cache.
+Also prints the time from the start of the process to the first action with a warm compilation cache.
 Fails if a request fails or an answer differs.
 
 What batching gains depends on the device: an accelerator reads its weights once for a whole batch, two CPU cores that
@@ -59,7 +59,6 @@ def make_checkpoint(directory: Path) -> None:
 class Serving(NamedTuple):
     url: str
     process: psutil.Process
-    ready: float  # seconds until it was
 
     @property
     def cpu_seconds(self) -> float:
@@ -74,12 +73,11 @@ def serving(checkpoint: Path, cache: Path, max_batch: int) -> Iterator[Serving]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "openvla_jax.serve", "--checkpoint", str(checkpoint), "--port", str(port)]
     command += ["--max_batch", str(max_batch), "--compilation_cache", str(cache)]
-    began = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         try:
             client = Client(f"http://127.0.0.1:{port}")
             client.wait_until_ready()
-            yield Serving(client.url, psutil.Process(process.pid), time.perf_counter() - began)
+            yield Serving(client.url, psutil.Process(process.pid))
             process.send_signal(signal.SIGTERM)
             process.wait(30)
         finally:
