@@ -280,3 +280,10 @@ def test_sizes_that_do_not_fit_raise(change, message):
 def test_every_problem_is_named_at_once():
     with pytest.raises(ValueError, match=r"width 50 .* kv_heads 3 .* 'crop'"):
         model_config({"preset": "tiny", "towers": {"dino": {"width": 50}}, "llama": {"kv_heads": 3}, "resize": "crop"})
+
+
+def test_a_tower_that_is_none_is_left_out():
+    both, one = model_config({"preset": "tiny"}), model_config({"preset": "tiny", "towers": {"dino": None}})
+    assert one.towers == both.towers[1:] and one.llama == both.llama
+    with pytest.raises(ValueError, match="towers need distinct names"):
+        model_config({"preset": "tiny", "towers": {"dino": None, "siglip": None}})

@@ -3,11 +3,13 @@ import math
 import sys
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openvla_jax.config import model_config
 from openvla_jax.sweep import axis, chain, log_spaced, product, seeds, zipped
-from openvla_jax.sweep.points import SweepError, load_config, load_sweep
+from openvla_jax.sweep.points import SweepError, apply, load_config, load_sweep
 
 LR, STEPS = "optimizer.learning_rate", "train.steps"
 
@@ -83,6 +85,16 @@ def test_runs_that_log_to_wandb_are_grouped(tmp_path):
     points = load_sweep(path, ["wandb.project=P"], group="s")
     assert [p.overrides["wandb.group"] for p in points] == ["s", "mine"]
     assert "--config.wandb.group=s" in points[0].arguments("W")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_shipped_sweeps_have_models_that_can_be_built(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    points = load_sweep(path)
+    assert len(points) > 1
+    for point in points:
+        settings = apply(load_config(point.config), point.overrides, point.name).model.to_dict()
+        assert model_config(settings).patches > 0
 
 
 def test_another_base_for_some_points(tmp_path):
