@@ -29,8 +29,8 @@ from openvla_jax.models.quantize import QTensor
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
-    "save_qkvo": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention"),
-    "save_dots": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "mlp"),
+    "save_qkvo": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o"),
+    "save_dots": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o", "mlp", "weights"),
     "none": None,
 }
 
@@ -140,20 +140,52 @@ def attention(
     Scores, maximum, sum and the value product are float32; the division comes after that product, which is cheaper.
     """
     batch, length, heads, dim = q.shape
-    groups = heads // k.shape[2]
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    return _attention(q, k, v, mask).reshape(batch, length, heads, dim)
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """q [B, T, K, G, H] -> [B, T, K, G, H].
+
+    It has a backward pass of its own because derived ones need the exponentials in float32: kept, they are the largest
+    activation there is, and recomputed, their products are run twice. This one needs them in the compute dtype.
+    """
+    return _attention_forward(q, k, v, mask)[0]
+
+
+def _attention_forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple]:
     precision = matmul_precision(q.dtype)
-    q = q.reshape(batch, length, k.shape[2], groups, dim)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores * dim**-0.5
+    scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1)  # [B, K, G, T]
-    mixed = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-    )
-    mixed = mixed / jnp.moveaxis(total, -1, 1)[..., None]
-    return mixed.astype(v.dtype).reshape(batch, length, heads, dim)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = save_name(jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None], "weights")  # [B, T, K, G, 1]
+    weights = save_name(weights.astype(v.dtype), "weights")
+    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    mixed = save_name((mixed / total).astype(v.dtype), "attention")
+    return mixed, (q, k, v, mask, weights, total, mixed)
+
+
+def _attention_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, weights, total, mixed = residuals
+    options: Any = {"precision": matmul_precision(q.dtype), "preferred_element_type": jnp.float32}
+    gradient = gradient.astype(jnp.float32) / total
+    through_sum = (gradient * mixed.astype(jnp.float32)).sum(axis=-1)  # [B, T, K, G]
+    gradient = gradient.astype(v.dtype)
+    to_v = jnp.einsum("BKGTS,BTKGH->BSKH", weights, gradient, **options)
+    to_weights = jnp.einsum("BTKGH,BSKH->BKGTS", gradient, v, **options)
+    to_scores = weights.astype(jnp.float32) * (to_weights - jnp.moveaxis(through_sum, 1, -1)[..., None])
+    if mask is not None:  # matters where a row sees no key at all: elsewhere the weight is 0
+        to_scores = jnp.where(mask[:, None, None], to_scores, 0.0)
+    to_scores = (to_scores * q.shape[-1] ** -0.5).astype(q.dtype)
+    to_q = jnp.einsum("BKGTS,BSKH->BTKGH", to_scores, k, **options)
+    to_k = jnp.einsum("BKGTS,BTKGH->BSKH", to_scores, q, **options)
+    return to_q.astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -57,7 +57,7 @@ class Attention(nnx.Module):
 
     def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:
         mixed = attention(q, k, v, mask)
-        return self.o(save_name(mixed.reshape(*mixed.shape[:2], -1), "attention"))
+        return save_name(self.o(mixed.reshape(*mixed.shape[:2], -1)), "o")
 
 
 class MLP(nnx.Module):

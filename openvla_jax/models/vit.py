@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         q = save_name(self.q(x), "q").reshape(shape)
         k = save_name(self.k(x), "k").reshape(shape)
         v = save_name(self.v(x), "v").reshape(shape)
-        return self.o(save_name(attention(q, k, v).reshape(x.shape), "attention"))
+        return save_name(self.o(attention(q, k, v).reshape(x.shape)), "o")
 
 
 class MLP(nnx.Module):
@@ -92,7 +92,7 @@ class ViTBlock(nnx.Module):
         y = self.attention(self.norm1(x))
         x = x + (y if self.scale1 is None else y * self.scale1[...].astype(y.dtype))
         y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else y * self.scale2[...].astype(y.dtype))
+        return x + (y if self.scale2 is None else save_name(y, "o") * self.scale2[...].astype(y.dtype))
 
 
 class ViT(nnx.Module):
