@@ -16,6 +16,7 @@ COLORS = {
     "green": (36, 150, 60),
     "blue": (30, 80, 220),
 }
+NEW_COLORS = {"red": COLORS["red"], "yellow": (235, 200, 40), "blue": COLORS["blue"]}
 SHAPES = ("cube", "ball")
 OBJECTS_PER_SCENE = 3
 
@@ -37,6 +38,19 @@ ACTION_DIM = 7
 
 
 @dataclass(frozen=True)
+class World:
+    """What differs between worlds: the colours, lane by lane from the left, and what gripper command 1 means."""
+
+    colors: dict[str, tuple[int, int, int]]
+    one_opens: bool
+
+
+# The demo is trained in the first. Fine-tuning moves a policy to the second: an object of a colour, and a word, that it
+# never saw, on a robot whose gripper command is reversed.
+WORLDS = {"tabletop": World(COLORS, True), "changed": World(NEW_COLORS, False)}
+
+
+@dataclass(frozen=True)
 class Scene:
     """What a seed fixes: the objects (one colour each), where they lie, which one is named, where the gripper
     starts.
@@ -54,11 +68,13 @@ class Scene:
         return f"pick up the {self.colors[index]} {self.shapes[index]}"
 
 
-def sample_scene(seed: int) -> Scene:
-    """A scene, the same for the same seed (any non-negative integer) on every machine."""
+def sample_scene(seed: int, world: str = "tabletop") -> Scene:
+    """A scene, the same for the same seed (any non-negative integer) on every machine. ValueError for an unknown world."""
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
     rng = np.random.default_rng(seed)
     order = rng.permutation(OBJECTS_PER_SCENE)
-    colors = tuple(list(COLORS)[i] for i in order)
+    colors = tuple(list(WORLDS[world].colors)[i] for i in order)
     x = LANE_SPACING * (order - 1.0) + rng.uniform(-LANE_JITTER, LANE_JITTER, OBJECTS_PER_SCENE)
     positions = np.stack([x, rng.uniform(*OBJECT_Y, OBJECTS_PER_SCENE)], axis=1)
     shapes = tuple(str(s) for s in rng.choice(SHAPES, OBJECTS_PER_SCENE))
@@ -67,15 +83,16 @@ def sample_scene(seed: int) -> Scene:
 
 
 class Tabletop:
-    """One episode of the world. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw, gripper (1 =
-    open).
+    """One episode of a world of `WORLDS`. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw, gripper (1 =
+    open, or closed where the world says so).
 
     Translations are clipped to MAX_STEP and to the workspace. The gripper stays upright, so rotations have no effect
     (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.
     """
 
-    def __init__(self, seed: int):
-        self.scene = sample_scene(seed)
+    def __init__(self, seed: int, world: str = "tabletop"):
+        self.scene = sample_scene(seed, world)
+        self.world = WORLDS[world]
         self.gripper = self.scene.gripper.copy()
         self.objects = np.concatenate([self.scene.positions, np.zeros((OBJECTS_PER_SCENE, 1))], axis=1)  # base centres
         self.open = True
@@ -103,7 +120,7 @@ class Tabletop:
             raise ValueError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
         moved = self.gripper + np.clip(action[:3], -MAX_STEP, MAX_STEP)
         self.gripper = np.clip(moved, (-REACH, -REACH, 0.0), (REACH, REACH, CEILING))
-        was_open, self.open = self.open, bool(action[6] > 0.5)
+        was_open, self.open = self.open, bool(action[6] > 0.5) == self.world.one_opens
         if self.open:
             self._release()
         elif was_open:
@@ -138,15 +155,16 @@ def expert_action(world: Tabletop) -> np.ndarray:
     comes down, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
     Every state has an answer, so perturbed states show a learner how to recover.
     """
+    opening, closing = float(world.world.one_opens), float(not world.world.one_opens)
     if world.held == world.scene.target:
-        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, 0], np.float32)
+        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, closing], np.float32)
     if not world.open:
-        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, 1], np.float32)
+        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, opening], np.float32)
     dx, dy = _keys(world.objects[world.scene.target, :2] - world.gripper[:2])
     near = max(abs(dx), abs(dy)) < 1.5 * KEY_STEP
     dz = _keys((0.0 if near else HOVER) - world.gripper[2])
     done = dx == dy == dz == 0
-    return np.array([dx, dy, dz, 0, 0, 0, 0 if done else 1], np.float32)
+    return np.array([dx, dy, dz, 0, 0, 0, closing if done else opening], np.float32)
 
 
 def _keys(distance):
@@ -180,7 +198,7 @@ def render(world: Tabletop, size: int = 48) -> np.ndarray:
 
 
 def _draw_object(canvas, world, index):
-    color = np.array(COLORS[world.scene.colors[index]], np.float32)
+    color = np.array(world.world.colors[world.scene.colors[index]], np.float32)
     x, y, z = world.objects[index]
     h = OBJECT_HALF
     if world.scene.shapes[index] == "ball":
