@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add["import"].add_argument("--part", nargs=2, action="append", help="NAME PATH: a tower, llm or projector")
     add["import"].add_argument("--center_crop", action="store_true", help="the policy was trained with random crops")
     add["import"].add_argument("--base", help="SRC is an adapter of PEFT's: the imported checkpoint that it belongs to")
-    add["export"].add_argument("--format", choices=("hf", "prismatic"), default="hf", help="adapters become PEFT's files")
+    add["export"].add_argument("--format", choices=("hf", "prismatic"), default="hf", help="of a whole model")
     for name in ("export", "merge"):
         add[name].add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
     add["merge"].add_argument("--threshold", type=float, help="largest difference of logits by merging")

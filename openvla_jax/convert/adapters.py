@@ -177,8 +177,9 @@ def merge_weights(
     overwrite: bool = False,
     seed: int = 0,
 ) -> Report:
-    """Writes `base` with what `adapter` trained as the checkpoint `dst`: added in float32, then cast to `dtype` (default:
-    as the base is stored), some layers at a time.
+    """Writes `base` with what `adapter` trained as the checkpoint `dst`, some layers at a time.
+
+    It is added in float32, then cast to `dtype` (default: as the base is stored).
 
     Where there are adapters, logits of the base with adapters beside it and of the merged weights are compared on
     seeded inputs; past `threshold` (default: `THRESHOLDS`) it raises ConversionError, and `dst` is as it was.
@@ -255,7 +256,9 @@ def _check_merged(base: Source, adapter: Adapter, merged: Source, threshold: flo
     inputs = make_inputs(base, seed)
     outputs = [compute(base, inputs, lambda source: build_adapted(source, adapter)), compute(merged, inputs)]
     difference, lines, _ = compare_outputs(outputs, threshold)
-    failures = [] if difference <= threshold else [f"logits differ by {difference:.3g} after merging, beyond {threshold:g}"]
+    failures = (
+        [] if difference <= threshold else [f"logits differ by {difference:.3g} after merging, beyond {threshold:g}"]
+    )
     return Report(tuple(lines), tuple(failures), difference)
 
 

@@ -2,6 +2,7 @@
 them: which tensor is which factor, and which settings are understood.
 """
 
+import collections
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -86,11 +87,11 @@ def read_peft(folder: Path, config: VLAConfig) -> tuple[Tuning, dict[str, np.nda
             x = np.array(_to_tree(tensor.read(), known[name], what[0]), np.float32)
             factors.setdefault(path, {})[known[name].layer] = x
     problems += [f"{name}: not part of the model" for name in copies if name not in known]
-    depth = {m.path: 1 + sum(o.path == m.path for o in known.values() if o.layer) for m in known.values() if m.layer == 0}
+    depth = collections.Counter(module.path for module in known.values())
     leaves = {}
     for path, layers in factors.items():
         site = path.rpartition("/lora/")[0]
-        if len(layers) != depth.get(site, 1):
+        if len(layers) != depth[site]:
             problems.append(f"{site}: {len(layers)} of {depth[site]} layers have {path[-1].upper()}")
         else:
             leaves[path] = np.stack([layers[i] for i in range(len(layers))]) if is_stacked(path) else layers[None]

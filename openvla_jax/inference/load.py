@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from openvla_jax.config import VLAConfig
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import EXCLUDE, KINDS, check_kind, choose_paths, quantize_array, quantize_model
 from openvla_jax.models.tuning import Tuning, merge_tuned
-from openvla_jax.training.adapter import check_finite, check_fingerprint, open_base, read_base
+from openvla_jax.training.adapter import check_fingerprint, check_finite, open_base, read_base
 from openvla_jax.training.checkpoint import (
     CheckpointError,
     Contract,
@@ -70,7 +70,9 @@ def load_weights(
         check_kind(quantize)
     if contract.adapter is not None:
         model = load_adapted(path, contract, dtype, base)
-        return model if quantize is None else quantize_model(model, quantize, choose_paths(model, exclude))
+        if quantize is not None:
+            quantize_model(model, quantize, choose_paths(model, exclude))
+        return model
     stored = stored_quantization(path)
     if stored is not None:
         kind, paths = stored
@@ -106,10 +108,10 @@ def load_adapted(
     check_finite(trained, path)
     graph = make_graph(contract.model, dtype, tuning)
     if not merge:
-        return nnx.merge(graph, trained, frozen)
+        return cast(OpenVLA, nnx.merge(graph, trained, frozen))
 
     def merged(trained: nnx.State, frozen: nnx.State) -> OpenVLA:
-        model = merge_tuned(nnx.merge(graph, trained, frozen))
+        model = merge_tuned(cast(OpenVLA, nnx.merge(graph, trained, frozen)))
         return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), model)
 
     return jax.jit(merged, donate_argnums=1)(trained, frozen)

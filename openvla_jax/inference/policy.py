@@ -119,8 +119,8 @@ class Policy:
         """One action, float64 [action_dim], in the units of the dataset `unnorm_key`.
 
         `image` is uint8 RGB [height, width, 3] of any size; `unnorm_key` may be left out if the checkpoint knows one
-        dataset, or was fine-tuned on one. `temperature` 0 is greedy; above, `seed` decides. Raises ValueError for another dtype or shape, an
-        empty or too long instruction, or an unknown key.
+        dataset, or was fine-tuned on one. `temperature` 0 is greedy; above, `seed` decides. Raises ValueError for
+        another dtype or shape, an empty or too long instruction, or an unknown key.
         """
         return self.act([self.prepare(image, instruction, unnorm_key, temperature, seed)])[0]
 

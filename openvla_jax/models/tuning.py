@@ -81,7 +81,8 @@ class Tuning:
         paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
         for pattern in self.trainable:
             if not any(matches(path, [pattern]) for path in paths):
-                raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {nearest(pattern, folders(paths))}")
+                known = nearest(pattern, folders(paths))
+                raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {known}")
         return model
 
     def quantized_paths(self, model: OpenVLA) -> list[str]:
@@ -90,7 +91,7 @@ class Tuning:
 
     def split(self, model: OpenVLA) -> tuple[Any, nnx.State, nnx.State]:
         """(graph, trained, frozen) of a prepared model; frozen floats in `frozen_dtype`, others as they are."""
-        graph, trained, frozen = nnx.split(model, self.is_trainable, ...)
+        graph, trained, frozen = nnx.split(model, self.is_trainable, ...)  # type: ignore[misc]
         dtype = jnp.dtype(self.frozen_dtype)
         cast = lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x
         return graph, trained, jax.tree.map(cast, frozen)
@@ -186,7 +187,8 @@ def sites(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], str]]:
             shared |= {f"{path}/{name}" for name in "qkv"}
             yield f"{path}/qkv", (*lead, rows, 3 * columns), "qkv"
         elif path == "pool":
-            rows, columns = kernel_shape(getattr(module, "k"))
+            pool: Any = module
+            rows, columns = kernel_shape(pool.k)
             shared |= {"pool/k", "pool/v"}
             yield "pool/kv", (rows, 2 * columns), "kv"
         elif isinstance(module, PatchEmbed):
@@ -214,7 +216,7 @@ def module_at(model: nnx.Module, path: Iterable[str]) -> Any:
 
 def merge_tuned(model: OpenVLA) -> OpenVLA:
     """Takes adapters and a last layer apart back into the kernels, in place: added in float32, then cast."""
-    for keys, module in list(nnx.iter_modules(model)):
+    for _, module in list(nnx.iter_modules(model)):
         if isinstance(module, Attention) and module.qkv is not None:
             lora: LoRA = module.qkv["lora"]
             for linear, b in zip((module.q, module.k, module.v), jnp.split(lora.b[...], 3, axis=-1), strict=True):
@@ -238,6 +240,7 @@ def _add(layer: Linear | PatchEmbed, a: Array, b: Array, scale: float) -> None:
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
+    assert isinstance(layer.kernel, nnx.Param), "adapters are merged into kernels, not into integers"
     kernel = layer.kernel[...]
     layer.kernel[...] = one(kernel, a, b) if kernel.ndim == 2 else jax.lax.map(lambda row: one(*row), (kernel, a, b))
 

@@ -69,7 +69,7 @@ class Scene:
 
 
 def sample_scene(seed: int, world: str = "tabletop") -> Scene:
-    """A scene, the same for the same seed (any non-negative integer) on every machine. ValueError for an unknown world."""
+    """A scene, the same for the same seed (any non-negative integer) on every machine; ValueError for another world."""
     if world not in WORLDS:
         raise ValueError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
     rng = np.random.default_rng(seed)
@@ -83,8 +83,8 @@ def sample_scene(seed: int, world: str = "tabletop") -> Scene:
 
 
 class Tabletop:
-    """One episode of a world of `WORLDS`. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw, gripper (1 =
-    open, or closed where the world says so).
+    """One episode of a world of `WORLDS`. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw,
+    gripper (1 = open, or closed where the world says so).
 
     Translations are clipped to MAX_STEP and to the workspace. The gripper stays upright, so rotations have no effect
     (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.

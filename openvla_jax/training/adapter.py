@@ -74,7 +74,9 @@ def open_base(adapter: Mapping[str, Any], where: object, base: os.PathLike | str
     try:
         return open_checkpoint(base or adapter["base"])
     except CheckpointError as error:
-        raise CheckpointError(f"{where} is an adapter and needs its base: {error}; name it with base (--base)") from None
+        raise CheckpointError(
+            f"{where} is an adapter and needs its base: {error}; name it with base (--base)"
+        ) from None
 
 
 def check_is_base(path: Any, contract: Contract) -> None:
@@ -83,7 +85,9 @@ def check_is_base(path: Any, contract: Contract) -> None:
         raise CheckpointError(f"{path} is an adapter, not a whole model: {MERGE}")
     for name, leaf in flat(ocp.metadata(path, "params").metadata).items():
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            raise CheckpointError(f"{path} holds integers ({name}): start from the checkpoint that it was quantised from")
+            raise CheckpointError(
+                f"{path} holds integers ({name}): start from the checkpoint that it was quantised from"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def with_shardings(abstract: Any, placed: Any) -> Any:
 
 
 def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: Any) -> Any:
-    """The training state of a step, onto the shardings in `placed`, whatever mesh saved it; without what is frozen."""
+    """The training state of a step, onto the shardings in `placed`, whatever mesh saved it; `frozen` stays abstract."""
     path = open_checkpoint(workdir, step)
     check_tree(path, abstract.params)
     target = with_shardings(abstract, placed)
@@ -242,7 +242,7 @@ def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: 
     rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
     rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
     params = refill(abstract.params, loaded["params"])
-    return abstract.replace(step=rest["step"], opt_state=rest["opt_state"], params=params, frozen=None)
+    return abstract.replace(step=rest["step"], opt_state=rest["opt_state"], params=params)
 
 
 def restore_iterator(workdir: os.PathLike | str, step: int, iterator: Any) -> None:

@@ -15,7 +15,6 @@ import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
-from flax import nnx
 
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.inference.preprocess import center_crop
@@ -151,7 +150,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
             check_fingerprint(adapter["fingerprint"], load_contract(saved).adapter or {}, config.init_from, saved)
             del params
         state = restore_state(workdir, start, abstract, placed)
-        state = state.replace(frozen=abstract.frozen if frozen is None else frozen)
+        state = state if frozen is None else state.replace(frozen=frozen)
         log(f"resumed from step {start}")
     elif config.init_from:
         fresh = lambda params, frozen: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)

@@ -18,8 +18,8 @@ from openvla_jax.training.sharding import shardings
 
 @struct.dataclass
 class TrainState:
-    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes. `frozen` holds
-    what is not trained, in the dtypes that `Tuning` says, and has neither gradient nor optimiser state.
+    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes. `frozen`
+    holds what is not trained, in the dtypes that `Tuning` says, and has neither gradient nor optimiser state.
 
     The same structure holds arrays, shapes or shardings, hence the loose types.
     """

@@ -85,9 +85,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)` on the global batch.
 
-    Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in `accumulation` parts that are summed in
-    float32; the result does not depend on the number of parts, devices or hosts beyond rounding. `augment(key, images)`
-    runs on the device, keyed by seed and step.
+    Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in
+    `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
+    hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step.
     """
     graph = make_graph(model, dtype, tuning)
     drops = tuning.lora is not None and tuning.lora.dropout > 0

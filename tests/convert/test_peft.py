@@ -96,7 +96,8 @@ def test_targets_of_the_export_are_exactly_the_adapted_modules(folders, tmp_path
     _, adapter, peft = folders
     export_adapter(adapter, tmp_path / "back")
     expression = json.loads((tmp_path / "back" / CONFIG).read_text())["target_modules"]
-    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in read_safetensors(peft / WEIGHTS)}
+    tensors = read_safetensors(peft / WEIGHTS)
+    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
     adapted = {name for name in adapted if not name.endswith(".weight")}
     model = load_contract(adapter).model
     assert {name for name in modules(model) if re.fullmatch(expression, name)} == adapted
@@ -143,7 +144,7 @@ def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
         with pytest.raises(CheckpointError, match="was trained on another base: its fingerprint is") as caught:
             use()
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConversionError, match="is an adapter of .*merge BASE ADAPTER DST"):
+    with pytest.raises(ConversionError, match=r"is an adapter of .*merge BASE ADAPTER DST"):
         open_source(adapter)
     with pytest.raises(CheckpointError, match=r"needs its base: .*does not exist; name it with base"):
         load_model(adapter, base=tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: counts of the paper's modes, state for trained leaves only, adapters in the step."""
+"""What is trained and what is frozen: the paper's modes, state for trained leaves only, adapters in the step."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_the_modes_train_what_the_paper_s_table_counts(mode, millions):
 def test_the_reference_set_is_exact():
     config = preset("openvla-7b")
     counts = count_trainable(config, Tuning(MODES["lora"], LoRAConfig(32, targets="reference")))
-    # By group, as PEFT's own expansion of all-linear on the reference's modules gives them (last blocks and pool apart).
+    # By group, as PEFT's own expansion of all-linear on the reference's modules gives them, last blocks and pool apart.
     assert counts == {
         "llama": 79_953_920 + 1_157_120,
         "projector": 1_019_904,
@@ -96,8 +96,6 @@ def test_only_what_is_trained_moves(stepped):
         trained = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(after.params)}
         frozen = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(after.frozen)}
         assert not trained & frozen
-        held = {jax.tree_util.keystr(path).count("'a'") for path, _ in jax.tree_util.tree_leaves_with_path(after.opt_state)}
-        assert held == ({0, 1} if "lora" in name else {0})
         moments = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state))
         assert moments - 2 * sum(leaf.size for leaf in jax.tree.leaves(after.params)) <= 2
         if "lora" in name:
@@ -149,7 +147,10 @@ def test_dropout_falls_on_the_adapter_s_input_only():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: abstract_prepared(MODEL, Tuning(("llama/heads",))), r"'llama/heads' matches no parameter; .*'llama/head'"),
+        (
+            lambda: abstract_prepared(MODEL, Tuning(("llama/heads",))),
+            r"'llama/heads' matches no .*'llama/head'",
+        ),
         (lambda: abstract_prepared(MODEL, Tuning(MODES["lora"])), r"'\*/lora' matches no parameter"),
         (
             lambda: abstract_prepared(MODEL, Tuning(MODES["lora"], LoRAConfig(4, targets="llama/*/query"))),
@@ -168,7 +169,8 @@ def test_bad_settings(make, message):
 
 
 def test_patterns_choose_targets():
-    chosen = nnx.state(abstract_prepared(MODEL, Tuning(MODES["lora"], LoRAConfig(4, targets="projector,*/mlp/up"))), LoRAParam)
+    tuning = Tuning(MODES["lora"], LoRAConfig(4, targets="projector,*/mlp/up"))
+    chosen = nnx.state(abstract_prepared(MODEL, tuning), LoRAParam)
     assert {"/".join(map(str, path[:-2])) for path, _ in nnx.to_flat_state(chosen)} == {
         *(f"projector/fc{i}" for i in (1, 2, 3)),
         *(f"{tower}/blocks/mlp/up" for tower in ("vision/dino", "vision/siglip", "llama")),
