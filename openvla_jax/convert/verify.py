@@ -6,7 +6,7 @@ Also `inspect`: what a checkpoint is, without converting it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def verify_weights(
     if comparable and not tensors_only:
         inputs = make_inputs(sources[0], seed)
         outputs = [compute(source, inputs) for source in sources]
-        difference, *found = compare_outputs(outputs, threshold)
+        difference, *found = _compare_outputs(outputs, threshold)
         lines, failures = lines + found[0], failures + found[1]
     return Report(tuple(lines), tuple(failures), difference)
 
@@ -229,9 +229,20 @@ def build_model(source: Source) -> tuple[Any, Any]:
     return graph, state
 
 
-def compute(source: Source, inputs: Inputs, build: Callable[[Source], tuple[Any, Any]] = build_model) -> Outputs:
-    """What the model that `build` makes of a source computes."""
-    graph, state = build(source)
+def text_logits(graph: Any, state: Any, inputs: Inputs) -> np.ndarray:
+    """float32 [all text tokens of all rows, V]: what a model of `build_model` says at them."""
+
+    @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
+    def run(state, images, ids):
+        model: OpenVLA = nnx.merge(graph, state)
+        return model(model.normalize(images), ids)[:, model.config.patches :]
+
+    logits = np.asarray(run(state, inputs.images, inputs.ids))
+    return logits[np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]]
+
+
+def compute(source: Source, inputs: Inputs) -> Outputs:
+    graph, state = build_model(source)
     sizes = [len(entry["action"]["q01"]) for entry in source.statistics.values()]
     steps = max(sizes, default=7)
 
@@ -262,7 +273,7 @@ def compute(source: Source, inputs: Inputs, build: Callable[[Source], tuple[Any,
     return Outputs(logits[real], tokens, actions)
 
 
-def compare_outputs(outputs: list[Outputs], threshold: float) -> tuple[float, list[str], list[str]]:
+def _compare_outputs(outputs: list[Outputs], threshold: float) -> tuple[float, list[str], list[str]]:
     a, b = outputs
     difference = float(np.abs(a.logits - b.logits).max())
     p, q = (_log_softmax(x.astype(np.float64)) for x in (a.logits, b.logits))

@@ -81,7 +81,7 @@ def write_dataset(
         raise ValueError(f"episodes {counts}: write at least 1 in each split")
     code = hashlib.sha256(Path(tabletop.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     parameters = {"episodes": counts, "noise": noise, "world": world, "code": code}
-    tabletop.sample_scene(0, world)  # raises for an unknown world, before anything is written
+    Tabletop(0, world)  # raises for an unknown world, before anything is written
     directory = Path(out) / NAME / VERSION
     if directory.exists():
         found = _parameters(directory)

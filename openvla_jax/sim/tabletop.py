@@ -16,7 +16,6 @@ COLORS = {
     "green": (36, 150, 60),
     "blue": (30, 80, 220),
 }
-NEW_COLORS = {"red": COLORS["red"], "yellow": (235, 200, 40), "blue": COLORS["blue"]}
 SHAPES = ("cube", "ball")
 OBJECTS_PER_SCENE = 3
 
@@ -37,17 +36,9 @@ STATE_DIM = 8  # xyz, roll pitch yaw, pad, gripper: the POS_EULER layout of Open
 ACTION_DIM = 7
 
 
-@dataclass(frozen=True)
-class World:
-    """What differs between worlds: the colours, lane by lane from the left, and what gripper command 1 means."""
-
-    colors: dict[str, tuple[int, int, int]]
-    one_opens: bool
-
-
-# The demo is trained in the first. Fine-tuning moves a policy to the second: an object of a colour, and a word, that it
-# never saw, on a robot whose gripper command is reversed.
-WORLDS = {"tabletop": World(COLORS, True), "changed": World(NEW_COLORS, False)}
+# Worlds by name: whether gripper command 1 opens. The demo is trained in the first; fine-tuning moves its policy to the
+# second, the same table under a robot whose gripper command is reversed.
+WORLDS = {"tabletop": True, "changed": False}
 
 
 @dataclass(frozen=True)
@@ -68,13 +59,11 @@ class Scene:
         return f"pick up the {self.colors[index]} {self.shapes[index]}"
 
 
-def sample_scene(seed: int, world: str = "tabletop") -> Scene:
-    """A scene, the same for the same seed (any non-negative integer) on every machine; ValueError for another world."""
-    if world not in WORLDS:
-        raise ValueError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
+def sample_scene(seed: int) -> Scene:
+    """A scene, the same for the same seed (any non-negative integer) on every machine."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(OBJECTS_PER_SCENE)
-    colors = tuple(list(WORLDS[world].colors)[i] for i in order)
+    colors = tuple(list(COLORS)[i] for i in order)
     x = LANE_SPACING * (order - 1.0) + rng.uniform(-LANE_JITTER, LANE_JITTER, OBJECTS_PER_SCENE)
     positions = np.stack([x, rng.uniform(*OBJECT_Y, OBJECTS_PER_SCENE)], axis=1)
     shapes = tuple(str(s) for s in rng.choice(SHAPES, OBJECTS_PER_SCENE))
@@ -91,8 +80,10 @@ class Tabletop:
     """
 
     def __init__(self, seed: int, world: str = "tabletop"):
-        self.scene = sample_scene(seed, world)
-        self.world = WORLDS[world]
+        if world not in WORLDS:
+            raise ValueError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
+        self.scene = sample_scene(seed)
+        self.one_opens = WORLDS[world]
         self.gripper = self.scene.gripper.copy()
         self.objects = np.concatenate([self.scene.positions, np.zeros((OBJECTS_PER_SCENE, 1))], axis=1)  # base centres
         self.open = True
@@ -120,7 +111,7 @@ class Tabletop:
             raise ValueError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
         moved = self.gripper + np.clip(action[:3], -MAX_STEP, MAX_STEP)
         self.gripper = np.clip(moved, (-REACH, -REACH, 0.0), (REACH, REACH, CEILING))
-        was_open, self.open = self.open, bool(action[6] > 0.5) == self.world.one_opens
+        was_open, self.open = self.open, bool(action[6] > 0.5) == self.one_opens
         if self.open:
             self._release()
         elif was_open:
@@ -155,7 +146,7 @@ def expert_action(world: Tabletop) -> np.ndarray:
     comes down, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
     Every state has an answer, so perturbed states show a learner how to recover.
     """
-    opening, closing = float(world.world.one_opens), float(not world.world.one_opens)
+    opening, closing = float(world.one_opens), float(not world.one_opens)
     if world.held == world.scene.target:
         return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, closing], np.float32)
     if not world.open:
@@ -198,7 +189,7 @@ def render(world: Tabletop, size: int = 48) -> np.ndarray:
 
 
 def _draw_object(canvas, world, index):
-    color = np.array(world.world.colors[world.scene.colors[index]], np.float32)
+    color = np.array(COLORS[world.scene.colors[index]], np.float32)
     x, y, z = world.objects[index]
     h = OBJECT_HALF
     if world.scene.shapes[index] == "ball":

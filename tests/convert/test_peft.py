@@ -29,6 +29,14 @@ def folders(tmp_path_factory, shared):
 
 
 @pytest.fixture(scope="module")
+def merged(folders, tmp_path_factory):
+    """(the merged checkpoint, the report)."""
+    base, _, peft = folders
+    path = tmp_path_factory.mktemp("merged") / "merged"
+    return path, merge_weights(base, peft, path)
+
+
+@pytest.fixture(scope="module")
 def logits():
     """The model's logits on the golden's inputs."""
     with np.load(golden("openvla_tiny") / "expected.npz", allow_pickle=False) as arrays:
@@ -38,7 +46,7 @@ def logits():
     return lambda model: np.asarray(run(model))
 
 
-def test_logits_are_those_of_peft_beside_the_base_and_merged(folders, logits, tmp_path):
+def test_logits_are_those_of_peft_beside_the_base_and_merged(folders, merged, logits, tmp_path):
     base, adapter, peft = folders
     with np.load(peft / "expected.npz", allow_pickle=False) as arrays:
         expected = dict(arrays)
@@ -48,21 +56,21 @@ def test_logits_are_those_of_peft_beside_the_base_and_merged(folders, logits, tm
     plain = logits(load_model(base)[0])
     assert np.abs(plain - unmerged).max() > 0.1  # the adapter does something
 
-    report = merge_weights(base, peft, tmp_path / "merged")
+    path, report = merged
     assert report.passed and 0 < report.max_logit_difference <= 1e-4
-    for model in (load_model(adapter)[0], load_model(tmp_path / "merged")[0]):
-        assert np.abs(logits(model) - unmerged).max() <= 1e-4
+    assert np.abs(logits(load_model(path)[0]) - unmerged).max() <= 1e-4
+    kernels = [nnx.state(load_model(p)[0]) for p in (path, adapter)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *kernels)
     with pytest.raises(ConversionError, match="beyond 1e-09: raise --threshold") as caught:
         merge_weights(base, adapter, tmp_path / "strict", threshold=1e-9)
     assert "\n" not in str(caught.value) and not (tmp_path / "strict").exists()
 
 
-def test_dead_modules_are_merged_as_peft_does(folders, tmp_path):
+def test_dead_modules_are_merged_as_peft_does(folders, merged):
     """The attention pool is never run, but PEFT's merged checkpoint holds its merged weights."""
     base, _, peft = folders
-    merge_weights(base, peft, tmp_path / "merged")
     tensors = {name: tensor.read() for name, tensor in read_safetensors(peft / WEIGHTS).items()}
-    before, after = open_source(base).weights, open_source(tmp_path / "merged").weights
+    before, after = open_source(base).weights, open_source(merged[0]).weights
     for module, leaf, rows in (("kv", "pool/v", slice(96, 192)), ("mlp.fc2", "pool/mlp/down", slice(0, 96))):
         name = f"base_model.model.vision_backbone.fused_featurizer.attn_pool.{module}"
         delta = tensors[f"{name}.lora_B.weight"][rows] @ tensors[f"{name}.lora_A.weight"]
@@ -134,12 +142,11 @@ def test_bad_adapters_are_told_in_one_line(folders, tmp_path, change, weights, m
     assert not (tmp_path / "dst").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
-    base, adapter, _ = folders
-    merge_weights(base, adapter, tmp_path / "other")
+def test_an_adapter_of_another_base_is_refused(folders, merged, tmp_path):
+    _, adapter, _ = folders
     for use in (
-        lambda: merge_weights(tmp_path / "other", adapter, tmp_path / "dst"),
-        lambda: load_model(adapter, base=tmp_path / "other"),
+        lambda: merge_weights(merged[0], adapter, tmp_path / "dst"),
+        lambda: load_model(adapter, base=merged[0]),
     ):
         with pytest.raises(CheckpointError, match="was trained on another base: its fingerprint is") as caught:
             use()
