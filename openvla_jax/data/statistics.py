@@ -94,7 +94,7 @@ def load(path: str | Mapping, name: str) -> dict:
     if "action" not in content and name not in content:
         near = difflib.get_close_matches(name, content, 1, 0.0)
         raise StatisticsError(
-            f"{where} has no statistics of dataset {name!r}, only of {', '.join(sorted(content)) or 'none'}"
+            f"{where} has no dataset {name!r}, only {', '.join(sorted(content)) or 'none'}"
             f"{f' (nearest: {near[0]!r})' if near else ''}: compute them, or name another file"
         )
     return dict(content if "action" in content else content[name])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -83,9 +84,8 @@ def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(tuned, bas
     assert "the rest is frozen in bfloat16" in printed and "vision/siglip" in printed
     curves = [[row["train/loss"] for row in read_metrics(workdir)] for workdir in (tuned, tmp_path / "straight")]
     assert len(curves[0]) == 6 and curves[0] == curves[1]
-    size = lambda path: sum(
-        file.stat().st_size for file in (open_checkpoint(path) / "params").rglob("*") if file.is_file()
-    )
+    files = lambda path: (Path(open_checkpoint(path)) / "params").rglob("*")
+    size = lambda path: sum(file.stat().st_size for file in files(path) if file.is_file())
     assert size(tuned) < size(base) / 4
     contract = load_contract(tuned)
     assert contract.adapter["base"] == str(open_checkpoint(base))
@@ -141,8 +141,8 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(tuned, base, data_dir,
         (settings(base, data_dir, trainable="llama/heads"), None, "'llama/heads' matches no parameter"),
         (settings(tmp_path / "hf", data_dir), None, "holds no complete checkpoint"),
         (settings(tuned, data_dir), None, "is an adapter, not a whole model: convert_weights.py merge"),
-        (settings(base, data_dir, data__statistics=str(strange)), None, "has no statistics of dataset 'tabletop'"),
-        (settings(base, data_dir, data__statistics="base"), None, "start from has no statistics of dataset 'tabletop'"),
+        (settings(base, data_dir, data__statistics=str(strange)), None, "has no dataset 'tabletop'"),
+        (settings(base, data_dir, data__statistics="base"), None, "start from has no dataset 'tabletop'"),
         (settings(base, data_dir, quantize="int3"), None, "unknown quantisation 'int3'"),
         (settings(base, data_dir, statistics="both"), None, "unknown statistics 'both'"),
         (settings(base, data_dir, trainable="*", quantize="int4", lora__rank=0), None, "quantize needs frozen weights"),
