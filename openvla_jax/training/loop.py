@@ -187,8 +187,12 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     log(f"first batch after {time.perf_counter() - began:.1f} s; resident memory {resident_memory_gb():.2f} GB")
     began = time.perf_counter()
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
-    step_fn = job.step.lower(state, batch).compile(compiler_options=options)
-    log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+    if tuning.quantize == "int4":
+        # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
+        step_fn = make_job(config, model, mesh, datasets, options).step
+    else:
+        step_fn = job.step.lower(state, batch).compile(compiler_options=options)
+        log(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------
     checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)

@@ -158,7 +158,13 @@ class Job:
     step: Any  # a jitted `(state, batch) -> (state, metrics)` that takes the state's memory
 
 
-def make_job(config: ml_collections.ConfigDict, model: VLAConfig, mesh: Mesh, datasets: int) -> Job:
+def make_job(
+    config: ml_collections.ConfigDict,
+    model: VLAConfig,
+    mesh: Mesh,
+    datasets: int,
+    compiler_options: dict[str, str] | None = None,
+) -> Job:
     """The job of a config (see `configs/common.py`); no arrays are made."""
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
     schedule = make_schedule(config.optimizer, train.steps)
@@ -168,7 +174,8 @@ def make_job(config: ml_collections.ConfigDict, model: VLAConfig, mesh: Mesh, da
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
         remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
     )  # fmt: skip
-    return Job(tuning, optimizer, abstract, placed, jax.jit(step, donate_argnums=0, out_shardings=(placed, None)))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=compiler_options)
+    return Job(tuning, optimizer, abstract, placed, step)
 
 
 def make_augment(settings: ml_collections.ConfigDict):

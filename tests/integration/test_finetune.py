@@ -111,9 +111,10 @@ def test_a_policy_of_base_and_adapter_is_that_of_the_merged_weights(tuned, base,
 
 @pytest.mark.slow
 def test_a_last_layer_run_is_base_with_three_parts_replaced(base, data_dir, tmp_path):
+    """Trained beside int4 weights, used beside the base's own; it stops where its accuracy is good enough (at once)."""
     config = settings(base, data_dir, trainable=last_layer.get_config().trainable, lora__rank=0, train__steps=1)
     config.train.stop_at_action_accuracy = 0.0
-    config.train.steps, config.frozen_dtype = 4, "float32"
+    config.train.steps, config.frozen_dtype, config.quantize = 4, "float32", "int4"
     loop.run(config, tmp_path / "run")
     assert steps_in(tmp_path / "run" / "checkpoints") == [3]  # known of step 1 when step 3 begins
     assert merge_weights(base, tmp_path / "run", tmp_path / "merged").passed

@@ -74,12 +74,19 @@ def stepped():
     }
     batch, found = global_batch(random_batch(8), mesh()), {}
     for name, tuning in cases.items():
-        state = before = init_state(MODEL, jnp.float32, OPTIMIZER, mesh(), 0, tuning)
+        state = init_state(MODEL, jnp.float32, OPTIMIZER, mesh(), 0, tuning)
+        before = jax.device_get(state)
         step = make_train_step(
             MODEL, OPTIMIZER, make_schedule(SETTINGS, 10), mesh(), dtype=jnp.float32, datasets=2, tuning=tuning,
             remat="full", accumulation=2 if name == "lora" else 1,
         )  # fmt: skip
-        step, losses = jax.jit(step), []
+        _, placed = abstract_state(MODEL, jnp.float32, OPTIMIZER, mesh(), tuning)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+        memory = step.lower(state, batch).compile().memory_analysis()
+        # The new state takes the old one's place, frozen weights included: there is no second copy of them.
+        assert memory.alias_size_in_bytes >= count_bytes(state) > memory.output_size_in_bytes - 4096, name
+        assert memory.argument_size_in_bytes <= count_bytes((state, batch)) + 4096
+        losses = []
         for _ in range(3):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
