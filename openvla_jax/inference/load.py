@@ -114,7 +114,8 @@ def load_adapted(
         model = merge_tuned(cast(OpenVLA, nnx.merge(graph, trained, frozen)))
         return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), model)
 
-    return jax.jit(merged, donate_argnums=1)(trained, frozen)
+    # A stack that a last layer joins is made anew; all else is changed where it lies.
+    return jax.jit(merged, donate_argnums=() if tuning.splits_last else 1)(trained, frozen)
 
 
 def save_model(model: OpenVLA, contract: Contract, directory: str | os.PathLike) -> None:

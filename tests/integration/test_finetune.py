@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configs import debug, tabletop
+from configs import debug
 from configs.finetune import frozen_vision, full, last_layer, lora, sandwich
 from openvla_jax.convert import merge_weights
 from openvla_jax.inference.load import load_model
@@ -42,16 +42,6 @@ def base(tmp_path_factory, data_dir):
     contract = open_checkpoint(workdir) / "contract"
     statistics = json.loads((contract / "dataset_statistics.json").read_text())
     (contract / "dataset_statistics.json").write_text(json.dumps({"other": statistics["tabletop"]}))
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def tabletop_policy(tmp_path_factory, data_dir):
-    """A checkpoint of the demo's model after one step."""
-    config = tabletop.get_config()
-    config.update_from_flattened_dict({"data.data_dir": str(data_dir), "train.steps": 1, "train.eval_every": 0})
-    workdir = tmp_path_factory.mktemp("tabletop")
-    loop.run(config, workdir)
     return workdir
 
 
@@ -191,17 +181,20 @@ def test_every_row_of_the_paper_s_table_is_a_config():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_start_to_end(tabletop_policy, tmp_path, monkeypatch):
-    """Every code cell, in order, in one namespace; few steps on small scenes."""
+def test_the_notebook_runs_from_start_to_end(base, tmp_path, monkeypatch):
+    """Every code cell, in order, in one namespace; few steps on few scenes."""
+    shutil.copytree(open_checkpoint(base), tmp_path / "base")
+    statistics = tmp_path / "base" / "contract" / "dataset_statistics.json"
+    statistics.write_text(statistics.read_text().replace('"other"', '"tabletop"'))
     monkeypatch.chdir(ROOT)
-    for name, value in {"BASE": tabletop_policy, "WORK": tmp_path / "work", "STEPS": 4, "SCENES": 2}.items():
+    for name, value in {"BASE": tmp_path / "base", "WORK": tmp_path / "work", "STEPS": 4, "SCENES": 2}.items():
         monkeypatch.setenv(f"OPENVLA_{name}", str(value))
     cells = json.loads((ROOT / "notebooks" / "finetune.ipynb").read_text())["cells"]
     namespace: dict = {}
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), namespace)
-    assert len(namespace["after"].success) == 2 and namespace["compared"].true.shape == (32, 7)
+    assert len(namespace["after"].success) == 2 and namespace["compared"].true.shape[1:] == (7,)
     assert load_contract(tmp_path / "work" / "merged").adapter is None
     assert (tmp_path / "work" / "peft" / "adapter_model.safetensors").exists()
     assert (tmp_path / "work" / "curves.png").stat().st_size > 1000
