@@ -10,6 +10,7 @@ LoRA takes more than 0.75 of one that trains everything.
 """
 
 import argparse
+import dataclasses
 import gc
 import os
 import sys
@@ -42,6 +43,13 @@ MAX_RATIO = 0.75  # of the full step's time, on a CPU
 RANK, TEXT, TARGETS = 32, 64, 8
 # Peak dense bf16 rate in FLOP/s by a part of the device's name (vendors' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "A6000": 155e12}
+
+
+def small() -> VLAConfig:
+    """The tiny model; transformers' DINOv2 wants an MLP of four widths."""
+    config = tiny()
+    towers = (dataclasses.replace(config.towers[0], mlp_dim=4 * config.towers[0].width), *config.towers[1:])
+    return dataclasses.replace(config, towers=towers)
 
 
 def random_rows(config: VLAConfig, rows: int) -> Any:
@@ -140,7 +148,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--no_pytorch", action="store_true")
     args = parser.parse_args()
-    config, dtype, failed = (tiny() if args.size == "tiny" else model_config(args.size)), "float32", []
+    config, failed = (small() if args.size == "tiny" else model_config(args.size)), []
     dtype = "float32" if cpu else "bfloat16"
     kind = jax.local_devices()[0].device_kind
     print(f"{config.name}, {kind}, computed in {dtype}, remat {args.remat}, rank {RANK}, text {TEXT}")
