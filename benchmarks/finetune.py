@@ -3,7 +3,7 @@
   python benchmarks/finetune.py               # scaled down on a CPU; openvla-7b in bfloat16 on a GPU
   python benchmarks/finetune.py --size 7b --batches 1 16 --bases bfloat16 int4
 
-Random weights and batches; rank 32 on every linear layer. The baseline is assembled from transformers' modules as
+Random weights and batches; adapters on every linear layer. The baseline is assembled from transformers' modules as
 OpenVLA's own fine-tuning is, with PEFT's adapters (`pip install peft`; left out where that is missing) and torch's
 AdamW; like the reference it computes the logits of every position. The sides take turns. On a CPU it fails if a step of
 LoRA takes more than 0.75 of one that trains everything.
@@ -40,7 +40,7 @@ from openvla_jax.training.state import abstract_state, init_state  # noqa: E402
 from openvla_jax.training.step import make_train_step  # noqa: E402
 
 MAX_RATIO = 0.75  # of the full step's time, on a CPU
-RANK, TEXT, TARGETS = 32, 64, 8
+TEXT = 64
 # Peak dense bf16 rate in FLOP/s by a part of the device's name (vendors' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "A6000": 155e12}
 
@@ -71,7 +71,9 @@ def ours(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: str) 
     )
     batch = global_batch(batch, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-    memory, held = step.lower(state, batch).compile().memory_analysis(), [state]
+    compiled = step.lower(state, batch).compile()
+    memory, held = compiled.memory_analysis(), [state]
+    step = step if tuning.quantize == "int4" else compiled  # see training/loop.py
 
     def run() -> None:
         held[0], metrics = step(held[0], batch)
@@ -80,7 +82,7 @@ def ours(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: str) 
     return run, memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
-def pytorch(config: VLAConfig, batch: Any, dtype: str) -> tuple[Callable[[], None], int] | None:
+def pytorch(config: VLAConfig, batch: Any, dtype: str, rank: int) -> tuple[Callable[[], None], int] | None:
     """The same of PyTorch and PEFT, or None where PEFT is missing."""
     try:
         import torch
@@ -97,7 +99,7 @@ def pytorch(config: VLAConfig, batch: Any, dtype: str) -> tuple[Callable[[], Non
     for part in (*model.towers, model.llama):
         part.set_attn_implementation("sdpa")
     targets = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    lora = LoraConfig(r=RANK, lora_alpha=16, init_lora_weights="gaussian", target_modules=targets)
+    lora = LoraConfig(r=rank, lora_alpha=min(rank, 16), init_lora_weights="gaussian", target_modules=targets)
     model = get_peft_model(model.to(kind), lora).to(device)
     inner = model.get_base_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
@@ -144,14 +146,16 @@ def main() -> None:
     parser.add_argument("--size", choices=("tiny", "0.4b", "0.8b", "7b"), default="tiny" if cpu else "7b")
     parser.add_argument("--batches", nargs="+", type=int, default=[8] if cpu else [1, 16])
     parser.add_argument("--bases", nargs="+", default=["float32", "int4"] if cpu else ["bfloat16", "int4"])
+    parser.add_argument("--rank", type=int, help="default: 32, and 4 for the tiny model, whose width is 64")
     parser.add_argument("--remat", default="none" if cpu else "full")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--no_pytorch", action="store_true")
     args = parser.parse_args()
+    args.rank = args.rank or (4 if args.size == "tiny" else 32)
     config, failed = (small() if args.size == "tiny" else model_config(args.size)), []
     dtype = "float32" if cpu else "bfloat16"
     kind = jax.local_devices()[0].device_kind
-    print(f"{config.name}, {kind}, computed in {dtype}, remat {args.remat}, rank {RANK}, text {TEXT}")
+    print(f"{config.name}, {kind}, computed in {dtype}, remat {args.remat}, rank {args.rank}, text {TEXT}")
     print("| side | trained | base | batch | step ms | examples/s | MFU | memory |\n" + "| --- " * 8 + "|")
     peak = next((value for name, value in PEAK.items() if name in kind), None)
     for batch_size in args.batches:
@@ -159,7 +163,7 @@ def main() -> None:
         cases: dict[tuple[str, str, str], Tuning | None] = {}
         for name in args.bases:
             integers = name if name.startswith("int") else None
-            tuning = Tuning(MODES["lora"], LoRAConfig(RANK), dtype if integers else name, integers)
+            tuning = Tuning(MODES["lora"], LoRAConfig(args.rank), dtype if integers else name, integers)
             cases["openvla_jax", "lora", name] = tuning
         if cpu:
             cases["openvla_jax", "everything", "float32"] = FULL
@@ -173,14 +177,16 @@ def main() -> None:
                 for case in group:
                     tuning = cases[case]
                     side = (
-                        pytorch(config, batch, dtype)
+                        pytorch(config, batch, dtype, args.rank)
                         if tuning is None
                         else ours(config, tuning, batch, dtype, args.remat)
                     )
                     made |= {} if side is None else {case: side}
                 times = time_in_turns({case: step for case, (step, _) in made.items()}, args.runs)
             for case, seconds in times.items():
-                flops = model_flops(config, TEXT, cases[case] or Tuning(MODES["lora"], LoRAConfig(RANK))) * batch_size
+                flops = (
+                    model_flops(config, TEXT, cases[case] or Tuning(MODES["lora"], LoRAConfig(args.rank))) * batch_size
+                )
                 mfu = f"{flops / seconds / peak:.1%}" if peak else "-"
                 memory = f"{made[case][1] / 1e9:.2f} GB" if made[case][1] else "-"
                 cells = [*case, str(batch_size), f"{1e3 * seconds:.1f}", f"{batch_size / seconds:.2f}", mfu, memory]
