@@ -5,8 +5,8 @@
 
 Random weights and batches; adapters on every linear layer. The baseline is assembled from transformers' modules as
 OpenVLA's own fine-tuning is, with PEFT's adapters (`pip install peft`; left out where that is missing) and torch's
-AdamW; like the reference it computes the logits of every position. The sides take turns. On a CPU it fails if a step of
-LoRA takes more than 0.75 of one that trains everything.
+AdamW; like the reference it computes the logits of every position. The sides take turns. On a CPU it fails if at
+batch 1 a step of LoRA takes more than 0.75 of one that trains everything.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cpu = jax.default_backend() == "cpu"
     parser.add_argument("--size", choices=("tiny", "0.4b", "0.8b", "7b"), default="tiny" if cpu else "7b")
-    parser.add_argument("--batches", nargs="+", type=int, default=[8] if cpu else [1, 16])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1] if cpu else [1, 16])
     parser.add_argument("--bases", nargs="+", default=["float32", "int4"] if cpu else ["bfloat16", "int4"])
     parser.add_argument("--rank", type=int, help="default: 32, and 4 for the tiny model, whose width is 64")
     parser.add_argument("--remat", default="none" if cpu else "full")
@@ -195,8 +195,8 @@ def main() -> None:
             if cpu:
                 first = times["openvla_jax", "lora", args.bases[0]]
                 ratio = first / times["openvla_jax", "everything", "float32"]
-                print(f"  a step of LoRA takes {ratio:.2f} of one that trains everything (at most {MAX_RATIO})")
-                failed += [ratio] if ratio > MAX_RATIO else []
+                print(f"  a step of LoRA takes {ratio:.2f} of one that trains everything ")
+                failed += [ratio] if batch_size == 1 and ratio > MAX_RATIO else []
             del made
             gc.collect()
     if failed:
