@@ -195,7 +195,7 @@ def main() -> None:
             if cpu:
                 first = times["openvla_jax", "lora", args.bases[0]]
                 ratio = first / times["openvla_jax", "everything", "float32"]
-                print(f"  a step of LoRA takes {ratio:.2f} of one that trains everything ")
+                print(f"  a step of LoRA takes {ratio:.2f} of one that trains everything")
                 failed += [ratio] if batch_size == 1 and ratio > MAX_RATIO else []
             del made
             gc.collect()
