@@ -6,18 +6,28 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 RUN := $(VENV)/bin/python
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo demo-finetune test bench lint clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp ## write the tabletop task's episodes, train a tiny OpenVLA on them, evaluate it (runs/demo)
 	$(RUN) -m openvla_jax.sim.dataset --out runs/demo/data
 	$(RUN) train.py --config configs/tabletop.py --workdir runs/demo
 	$(RUN) -m openvla_jax.evaluate rollout --checkpoint runs/demo --controls --out runs/demo/report
+
+demo-finetune: export JAX_PLATFORMS ?= cpu
+demo-finetune: $(VENV)/demo.stamp ## 25 demonstrations in a world that the demo's policy never saw: LoRA, full, from scratch
+	@test -d runs/demo/checkpoints/4000 || $(MAKE) demo
+	$(RUN) -m openvla_jax.sim.dataset --world changed --episodes 25 --out runs/demo-finetune/data
+	$(RUN) finetune.py --config configs/finetune/tabletop.py:lora --config.init_from=runs/demo --workdir runs/demo-finetune/lora
+	$(RUN) finetune.py --config configs/finetune/tabletop.py:full --config.init_from=runs/demo --workdir runs/demo-finetune/full
+	$(RUN) train.py --config configs/finetune/tabletop.py:scratch --workdir runs/demo-finetune/scratch
+	$(RUN) -m openvla_jax.evaluate compare before=runs/demo scratch=runs/demo-finetune/scratch full=runs/demo-finetune/full \
+	    lora=runs/demo-finetune/lora --world changed --out runs/demo-finetune/report
 
 test: $(VENV)/dev.stamp ## all tests, on the CPU (PYTEST_ARGS=... replaces the options)
 	JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_ARGS)
@@ -31,7 +41,7 @@ lint: $(VENV)/dev.stamp ## style, formatting and types
 	$(RUN) -m mypy
 
 clean: ## remove environments, caches and the demo's output
-	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-finetune
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments: a stamp is written only after its whole installation, so what was cut short is done again ---

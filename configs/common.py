@@ -15,6 +15,18 @@ def base() -> ConfigDict:
     )
     config.model = ConfigDict({"preset": "openvla-7b"})  # and overrides, see openvla_jax.config.model_config
 
+    config.statistics = "replace"  # action statistics of the checkpoint: the data's instead, or "join" both
+
+    # What is trained: patterns of parameter paths, separated by commas (openvla_jax.models.tuning); the rest is frozen.
+    config.trainable = "*"
+    config.frozen_dtype = "bfloat16"
+    config.quantize = ""  # "int8" or "int4": frozen kernels of the projector and the language model as integers
+    config.lora = lora = ConfigDict()
+    lora.rank = 0  # of adapters beside the layers in `targets`; 0: none
+    lora.alpha = placeholder(float)  # adapters are scaled by alpha / rank; default min(rank, 16)
+    lora.dropout = 0.0
+    lora.targets = "all"  # all, reference (PEFT's all-linear), or path patterns separated by commas
+
     config.data = data = ConfigDict()
     data.dataset = ""  # a dataset or a mixture by name
     data.data_dir = ""  # folder with one directory per dataset; gs:// works
@@ -28,7 +40,7 @@ def base() -> ConfigDict:
     data.max_action = placeholder(float)  # drops episodes with a larger |normalised action|
     data.max_proprio = placeholder(float)  # the same of the state
     data.bad_images = "stop"  # at an image that cannot be decoded; or skip, log and count it
-    data.statistics = placeholder(str)  # an existing dataset_statistics.json to use instead of computing
+    data.statistics = placeholder(str)  # a dataset_statistics.json to use instead of computing; "base": init_from's
     data.statistics_dir = placeholder(str)  # where computed statistics are cached; default: beside the data
     data.resume = "auto"  # exact (the stream's state is saved), reseed, or auto: exact where that is small
 
@@ -54,6 +66,7 @@ def base() -> ConfigDict:
     train.log_every = 10
     train.eval_every = 1000  # 0: never
     train.eval_batches = 8
+    train.stop_at_action_accuracy = placeholder(float)  # ends the run there, on average over log_every steps
     train.checkpoint_every = 2500
     train.keep_last = 2
     train.keep_every = placeholder(int)  # every N-th step is kept for good
@@ -68,4 +81,18 @@ def base() -> ConfigDict:
     optimizer.clip_norm = 1.0
 
     config.wandb = ConfigDict({"project": "", "entity": "", "group": ""})  # off without a project
+    return config
+
+
+def finetune(trainable: str) -> ConfigDict:
+    """The reference's settings of fine-tuning: batch 16, image augmentation, 100,000 frames shuffled."""
+    config = base()
+    config.trainable = trainable
+    config.model.preset = ""  # the checkpoint's
+    config.data.shuffle_buffer = 100_000
+    config.augment.enabled = True
+    config.train.batch_size = 16
+    config.train.steps = 20_000
+    config.train.eval_every = 500
+    config.train.checkpoint_every = 1000
     return config

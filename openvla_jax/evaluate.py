@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax.evaluation.rollouts import FIRST_SEED
+from openvla_jax.sim.tabletop import WORLDS
 
 DEFAULT_FRAMES = 256
 
@@ -30,8 +31,16 @@ def main(argv: list[str] | None = None) -> None:
     rollout.add_argument(
         "--controls", action="store_true", help="also with another object named, without image, at random"
     )
+    rollout.add_argument("--world", choices=WORLDS, default="tabletop", help="changed: that of the fine-tuning demo")
     rollout.add_argument("--out", type=Path, required=True, help="folder for report.md and figures")
     rollout.set_defaults(run=run_rollout)
+
+    compare = commands.add_parser("compare", help="success of several checkpoints on the same scenes")
+    compare.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    compare.add_argument("--episodes", type=int, default=200, help="scenes, the same for all")
+    compare.add_argument("--world", choices=WORLDS, default="tabletop", help="in which world")
+    compare.add_argument("--out", type=Path, required=True, help="folder for report.md and success.json")
+    compare.set_defaults(run=run_compare)
 
     offline = commands.add_parser("offline", help="actions on held-out episodes, through the serving path")
     _policy_arguments(offline)
@@ -67,6 +76,7 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a training run's workdir, or one checkpoint")
     parser.add_argument("--url", help="a running server instead, as http://127.0.0.1:8000 ($OPENVLA_TOKEN: its token)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="with --checkpoint")
+    parser.add_argument("--base", type=Path, help="of an adapter's checkpoint, where that lies elsewhere now")
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +95,7 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return client, client.info()
     from openvla_jax.inference.policy import Policy
 
-    policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False)
+    policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False, base=args.base)
     contract = policy.contract
     return policy, {
         "preprocessing": contract.preprocessing,
@@ -124,8 +134,9 @@ def run_rollout(args: argparse.Namespace) -> None:
     statistics = next(iter(info["statistics"].values()))["action"]
     began = time.perf_counter()
     results = evaluate(
-        policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics
-    )
+        policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics,
+        world=args.world,
+    )  # fmt: skip
     print(f"{args.episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
     args.out.mkdir(parents=True, exist_ok=True)
     made = []
@@ -136,6 +147,31 @@ def run_rollout(args: argparse.Namespace) -> None:
     title = f"Tabletop: {args.checkpoint or args.url} on {args.episodes} unseen scenes"
     for path in (figures.write_report(results, args.out / "report.md", title, made), *made):
         print(path)
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Prints the table, and writes out/report.md, success.json and a strip of the last checkpoint's rollouts."""
+    from openvla_jax.evaluation import figures
+    from openvla_jax.evaluation.rollouts import evaluate
+    from openvla_jax.inference.policy import Policy
+
+    named = [item.partition("=")[::2] for item in args.checkpoints]
+    for name, path in named:
+        if not name or not path:
+            raise ValueError(f"checkpoint {name or path!r}: give NAME=CHECKPOINT, as lora=runs/lora")
+    results = {}
+    for name, path in named:
+        policy = Policy.from_checkpoint(path, check_images=False)
+        results[name] = evaluate(policy, args.episodes, world=args.world)["policy"]
+    table = figures.success_table(results)
+    print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    strip = figures.rollout_strip(results[named[-1][0]], args.out / f"{named[-1][0]}.png")
+    title = f"World {args.world!r}: {args.episodes} unseen scenes"
+    report = figures.write_report(results, args.out / "report.md", title, [strip])
+    summary = {name: {"rate": found.rate, "interval": found.interval} for name, found in results.items()}
+    (args.out / "success.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(report)
 
 
 def run_offline(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
+    parser.add_argument("--base", help="of an adapter's checkpoint, where that lies elsewhere now")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers, made while loading")
     parser.add_argument(
         "--unconstrained", action="store_true", help="tokens from the whole vocabulary, as the reference"
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             args.quantize,
             constrained=not args.unconstrained,
             preprocessing={name: value for name, value in changes.items() if value is not None},
+            base=args.base,
         )
         app = make_app(policy, settings)
     except (ValueError, OSError) as error:

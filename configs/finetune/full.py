@@ -4,16 +4,8 @@
 Full fine-tuning: all weights, batch 16, image augmentation on. Model, tokenizer and prompt come from the checkpoint.
 """
 
-from configs.common import base
+from configs.common import finetune
 
 
 def get_config():
-    config = base()
-    config.model.preset = ""
-    config.data.shuffle_buffer = 100_000
-    config.augment.enabled = True
-    config.train.batch_size = 16
-    config.train.steps = 20_000
-    config.train.eval_every = 500
-    config.train.checkpoint_every = 1000
-    return config
+    return finetune(trainable="*")

@@ -30,6 +30,7 @@ from openvla_jax.convert.names import (
 )
 from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_torch_folder
+from openvla_jax.training.adapter import MERGE
 from openvla_jax.training.checkpoint import PREPROCESSING, Contract, is_complete, load_contract, open_checkpoint
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
@@ -140,7 +141,7 @@ def open_source(
     if (path / "config.json").exists():
         return open_hf(path, **given)
     if (path / "adapter_config.json").exists():
-        raise ConversionError(f"{path} is a LoRA adapter: import the model that it belongs to, or the merged weights")
+        raise ConversionError(f"{path} is a LoRA adapter: name the model that it belongs to, --base CHECKPOINT")
     return open_orbax(path)
 
 
@@ -301,6 +302,8 @@ def open_orbax(path: Path) -> Source:
     """A checkpoint of this project: an import, a step of a run, or a run (its latest step)."""
     directory = Path(open_checkpoint(path))
     contract = load_contract(directory)
+    if contract.adapter is not None:
+        raise ConversionError(f"{directory} is an adapter of {contract.adapter['base']}: {MERGE}")
     tokenizer = directory / "contract" / "tokenizer" if contract.tokenizer is not None else None
     origin = contract.training.get("source", {})
     notes = [] if tokenizer else ["the checkpoint has no tokenizer: import it again with --tokenizer"]

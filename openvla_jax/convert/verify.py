@@ -229,6 +229,18 @@ def build_model(source: Source) -> tuple[Any, Any]:
     return graph, state
 
 
+def text_logits(graph: Any, state: Any, inputs: Inputs) -> np.ndarray:
+    """float32 [all text tokens of all rows, V]: what a model of `build_model` says at them."""
+
+    @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
+    def run(state, images, ids):
+        model: OpenVLA = nnx.merge(graph, state)
+        return model(model.normalize(images), ids)[:, model.config.patches :]
+
+    logits = np.asarray(run(state, inputs.images, inputs.ids))
+    return logits[np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]]
+
+
 def compute(source: Source, inputs: Inputs) -> Outputs:
     graph, state = build_model(source)
     sizes = [len(entry["action"]["q01"]) for entry in source.statistics.values()]

@@ -16,12 +16,13 @@ from openvla_jax.data.oxe.datasets import DatasetConfig
 
 
 def dataset_statistics(
-    source: Source, *, path: str | None = None, cache_dir: str | None = None, load_proprio: bool = False
+    source: Source, *, path: str | Mapping | None = None, cache_dir: str | None = None, load_proprio: bool = False
 ) -> dict:
     """The statistics of a dataset, with the normalisation mask, checked.
 
-    path: an existing JSON, of this dataset or of several. Otherwise the cache beside the data, or in cache_dir, is
-    used, and filled by a pass over all splits where it is empty. Its key covers name, version, size and computation.
+    path: an existing JSON, of this dataset or of several, or what it holds. Otherwise the cache beside the data, or in
+    cache_dir, is used, and filled by a pass over all splits where it is empty. Its key covers name, version, size
+    and computation.
     Without load_proprio the statistics of the state are zeros, as in the reference.
     """
     mask = source.config.action_normalization_mask

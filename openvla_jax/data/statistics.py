@@ -79,24 +79,25 @@ def check_finite(values: np.ndarray, what: str, name: str, episodes: np.ndarray,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str, name: str) -> dict:
-    """The statistics of dataset `name` from a JSON file of one dataset or of several.
+def load(path: str | Mapping, name: str) -> dict:
+    """The statistics of dataset `name` from a JSON file of one dataset or of several, or from what such a file holds.
 
     Raises StatisticsError where the file is missing or malformed, or lacks the dataset; it lists the names there are.
     """
+    where = "the checkpoint to start from" if isinstance(path, Mapping) else f"statistics file {path}"
     try:
-        content = json.loads(epath.Path(path).expanduser().read_text())
+        content = path if isinstance(path, Mapping) else json.loads(epath.Path(path).expanduser().read_text())
     except (OSError, ValueError) as error:
-        raise StatisticsError(f"statistics file {path} cannot be read ({_line(error)}): mend its path") from error
-    if not isinstance(content, dict):
-        raise StatisticsError(f"statistics file {path} holds a {type(content).__name__}, not an object: mend its path")
+        raise StatisticsError(f"{where} cannot be read ({_line(error)}): mend its path") from error
+    if not isinstance(content, Mapping):
+        raise StatisticsError(f"{where} holds a {type(content).__name__}, not an object: mend its path")
     if "action" not in content and name not in content:
         near = difflib.get_close_matches(name, content, 1, 0.0)
         raise StatisticsError(
-            f"statistics file {path} has no dataset {name!r}, only {', '.join(sorted(content))}"
+            f"{where} has no dataset {name!r}, only {', '.join(sorted(content)) or 'none'}"
             f"{f' (nearest: {near[0]!r})' if near else ''}: compute them, or name another file"
         )
-    return content if "action" in content else content[name]
+    return dict(content if "action" in content else content[name])
 
 
 def cached(file_name: str, folders: Sequence[str], compute: Callable[[], dict]) -> dict:

@@ -128,8 +128,9 @@ def evaluate(
     first_seed: int = FIRST_SEED,
     record: int = 8,
     action_statistics: Mapping[str, Any] | None = None,
+    world: str = "tabletop",
 ) -> dict[str, Rollouts]:
-    """Rollouts of `policy` by condition on the scenes first_seed ... first_seed + episodes - 1.
+    """Rollouts of `policy` by condition on the scenes first_seed ... first_seed + episodes - 1 of `world`.
 
     Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The
     last draws from `action_statistics`; by default they are those of `policy.contract.statistics`, of one dataset.
@@ -138,7 +139,7 @@ def evaluate(
         raise ValueError(f"episodes {episodes}: evaluate at least 1")
 
     def worlds():
-        return [Tabletop(seed) for seed in range(first_seed, first_seed + episodes)]
+        return [Tabletop(seed, world) for seed in range(first_seed, first_seed + episodes)]
 
     results = {"policy": run_rollouts(policy, worlds(), image_size=image_size, record=record)}
     if controls:

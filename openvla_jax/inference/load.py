@@ -1,11 +1,13 @@
 """A checkpoint's model on the default device: in full precision, or as integers that are made while it is read."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -13,40 +15,64 @@ from orbax.checkpoint import v1 as ocp
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import EXCLUDE, KINDS, check_kind, choose_paths, quantize_array, quantize_model
+from openvla_jax.models.tuning import Tuning, merge_tuned
+from openvla_jax.training.adapter import check_fingerprint, check_finite, open_base, read_base
 from openvla_jax.training.checkpoint import (
     CheckpointError,
     Contract,
     Files,
     absolute,
     check_tree,
+    flat,
     load_contract,
     load_params,
+    nested,
     open_checkpoint,
+    read_leaves,
+    with_shardings,
 )
+from openvla_jax.training.sharding import make_mesh
+from openvla_jax.training.state import abstract_state
+from openvla_jax.training.step import make_graph
 
 VALUES, SCALE = "values", "scale"
 
 
 def load_model(
-    path: str | os.PathLike, dtype: str = "float32", quantize: str | None = None, exclude: Sequence[str] = EXCLUDE
+    path: str | os.PathLike,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    exclude: Sequence[str] = EXCLUDE,
+    base: str | os.PathLike | None = None,
 ) -> tuple[OpenVLA, VLAConfig]:
     """A checkpoint's model on the default device, parameters and computation in `dtype`.
 
     `quantize` ("int8", "int4") stores all kernels but those below the paths in `exclude` as integers: one is read and
     quantised after the other, largest first, so that the full-precision model is never in memory. A checkpoint that
-    was saved quantised is loaded as it is. Raises CheckpointError if `path` holds no complete checkpoint, its tensors
+    was saved quantised is loaded as it is. An adapter is merged into its base, which is read from `base`, or from where
+    it was when the adapter was trained. Raises CheckpointError if `path` holds no complete checkpoint, its tensors
     do not fit its own config, or it is quantised otherwise.
     """
     contract = load_contract(path)
-    return load_weights(open_checkpoint(path), contract, dtype, quantize, exclude), contract.model
+    return load_weights(open_checkpoint(path), contract, dtype, quantize, exclude, base), contract.model
 
 
 def load_weights(
-    path: epath.Path, contract: Contract, dtype: str, quantize: str | None = None, exclude: Sequence[str] = EXCLUDE
+    path: epath.Path,
+    contract: Contract,
+    dtype: str,
+    quantize: str | None = None,
+    exclude: Sequence[str] = EXCLUDE,
+    base: str | os.PathLike | None = None,
 ) -> OpenVLA:
     """`load_model` of an open checkpoint whose contract was read."""
     if quantize is not None:
         check_kind(quantize)
+    if contract.adapter is not None:
+        model = load_adapted(path, contract, dtype, base)
+        if quantize is not None:
+            quantize_model(model, quantize, choose_paths(model, exclude))
+        return model
     stored = stored_quantization(path)
     if stored is not None:
         kind, paths = stored
@@ -64,6 +90,32 @@ def load_weights(
     graph, state = nnx.split(abstract_quantized(contract.model, quantize, paths, dtype), nnx.Param)
     nnx.replace_by_pure_dict(state, arrays)
     return nnx.merge(graph, state)
+
+
+def load_adapted(
+    path: epath.Path, contract: Contract, dtype: str, base: str | os.PathLike | None = None, merge: bool = True
+) -> OpenVLA:
+    """An adapter on its base: merged in float32 and cast to `dtype`, or as it was trained, with the base in `dtype`."""
+    assert contract.adapter is not None
+    tuning = Tuning.from_dict(contract.adapter["tuning"])
+    tuning = dataclasses.replace(tuning, frozen_dtype=dtype, quantize=None)
+    source = open_base(contract.adapter, path, base)
+    mesh = make_mesh({}, jax.local_devices()[:1])
+    abstract, placed = abstract_state(contract.model, dtype, optax.identity(), mesh, tuning)
+    trained, frozen, found = read_base(source, contract.model, tuning, abstract, placed, mesh)
+    check_fingerprint(found, contract.adapter, source, path)
+    trained = load_params(path, with_shardings(abstract.params, placed.params))
+    check_finite(trained, path)
+    graph = make_graph(contract.model, dtype, tuning)
+    if not merge:
+        return cast(OpenVLA, nnx.merge(graph, trained, frozen))
+
+    def merged(trained: nnx.State, frozen: nnx.State) -> OpenVLA:
+        model = merge_tuned(cast(OpenVLA, nnx.merge(graph, trained, frozen)))
+        return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), model)
+
+    # A stack that a last layer joins is made anew; all else is changed where it lies.
+    return jax.jit(merged, donate_argnums=() if tuning.splits_last else 1)(trained, frozen)
 
 
 def save_model(model: OpenVLA, contract: Contract, directory: str | os.PathLike) -> None:
@@ -114,10 +166,8 @@ def _placed(abstract: nnx.State, dtype: Any) -> nnx.State:
 
 def _read_quantizing(path: epath.Path, tree: Mapping[str, Any], paths: Sequence[str], kind: str) -> dict[str, Any]:
     """The arrays of `tree` (shapes), those at `paths` as {values, scale}."""
-    leaves = _flat(tree)
-    stored = _flat(ocp.metadata(path, "params").metadata)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
+    leaves = flat(tree)
+    stored = flat(ocp.metadata(path, "params").metadata)
     quantize = jax.jit(quantize_array, static_argnums=1)
 
     def read(names: Sequence[str], as_stored: bool) -> dict[str, jax.Array]:
@@ -127,8 +177,7 @@ def _read_quantizing(path: epath.Path, tree: Mapping[str, Any], paths: Sequence[
             name: jax.ShapeDtypeStruct(leaves[name].shape, dtypes[name], sharding=leaves[name].sharding)
             for name in names
         }
-        with context:
-            return _flat(ocp.load_checkpointables(path, {"params": _nested(wanted)})["params"])
+        return read_leaves(path, wanted)
 
     arrays: dict[str, Any] = {}
     for name in sorted(paths, key=lambda name: -leaves[name].size):
@@ -136,20 +185,4 @@ def _read_quantizing(path: epath.Path, tree: Mapping[str, Any], paths: Sequence[
         arrays |= {f"{name}/{VALUES}": values, f"{name}/{SCALE}": scale}
         jax.block_until_ready(values)  # or the next kernel would be read while this one is still there
     arrays |= read([name for name in leaves if name not in set(paths)], as_stored=False)
-    return _nested(arrays)
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return nested(arrays)

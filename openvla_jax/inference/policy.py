@@ -68,18 +68,20 @@ class Policy:
         constrained: bool = True,
         preprocessing: Mapping[str, Any] | None = None,
         check_images: bool = True,
+        base: str | os.PathLike | None = None,
     ) -> "Policy":
         """Loads a training run's workdir (its latest step), one of its checkpoints, or an imported checkpoint.
 
         `dtype` defaults to bfloat16 on accelerators and to float32 on CPU, where XLA's bfloat16 products are slower.
         `quantize` ("int8", "int4") and `exclude` are those of `load_model`. `preprocessing` replaces settings of the
-        checkpoint (resize_kernel, center_crop, jpeg). `check_images` refuses a model that ignores its images.
+        checkpoint (resize_kernel, center_crop, jpeg). `check_images` refuses a model that ignores its images. `base`
+        is where an adapter's base lies now, if no longer where it was trained.
         """
         path = open_checkpoint(path)
         contract = load_contract(path)
         contract = dataclasses.replace(contract, preprocessing=contract.preprocessing | dict(preprocessing or {}))
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        model = load_weights(path, contract, dtype, quantize, exclude)
+        model = load_weights(path, contract, dtype, quantize, exclude, base)
         if jax.default_backend() == "cpu":
             model.unstack()
         policy = cls(model, contract, constrained)
@@ -117,8 +119,8 @@ class Policy:
         """One action, float64 [action_dim], in the units of the dataset `unnorm_key`.
 
         `image` is uint8 RGB [height, width, 3] of any size; `unnorm_key` may be left out if the checkpoint knows one
-        dataset. `temperature` 0 is greedy; above, `seed` decides. Raises ValueError for another dtype or shape, an
-        empty or too long instruction, or an unknown key.
+        dataset, or was fine-tuned on one. `temperature` 0 is greedy; above, `seed` decides. Raises ValueError for
+        another dtype or shape, an empty or too long instruction, or an unknown key.
         """
         return self.act([self.prepare(image, instruction, unnorm_key, temperature, seed)])[0]
 
@@ -154,7 +156,7 @@ class Policy:
             raise ValueError(f"instruction is {type(instruction).__name__}: give text")
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature {temperature}: 0 (greedy) or above")
-        key = choose_unnorm_key(self.contract.statistics, unnorm_key)
+        key = choose_unnorm_key(self.contract.statistics, unnorm_key or self.contract.default_key)
         action_dim = len(self.contract.statistics[key]["action"]["q01"])
         prompt = prompt_ids(self.contract.tokenizer, instruction, model.prompt_family)
         limit = self.contract.preprocessing["text_length"] - action_dim - 1

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
 from openvla_jax.models.quantize import QTensor
 
 # What the backward pass keeps of a layer instead of recomputing it, from least to most memory. Names are set by
@@ -72,18 +73,25 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
 
 
 class Linear(nnx.Module):
-    """`y = x @ kernel + bias`, kernel [in, out] (transposed against PyTorch), computed in the dtype of `x`."""
+    """`y = x @ kernel + bias`, kernel [in, out] (transposed against PyTorch), computed in the dtype of `x`.
+
+    `lora` is an adapter beside the kernel, where there is one (`models/tuning.py`).
+    """
 
     kernel: nnx.Param | QTensor
+    lora: LoRA | None
 
     def __init__(self, key, in_features: int, out_features: int, axes, *, bias: bool, layers: int | None = None):
         lead, lead_axes = stack_shape(layers)
         self.kernel = make_param(key, (*lead, in_features, out_features), (*lead_axes, *axes), scale=in_features**-0.5)
         self.bias = make_param(None, (*lead, out_features), (*lead_axes, axes[-1]), value=0.0) if bias else None
+        self.lora = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = matmul(x, self.kernel)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(self, x: Float[Array, "... i"], preferred_element_type=None) -> Float[Array, "... o"]:
+        y = matmul(x, self.kernel, preferred_element_type)
+        if self.lora is not None:
+            y = y + self.lora(x, matmul_precision(x.dtype)).astype(y.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -239,14 +247,16 @@ def scan_layers(body: Callable[[Any, Array], Array], x: Array, layers: Any, rema
     """
 
     def step(carry, scanned):
-        (layer,) = scanned
-        return shard_rows(body(layer, shard_rows(carry))), None
+        layer, *key = scanned
+        with dropout_key(key[0] if key else None):
+            return shard_rows(body(layer, shard_rows(carry))), None
 
     check_remat(remat)
+    keys = layer_keys(jax.tree.leaves(layers)[0].shape[0])
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    return scan_stack(step, x, layers)[0]
+    return scan_stack(step, x, layers, *([] if keys is None else [keys]))[0]
 
 
 def scan_stack(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, *others: Any) -> tuple[Any, Any]:

@@ -19,7 +19,6 @@ from openvla_jax.models.layers import (
     RMSNorm,
     attention,
     make_param,
-    matmul,
     rope,
     save_name,
     scan_layers,
@@ -100,11 +99,13 @@ class Embedding(nnx.Module):
 
 class Llama(nnx.Module):
     blocks: LlamaBlock | nnx.List  # stacked, or one by one (`OpenVLA.unstack`)
+    last: LlamaBlock | None  # the last layer apart, a stack of one, where it alone is trained (`models/tuning.py`)
 
     def __init__(self, key, config: LlamaConfig):
         keys = jax.random.split(key, 3)
         self.embed = Embedding(keys[0], config)
         self.blocks = LlamaBlock(keys[1], config, config.depth)
+        self.last = nnx.data(None)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(keys[2], config.width, config.vocab_size, ("embed", "vocab"), bias=False)
         self.config = config
@@ -127,11 +128,12 @@ class Llama(nnx.Module):
             x = x + block.attention.attend(q, k, v, mask)
             return x + block.mlp(block.norm2(x))
 
-        return self.norm(scan_layers(body, x, self.blocks, remat))
+        x = scan_layers(body, x, self.blocks, remat)
+        return self.norm(x if self.last is None else scan_layers(body, x, self.last, remat))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the padded vocabulary."""
-        return matmul(hidden, self.head.kernel, preferred_element_type=jnp.float32)
+        return self.head(hidden, preferred_element_type=jnp.float32)
 
     def prefill(
         self, x: Float[Array, "B T D"], length: int, last: Int[Array, "B"] | None = None

@@ -49,11 +49,14 @@ class OpenVLA(nnx.Module):
     Sequence: BOS, the image's patches, the rest of the text; positions count patches.
     """
 
+    unused: nnx.Dict | None  # adapters of what is never run, by tower, so that PEFT's are kept (`models/tuning.py`)
+
     def __init__(self, config: VLAConfig, key: Array, dtype=jnp.float32):
         keys = jax.random.split(key, len(config.towers) + 2)
         self.vision = nnx.Dict({tower.name: ViT(k, tower) for tower, k in zip(config.towers, keys[2:], strict=True)})
         self.projector = Projector(keys[0], config)
         self.llama = Llama(keys[1], config.llama)
+        self.unused = nnx.data(None)
         self.config = config
         self.dtype = jnp.dtype(dtype)
 

@@ -18,20 +18,25 @@ from openvla_jax.models.layers import (
     attention,
     make_param,
     matmul,
+    matmul_precision,
     save_name,
     scan_layers,
     stack_shape,
 )
+from openvla_jax.models.lora import LoRA
 
 
 class PatchEmbed(nnx.Module):
     """Convolution with stride = kernel = patch size, as one product over flattened patches (height, width, channel)."""
+
+    lora: LoRA | None
 
     def __init__(self, key, config: VisionConfig):
         size = config.patch_size
         fan_in = size * size * 3
         self.kernel = make_param(key, (fan_in, config.width), ("patch", "embed"), scale=fan_in**-0.5)
         self.bias = None if config.pre_norm else make_param(None, (config.width,), ("embed",), value=0.0)
+        self.lora = nnx.data(None)
         self.size = size
 
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P D"]:
@@ -40,11 +45,19 @@ class PatchEmbed(nnx.Module):
         x = pixels[:, : rows * self.size, : columns * self.size]
         x = x.reshape(batch, rows, self.size, columns, self.size, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, rows * columns, -1)
-        x = matmul(x, self.kernel)
-        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+        y = matmul(x, self.kernel)
+        if self.lora is not None:
+            y = y + self.lora(x, matmul_precision(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
+    """Self-attention. `qkv` holds the adapter of the three input projections, which reference checkpoints keep as one
+    matrix: they share its A, as PEFT adapts it.
+    """
+
+    qkv: nnx.Dict | None
+
     def __init__(self, key, config: VisionConfig, layers: int | None):
         keys = jax.random.split(key, 4)
         width, heads = config.width, ("embed", "heads")
@@ -53,12 +66,17 @@ class Attention(nnx.Module):
         self.v = Linear(keys[2], width, width, heads, bias=True, layers=layers)
         self.o = Linear(keys[3], width, width, ("heads", "embed"), bias=True, layers=layers)
         self.heads = config.heads
+        self.qkv = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         shape = (*x.shape[:2], self.heads, -1)
-        q = save_name(self.q(x), "q").reshape(shape)
-        k = save_name(self.k(x), "k").reshape(shape)
-        v = save_name(self.v(x), "v").reshape(shape)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qkv is not None:
+            added = jnp.split(self.qkv["lora"](x, matmul_precision(x.dtype)), 3, axis=-1)
+            q, k, v = q + added[0], k + added[1], v + added[2]
+        q = save_name(q, "q").reshape(shape)
+        k = save_name(k, "k").reshape(shape)
+        v = save_name(v, "v").reshape(shape)
         return save_name(self.o(attention(q, k, v).reshape(x.shape)), "o")
 
 

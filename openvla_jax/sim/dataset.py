@@ -41,7 +41,7 @@ FEATURES = {
 }
 
 
-def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
+def expert_episode(seed: int, noise: float, world_name: str = "tabletop") -> tuple[str, list[dict]]:
     """(instruction, steps) of one episode; each step has image uint8 [48, 48, 3], state [8], action [7] float32.
 
     What is stored is what the expert would do; what is executed is, now and then, that plus noise or a jump to anywhere
@@ -49,7 +49,7 @@ def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
     way back (Laskey et al. 2017, DART). `noise` is the standard deviation in metres; 0 executes what is stored.
     """
     rng = np.random.default_rng([seed, 1])
-    world = Tabletop(seed)
+    world = Tabletop(seed, world_name)
     steps = []
     for _ in range(MAX_STEPS):
         action = expert_action(world)
@@ -67,8 +67,11 @@ def expert_episode(seed: int, noise: float) -> tuple[str, list[dict]]:
     return world.instruction, steps
 
 
-def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = None, noise: float = 0.02) -> Path:
-    """Writes out/tabletop/1.0.0 with splits train and val (5% of `episodes` by default); returns that folder.
+def write_dataset(
+    out: str | Path, episodes: int, val_episodes: int | None = None, noise: float = 0.02, world: str = "tabletop"
+) -> Path:
+    """Writes out/tabletop/1.0.0 with splits train and val (5% of `episodes` by default); returns that folder. `world`
+    is one of `tabletop.WORLDS`.
 
     A complete dataset of the same parameters is kept.
     Raises FileExistsError where a dataset of other parameters lies there, ValueError for a number of episodes below 1.
@@ -76,8 +79,9 @@ def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = Non
     counts = {"train": episodes, "val": max(1, episodes // 20) if val_episodes is None else val_episodes}
     if min(counts.values()) < 1:
         raise ValueError(f"episodes {counts}: write at least 1 in each split")
-    world = hashlib.sha256(Path(tabletop.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
-    parameters = {"episodes": counts, "noise": noise, "world": world}
+    code = hashlib.sha256(Path(tabletop.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    parameters = {"episodes": counts, "noise": noise, "world": world, "code": code}
+    Tabletop(0, world)  # raises for an unknown world, before anything is written
     directory = Path(out) / NAME / VERSION
     if directory.exists():
         found = _parameters(directory)
@@ -91,7 +95,7 @@ def write_dataset(out: str | Path, episodes: int, val_episodes: int | None = Non
     return writer.write_dataset(
         directory,
         FEATURES,
-        {split: (_example(seed, noise) for seed in numbers) for split, numbers in seeds.items()},
+        {split: (_example(seed, parameters) for seed in numbers) for split, numbers in seeds.items()},
         description="Scripted pick-up episodes in a rendered tabletop world (openvla_jax.sim).",
         episodes_per_file=-(-max(counts.values()) // SHARDS),
         metadata=parameters,
@@ -105,8 +109,8 @@ def _parameters(directory: Path) -> dict | None:
         return None
 
 
-def _example(seed: int, noise: float) -> dict:
-    instruction, steps = expert_episode(seed, noise)
+def _example(seed: int, parameters: dict) -> dict:
+    instruction, steps = expert_episode(seed, parameters["noise"], parameters["world"])
     return {
         "steps": [
             {
@@ -126,9 +130,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder in which tabletop/1.0.0 is written")
     parser.add_argument("--episodes", type=int, default=2000, help="episodes of the train split; val gets 5%% more")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of the executed noise in metres")
+    parser.add_argument("--world", choices=tuple(tabletop.WORLDS), default="tabletop", help="changed: for fine-tuning")
     args = parser.parse_args()
     try:
-        print(write_dataset(args.out, args.episodes, noise=args.noise))
+        print(write_dataset(args.out, args.episodes, noise=args.noise, world=args.world))
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -36,6 +36,11 @@ STATE_DIM = 8  # xyz, roll pitch yaw, pad, gripper: the POS_EULER layout of Open
 ACTION_DIM = 7
 
 
+# Worlds by name: whether gripper command 1 opens. The demo is trained in the first; fine-tuning moves its policy to the
+# second, the same table under a robot whose gripper command is reversed.
+WORLDS = {"tabletop": True, "changed": False}
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a seed fixes: the objects (one colour each), where they lie, which one is named, where the gripper
@@ -67,15 +72,18 @@ def sample_scene(seed: int) -> Scene:
 
 
 class Tabletop:
-    """One episode of the world. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw, gripper (1 =
-    open).
+    """One episode of a world of `WORLDS`. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw,
+    gripper (1 = open, or closed where the world says so).
 
     Translations are clipped to MAX_STEP and to the workspace. The gripper stays upright, so rotations have no effect
     (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, world: str = "tabletop"):
+        if world not in WORLDS:
+            raise ValueError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
         self.scene = sample_scene(seed)
+        self.one_opens = WORLDS[world]
         self.gripper = self.scene.gripper.copy()
         self.objects = np.concatenate([self.scene.positions, np.zeros((OBJECTS_PER_SCENE, 1))], axis=1)  # base centres
         self.open = True
@@ -103,7 +111,7 @@ class Tabletop:
             raise ValueError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
         moved = self.gripper + np.clip(action[:3], -MAX_STEP, MAX_STEP)
         self.gripper = np.clip(moved, (-REACH, -REACH, 0.0), (REACH, REACH, CEILING))
-        was_open, self.open = self.open, bool(action[6] > 0.5)
+        was_open, self.open = self.open, bool(action[6] > 0.5) == self.one_opens
         if self.open:
             self._release()
         elif was_open:
@@ -138,15 +146,16 @@ def expert_action(world: Tabletop) -> np.ndarray:
     comes down, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
     Every state has an answer, so perturbed states show a learner how to recover.
     """
+    opening, closing = float(world.one_opens), float(not world.one_opens)
     if world.held == world.scene.target:
-        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, 0], np.float32)
+        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, closing], np.float32)
     if not world.open:
-        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, 1], np.float32)
+        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, opening], np.float32)
     dx, dy = _keys(world.objects[world.scene.target, :2] - world.gripper[:2])
     near = max(abs(dx), abs(dy)) < 1.5 * KEY_STEP
     dz = _keys((0.0 if near else HOVER) - world.gripper[2])
     done = dx == dy == dz == 0
-    return np.array([dx, dy, dz, 0, 0, 0, 0 if done else 1], np.float32)
+    return np.array([dx, dy, dz, 0, 0, 0, closing if done else opening], np.float32)
 
 
 def _keys(distance):

@@ -2,7 +2,8 @@
 
 A checkpoint is a directory written by Orbax (v1) with these items:
 
-    params/      nested dict of arrays, paths as in the model (`llama/blocks/attention/q/kernel`)
+    params/      nested dict of arrays, paths as in the model (`llama/blocks/attention/q/kernel`); of a run that froze
+                 some, only what it trained: such a checkpoint, an adapter, is used together with its base
     unused/      reference tensors that are never run, by tower (only in imported weights; copied along)
     optimizer/   optimiser state and step (only while training)
     data/        position in the data stream, per process (only where `data.resume` is exact)
@@ -53,6 +54,8 @@ class Contract:
     training: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
     )  # the run's config, or the source of an import
+    default_key: str | None = None  # the statistics that unnormalise actions where nobody names others
+    adapter: Mapping[str, Any] | None = None  # {base, fingerprint, tuning} where params hold only what was trained
 
     def save(self, directory: os.PathLike | str) -> None:
         """Writes the contract's files into an existing directory."""
@@ -64,7 +67,10 @@ class Contract:
             "model": self.model.to_dict(),
             "preprocessing": dict(self.preprocessing),
             "training": dict(self.training),
+            "default_key": self.default_key,
         }
+        if self.adapter is not None:
+            config["adapter"] = dict(self.adapter)
         (path / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         (path / STATISTICS_FILE).write_text(json.dumps(dict(self.statistics), indent=2))
         if self.tokenizer is not None:
@@ -86,6 +92,8 @@ class Contract:
             statistics=_read_json(path / STATISTICS_FILE),
             preprocessing=config["preprocessing"],
             training=config["training"],
+            default_key=config.get("default_key"),
+            adapter=config.get("adapter"),
         )
 
 
@@ -150,7 +158,15 @@ def load_params(path: os.PathLike | str, abstract: nnx.State) -> nnx.State:
     path = open_checkpoint(path)
     check_tree(path, abstract)
     pure = ocp.load_checkpointables(path, {"params": nnx.to_pure_dict(nnx.as_pure(abstract))})["params"]
-    return _refill(abstract, pure)
+    return refill(abstract, pure)
+
+
+def read_leaves(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Some parameters by path, as `wanted` describes each (dtype, sharding)."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return flat(ocp.load_checkpointables(path, {"params": nested(wanted)})["params"])
 
 
 def check_tree(path: epath.Path, abstract: nnx.State) -> None:
@@ -180,7 +196,25 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _refill(abstract: Any, pure: Any) -> Any:
+def flat(tree: Any) -> dict[str, Any]:
+    """Leaves of nested dicts by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def refill(abstract: Any, pure: Any) -> Any:
     """Puts plain leaves back under the `nnx.Variable`s of `abstract` (dicts iterate in one order on both sides)."""
     names = {name: i for i, name in enumerate(_shapes(pure))}
     order = [names[name] for name in _shapes(nnx.to_pure_dict(nnx.as_pure(abstract)))]
@@ -199,7 +233,7 @@ def with_shardings(abstract: Any, placed: Any) -> Any:
 
 
 def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: Any) -> Any:
-    """The training state of a step, onto the shardings in `placed`, whatever mesh saved it."""
+    """The training state of a step, onto the shardings in `placed`, whatever mesh saved it; `frozen` stays abstract."""
     path = open_checkpoint(workdir, step)
     check_tree(path, abstract.params)
     target = with_shardings(abstract, placed)
@@ -207,7 +241,7 @@ def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: 
     loaded = ocp.load_checkpointables(path, {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest})
     rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
     rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
-    params = _refill(abstract.params, loaded["params"])
+    params = refill(abstract.params, loaded["params"])
     return abstract.replace(step=rest["step"], opt_state=rest["opt_state"], params=params)
 
 

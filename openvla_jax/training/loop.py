@@ -1,8 +1,8 @@
 """The training run, top to bottom: mesh, model, data, state, step, loop. `train.py` and `finetune.py` call `run`."""
 
+import collections
 import contextlib
 import json
-import math
 import os
 import signal
 import time
@@ -15,12 +15,14 @@ import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
-from flax import nnx
 
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.inference.preprocess import center_crop
 from openvla_jax.models.layers import check_remat
+from openvla_jax.models.openvla import count_parameters
+from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
 from openvla_jax.training import metrics as metrics_lib
+from openvla_jax.training.adapter import check_fingerprint, read_base
 from openvla_jax.training.checkpoint import (
     PREPROCESSING,
     CheckpointError,
@@ -28,13 +30,11 @@ from openvla_jax.training.checkpoint import (
     Contract,
     absolute,
     load_contract,
-    load_params,
     load_unused,
     open_checkpoint,
     restore_iterator,
     restore_state,
     steps_in,
-    with_shardings,
 )
 from openvla_jax.training.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.training.state import TrainState, init_state
@@ -45,7 +45,12 @@ CONFIG_FILE = "config.json"
 # An exact data position is saved while the shuffle buffer that it contains stays below this, in bytes per process.
 EXACT_RESUME_LIMIT = 256 * 2**20
 # Changing these between starts of one run would make another run of it.
-FIXED = ("model", "tokenizer", "seed", "data.dataset", "data.text_length", "train.batch_size")
+FIXED = (
+    "model", "tokenizer", "seed", "data.dataset", "data.text_length", "train.batch_size", "trainable", "lora",
+    "quantize", "frozen_dtype",
+)  # fmt: skip
+
+LATER = ("trainable", "lora", "quantize", "frozen_dtype")  # settings that the first checkpoints do not know
 
 
 class NonFiniteError(FloatingPointError):
@@ -68,6 +73,8 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     # -- Mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh.to_dict())
     check_remat(train.remat)
+    if config.statistics not in ("replace", "join"):
+        raise ValueError(f"unknown statistics {config.statistics!r}: replace (the checkpoint's) or join (them)")
     if train.compiler_options not in ("tuned", "default"):
         raise ValueError(f"unknown train.compiler_options {train.compiler_options!r}: tuned or default")
     check_batch(train.batch_size, train.accumulation, mesh)
@@ -84,12 +91,17 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     start = max(steps_in(workdir / "checkpoints"), default=0)
     if start:
         check_same_run(workdir, config)
+    data = config.data.to_dict()
+    if data["statistics"] == "base":
+        if base is None:
+            raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
+        data["statistics"] = base.statistics
     common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family)
     local_batch_size = train.batch_size // jax.process_count()
 
     def open_data(seed: int, step: int = 0):
         return make_train_iterator(
-            config.data.to_dict(), tokenizer, batch_size=local_batch_size, seed=seed, step=step,
+            data, tokenizer, batch_size=local_batch_size, seed=seed, step=step,
             process_index=jax.process_index(), process_count=jax.process_count(), **common,
         )  # fmt: skip
 
@@ -113,7 +125,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     eval_batches = []
     if train.eval_every and train.eval_batches:
         eval_batches = make_eval_batches(
-            config.data.to_dict(), tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
+            data, tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
             statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
             **common, )  # fmt: skip
     if config.augment.enabled:  # validation sees what a policy trained with random crops is served
@@ -122,23 +134,38 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)
     job = make_job(config, model, mesh, datasets)
-    optimizer, abstract, placed = job.optimizer, job.abstract, job.placed
-    log(f"model: {model.name}, {describe_parameters(abstract.params)}")
+    optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
+    log(f"model: {model.name}; {describe_training(model, tuning)}")
+    adapter = frozen = None
+    if not config.init_from and not tuning.full:
+        raise ValueError(f"trainable is {config.trainable!r}: to freeze the rest, name a checkpoint with init_from")
+    if config.init_from and not (start and tuning.full):
+        params, frozen, found = read_base(config.init_from, model, tuning, abstract, placed, mesh, config.seed)
+        if not tuning.full:
+            source = os.fspath(open_checkpoint(config.init_from))
+            adapter = {"base": source, "fingerprint": found, "tuning": tuning.to_dict()}
     if start:
+        if adapter is not None:
+            saved = open_checkpoint(workdir)
+            check_fingerprint(adapter["fingerprint"], load_contract(saved).adapter or {}, config.init_from, saved)
+            del params
         state = restore_state(workdir, start, abstract, placed)
+        state = state if frozen is None else state.replace(frozen=frozen)
         log(f"resumed from step {start}")
     elif config.init_from:
-        params = load_params(config.init_from, with_shardings(abstract.params, placed.params))
-        fresh = lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-        state = jax.jit(fresh, out_shardings=placed, donate_argnums=0)(params)
+        fresh = lambda params, frozen: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
+        state = jax.jit(fresh, out_shardings=placed, donate_argnums=(0, 1))(params, frozen)
+        del params, frozen
         log(f"started from the weights of {config.init_from}")
     else:
         state = init_state(model, dtype, optimizer, mesh, config.seed)
-    unused = load_unused(config.init_from) if config.init_from else None
+    unused = load_unused(config.init_from) if config.init_from and tuning.full else None
     contract = Contract(
         model=model,
         tokenizer=tokenizer,
-        statistics=iterator.statistics,
+        statistics=(base.statistics if base and config.statistics == "join" else {}) | iterator.statistics,
+        default_key=iterator.dataset_names[0] if len(iterator.dataset_names) == 1 else None,
+        adapter=adapter,
         # The resize is always that of the data pipeline, whatever served the weights that training started from.
         preprocessing=dict(base.preprocessing if base else PREPROCESSING)
         | {
@@ -150,7 +177,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     )
 
     # -- Step ---------------------------------------------------------------------------------------------------------
-    eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets))
+    eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets, tuning=tuning))
     eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
     if start >= train.steps:
         log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
@@ -160,8 +187,12 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     log(f"first batch after {time.perf_counter() - began:.1f} s; resident memory {resident_memory_gb():.2f} GB")
     began = time.perf_counter()
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
-    step_fn = job.step.lower(state, batch).compile(compiler_options=options)
-    log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+    if tuning.quantize == "int4":
+        # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
+        step_fn = make_job(config, model, mesh, datasets, options).step
+    else:
+        step_fn = job.step.lower(state, batch).compile(compiler_options=options)
+        log(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------
     checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
@@ -170,6 +201,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         write_json(workdir / CONFIG_FILE, contract.training)
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
     progress = metrics_lib.Progress(start, train.steps, train.batch_size)
+    accuracies: collections.deque[float] = collections.deque(maxlen=train.log_every)
 
     def record(step: int, metrics: Mapping[str, Any]) -> None:
         """Checks and logs a step's metrics; waits for that step to end."""
@@ -184,6 +216,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
                 f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped, {kept}; "
                 "lower optimizer.learning_rate or look at the data of this step"
             )
+        accuracies.append(float(metrics["action_accuracy"]))
         if step % train.log_every == 0 or step == train.steps:
             flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
             flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
@@ -193,10 +226,15 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
                 writer.write(step, flat)
             log(progress.line(step, flat))
 
+    def accurate() -> bool:
+        """Whether the action accuracy, on average over `log_every` steps, has reached where the config stops."""
+        limit = train.stop_at_action_accuracy
+        return limit is not None and len(accuracies) == train.log_every and float(np.mean(accuracies)) >= limit
+
     def evaluate(step: int) -> None:
         sums: Any = None
         for batch in eval_batches:
-            part = eval_fn(state.params, batch)
+            part = eval_fn(state.params, state.frozen, batch)
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
         flat = metrics_lib.flatten(jax.device_get(summarize(sums)), iterator.dataset_names, "val")
         if writer is not None:
@@ -216,8 +254,9 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         for step in range(start + 1, train.steps + 1):
             state, metrics = step_fn(state, batch)
             pending.append((step, metrics))
-            last = step == train.steps or stop.requested
-            evaluates = bool(eval_batches) and (step % train.eval_every == 0 or step == train.steps)
+            reached = accurate()
+            last = step == train.steps or stop.requested or reached
+            evaluates = bool(eval_batches) and (step % train.eval_every == 0 or step == train.steps or reached)
             saves = last or step % train.checkpoint_every == 0
             # One step is left in flight while the host goes on, but none where its outcome is needed: a state that is
             # not finite is never saved.
@@ -233,7 +272,9 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
             if last:
                 break
             batch = next_batch(iterator, mesh, progress)
-    if stop.requested and step < train.steps:
+    if reached:
+        log(f"step {step}: action accuracy {np.mean(accuracies):.1%}, stopped as stop_at_action_accuracy says")
+    elif stop.requested and step < train.steps:
         log(f"stopped by a signal at step {step}, saved; the same command goes on from there")
         raise SystemExit(stop.EXIT_CODE)
     log(f"done: step {step} saved in {checkpoints.directory / str(step)}")
@@ -316,8 +357,8 @@ def check_same_run(workdir: epath.Path, config: ml_collections.ConfigDict) -> No
     for name in FIXED:
         before, after = saved, now
         for part in name.split("."):
-            before, after = before.get(part), after.get(part)
-        if before != after:
+            before, after = (before or {}).get(part), after.get(part)
+        if before != after and (before is not None or name not in LATER):
             differences.append(f"{name} was {before!r}, is {after!r}")
     if differences:
         raise CheckpointError(
@@ -326,13 +367,15 @@ def check_same_run(workdir: epath.Path, config: ml_collections.ConfigDict) -> No
         )
 
 
-def describe_parameters(params: nnx.State) -> str:
-    """`1,234,567 parameters (llama 1,000,000, projector 34,567, vision/dino 200,000)`."""
-    sizes: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.as_pure(params)))[0]:
-        name = "/".join(str(p.key) for p in path[: 2 if path[0].key == "vision" else 1])
-        sizes[name] = sizes.get(name, 0) + math.prod(leaf.shape)
-    return f"{sum(sizes.values()):,} parameters ({', '.join(f'{k} {v:,}' for k, v in sorted(sizes.items()))})"
+def describe_training(model: VLAConfig, tuning: Tuning) -> str:
+    """What is trained, by component, counted as the reference does: with what it holds and never runs."""
+    counts = count_trainable(model, tuning)
+    total = count_parameters(model, include_unused=True)
+    total += count_adapters(model, tuning.lora) if tuning.lora else 0
+    trained = sum(counts.values())
+    parts = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    kept = "" if tuning.full else f"; the rest is frozen in {tuning.quantize or tuning.frozen_dtype}"
+    return f"training {trained:,} of {total:,} parameters, {trained / total:.2%} ({parts}){kept}"
 
 
 def write_json(path: epath.Path, data: Any) -> None:

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.data import Batch
 from openvla_jax.models.layers import REMAT_POLICIES, check_remat
+from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.training.hlo import Cost, Program
 from openvla_jax.training.metrics import duration
 from openvla_jax.training.sharding import BATCH, check_batch, make_mesh
@@ -44,11 +46,11 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
     """Compiles the config's train step for `v5p:4x4x4` and the like; the report's entry.
 
     `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, hosts,
-    global_batch, per_chip_batch, accumulation, remat, params, fits, hbm_capacity_bytes, hbm_peak_bytes, args_bytes,
-    temp_bytes, model_flops_per_step, compute_seconds, comm_seconds, exposed_comm_seconds, step_seconds, mfu,
-    examples_per_second, days, collectives {kind: {count, bytes}}, compiler_options, compile_seconds. Times, MFU and
-    collectives are None where the program does not fit. ValueError for a topology that does not exist or a batch that
-    it does not divide.
+    global_batch, per_chip_batch, accumulation, remat, params, trained_params, fits, hbm_capacity_bytes,
+    hbm_peak_bytes, args_bytes, temp_bytes, model_flops_per_step, compute_seconds, comm_seconds,
+    exposed_comm_seconds, step_seconds, mfu, examples_per_second, days, collectives {kind: {count, bytes}},
+    compiler_options, compile_seconds. Times, MFU and collectives are None where the program does not fit. ValueError
+    for a topology that does not exist or a batch that it does not divide.
     """
     tpu = parse_slice(topology)
     train = config.train
@@ -70,9 +72,10 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
         "per_chip_batch": train.batch_size / (tpu.chips * tpu.slices),
         "accumulation": train.accumulation,
         "remat": train.remat,
-        "params": sum(leaf.size for leaf in jax.tree.leaves(job.abstract.params)),
+        "params": sum(leaf.size for leaf in jax.tree.leaves((job.abstract.params, job.abstract.frozen))),
+        "trained_params": sum(leaf.size for leaf in jax.tree.leaves(job.abstract.params)),
         "hbm_capacity_bytes": int(tpu.facts.hbm_bytes),
-        "model_flops_per_step": model_flops(model, config.data.text_length) * train.batch_size,
+        "model_flops_per_step": model_flops(model, config.data.text_length, job.tuning) * train.batch_size,
         "compiler_options": options,
     }
     compiled = compile_for(job.step.lower(arguments, batch), "train_step", tpu, dump, options)
@@ -183,6 +186,8 @@ def planned_model(config: ml_collections.ConfigDict) -> VLAConfig:
         from openvla_jax.training.checkpoint import load_contract
 
         return load_contract(config.init_from).model
+    if not config.model.preset:
+        raise PlanError("nothing names the model: give --config.init_from=CKPT or --config.model.preset=openvla-7b")
     return model_config({key: value for key, value in config.model.to_dict().items() if value is not None})
 
 
@@ -194,6 +199,8 @@ def topology_devices(tpu: Slice) -> list[Any]:
     options: dict[str, Any] = {"chip_config_name": "megacore" if tpu.facts.megacore else "default"}
     if tpu.hosts > 1:
         options["chips_per_host_bounds"] = (2, 2, 1)
+    elif tpu.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if tpu.torus:
         options["wrap"] = (True,) * 3 if three else (True, True, False)
     if tpu.slices > 1:
@@ -227,30 +234,50 @@ def abstract_batch(model: VLAConfig, rows: int, text_length: int, sharding: Name
     )
 
 
-def model_flops(model: VLAConfig, text_length: int) -> float:
+def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> float:
     """FLOPs of the model's work on one example: forward and backward, every position of the static shape.
 
-    6 per parameter of a product and position that it sees; 12 x width per pair of positions in attention, half of it
-    where that is causal; logits at the target positions only. Recomputation is not work of the model.
+    Of a product, 2 per parameter and position forward, 2 back through it where anything before or in it is trained, 2
+    for its own gradient where it is trained itself; attention likewise, half of it where that is causal; logits at the
+    target positions only. Neither recomputation nor the products of adapters (1-2%) count.
     """
+    state = nnx.to_flat_state(nnx.state(abstract_prepared(model, tuning), nnx.Param))
+    trained = ["/".join(map(str, path)) for path, _ in state if tuning.is_trainable(path)]
+    begins = lambda *prefixes: any(path.startswith(prefixes) for path in trained)
+
+    def work(products: float, attention: float, through: bool, name: str) -> float:
+        weights = any(path.startswith(name) and "/lora/" not in path and path.endswith("/kernel") for path in trained)
+        return products * (2 + 2 * through + 2 * weights) + attention * (4 + 8 * through)
+
     total = 0.0
     for tower in model.towers:
+        name = f"vision/{tower.name}/"
         tokens = tower.patches + tower.prefix_tokens
         block = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
-        total += (tower.depth - 1) * (6 * block * tokens + 12 * tokens**2 * tower.width)
-        total += 6 * 3 * tower.patch_size**2 * tower.width * tower.patches
+        layers_tokens = (tower.depth - 1) * tokens
+        total += work(layers_tokens * block, layers_tokens * tokens * tower.width, begins(name), f"{name}blocks")
+        stem = 3 * tower.patch_size**2 * tower.width * tower.patches
+        total += work(stem, 0, False, f"{name}patch_embed")  # no gradient of pixels is taken,
+        total += 2 * stem * begins(f"{name}patch_embed/kernel")  # counted as if there were, as is usual
     vision, llama = model.vision_width, model.llama
     layers = {
         "linear": (vision, llama.width),
         "gelu-mlp": (vision, llama.width, llama.width),
         "fused-gelu-mlp": (vision, 4 * vision, llama.width, llama.width),
     }[model.projector.kind]
-    total += 6 * sum(a * b for a, b in pairwise(layers)) * model.patches
+    products = sum(a * b for a, b in pairwise(layers)) * model.patches
+    total += work(products, 0, begins("vision/", "projector/"), "projector/")
     positions = model.patches + text_length
     kv = llama.kv_heads * llama.head_dim
     block = 2 * llama.width**2 + 2 * llama.width * kv + 3 * llama.width * llama.mlp_dim
-    total += llama.depth * (6 * block * positions + 12 * positions**2 * llama.width / 2)
-    return total + 6 * llama.width * llama.vocab_size * (ACTION_DIM + 1)
+    scores = positions * llama.width / 2
+    before = ("vision/", "projector/", "llama/embed", "llama/blocks")
+    last = int(tuning.splits_last)
+    first = (llama.depth - last) * positions
+    total += work(first * block, first * scores, begins(*before), "llama/blocks/")
+    last *= positions
+    total += work(last * block, last * scores, begins(*before, "llama/last"), "llama/last/")
+    return float(total + work(llama.width * llama.vocab_size * (ACTION_DIM + 1), 0, bool(trained), "llama/head/"))
 
 
 def link_time(tpu: Slice):

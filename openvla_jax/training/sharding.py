@@ -30,6 +30,8 @@ RULES: dict[str, str | None] = {
     "patch": None,
     "position": None,
     "groups": None,
+    "adapter": "fsdp",  # the long side of an adapter's factors
+    "rank": None,
 }
 
 MAX_REPLICATED_BYTES = 64 * 2**20

@@ -1,5 +1,6 @@
 """The training state: step, parameters, optimiser state. Made abstractly first, then initialised already sharded."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ from jax.sharding import Mesh
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.models.tuning import FULL, Tuning
 from openvla_jax.training.sharding import shardings
 
 
 @struct.dataclass
 class TrainState:
-    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes.
+    """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes. `frozen`
+    holds what is not trained, in the dtypes that `Tuning` says, and has neither gradient nor optimiser state.
 
     The same structure holds arrays, shapes or shardings, hence the loose types.
     """
@@ -24,27 +27,32 @@ class TrainState:
     step: Any  # int32 []
     params: Any
     opt_state: Any
+    frozen: Any = dataclasses.field(default_factory=lambda: nnx.State({}))
 
 
-def make_init(model: VLAConfig, dtype, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+def make_init(
+    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, tuning: Tuning = FULL
+) -> Callable[[jax.Array], TrainState]:
     """A jittable function from a key to a fresh state."""
 
     def init(key: jax.Array) -> TrainState:
-        params = nnx.state(OpenVLA(model, key, dtype), nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        _, params, frozen = tuning.split(tuning.prepare(OpenVLA(model, key, dtype), key))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
     return init
 
 
 def abstract_state(
-    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning = FULL
 ) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the state (two trees of one structure); no arrays are made."""
-    state = jax.eval_shape(make_init(model, dtype, optimizer), jax.random.key(0))
+    state = jax.eval_shape(make_init(model, dtype, optimizer, tuning), jax.random.key(0))
     return state, shardings(state, mesh)
 
 
-def init_state(model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def init_state(
+    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, tuning: Tuning = FULL
+) -> TrainState:
     """A fresh state, every leaf created on the devices that hold it."""
-    _, placed = abstract_state(model, dtype, optimizer, mesh)
-    return jax.jit(make_init(model, dtype, optimizer), out_shardings=placed)(jax.random.key(seed))
+    _, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
+    return jax.jit(make_init(model, dtype, optimizer, tuning), out_shardings=placed)(jax.random.key(seed))

@@ -15,7 +15,9 @@ from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.layers import activations_sharded
-from openvla_jax.models.openvla import OpenVLA, abstract_model
+from openvla_jax.models.lora import LoRAConfig, dropout_key
+from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.tokens import ActionTokenizer
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.sharding import BATCH
@@ -79,46 +81,67 @@ def make_train_step(
     remat: str = "none",
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
+    tuning: Tuning = FULL,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)` on the global batch.
 
-    Gradients of the mean loss over all target tokens of the global batch, in `accumulation` parts that are summed in
-    float32; the result does not depend on the number of parts, devices or hosts beyond rounding. `augment(key, images)`
-    runs on the device, keyed by seed and step.
+    Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in
+    `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
+    hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step.
     """
-    graph = nnx.graphdef(abstract_model(model, dtype))
+    graph = make_graph(model, dtype, tuning)
+    drops = tuning.lora is not None and tuning.lora.dropout > 0
 
-    def part_loss(params: nnx.State, batch: Any, total: Array) -> tuple[Array, Metrics]:
-        with activations_sharded(mesh):
-            loss, sums = loss_and_metrics(nnx.merge(graph, params), batch, datasets, remat)
+    def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
+        with activations_sharded(mesh), dropout_key(key if drops else None):
+            loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat)
         return loss / total, sums
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
             batch = batch._replace(images=augment(key, batch.images))
+        keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
         total = batch.target_mask.sum().astype(jnp.float32)
         gradient = jax.grad(part_loss, has_aux=True)
         if accumulation == 1:
-            grads, sums = gradient(state.params, batch, total)
+            grads, sums = gradient(state.params, state.frozen, batch, total, keys[0])
         else:
             # Rows are dealt out in turn, so that each part spans all devices without moving data.
             split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
             parts = jax.lax.with_sharding_constraint(jax.tree.map(split, batch), NamedSharding(mesh, P(None, *BATCH)))
 
-            def add(carry, part):
-                return jax.tree.map(jnp.add, carry, gradient(state.params, part, total)), None
+            def add(carry, scanned):
+                part, key = scanned
+                return jax.tree.map(jnp.add, carry, gradient(state.params, state.frozen, part, total, key)), None
 
-            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), total)
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(gradient, state.params, state.frozen, first, total, keys[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+            (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step
+
+
+def make_graph(model: VLAConfig, dtype, tuning: Tuning) -> Any:
+    """The static part of the model as it is trained; `nnx.merge(graph, params, frozen)` is the model."""
+    return nnx.split(abstract_prepared(model, tuning, dtype), tuning.is_trainable, ...)[0]
+
+
+def make_tuning(config: ml_collections.ConfigDict) -> Tuning:
+    """What a config trains and freezes; ValueError for settings that contradict each other."""
+    patterns = tuple(part.strip() for part in config.trainable.split(",") if part.strip())
+    lora = None
+    if config.lora.rank:
+        lora = LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
+    if config.quantize and patterns == FULL.trainable:
+        raise ValueError("quantize needs frozen weights: train adapters (lora.rank, trainable='*/lora') or name parts")
+    return Tuning(patterns, lora, config.frozen_dtype, config.quantize or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,23 +151,31 @@ class Job:
     The training loop runs it, the planner compiles it: one program.
     """
 
+    tuning: Tuning
     optimizer: optax.GradientTransformation
     abstract: TrainState
     placed: TrainState
     step: Any  # a jitted `(state, batch) -> (state, metrics)` that takes the state's memory
 
 
-def make_job(config: ml_collections.ConfigDict, model: VLAConfig, mesh: Mesh, datasets: int) -> Job:
+def make_job(
+    config: ml_collections.ConfigDict,
+    model: VLAConfig,
+    mesh: Mesh,
+    datasets: int,
+    compiler_options: dict[str, str] | None = None,
+) -> Job:
     """The job of a config (see `configs/common.py`); no arrays are made."""
-    train, dtype = config.train, jnp.dtype(config.train.dtype)
+    train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
     schedule = make_schedule(config.optimizer, train.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    abstract, placed = abstract_state(model, dtype, optimizer, mesh)
+    abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
     step = make_train_step(
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        remat=train.remat, augment=make_augment(config.augment), seed=config.seed,
+        remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
     )  # fmt: skip
-    return Job(optimizer, abstract, placed, jax.jit(step, donate_argnums=0, out_shardings=(placed, None)))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=compiler_options)
+    return Job(tuning, optimizer, abstract, placed, step)
 
 
 def make_augment(settings: ml_collections.ConfigDict):
@@ -157,11 +188,13 @@ def make_augment(settings: ml_collections.ConfigDict):
     return lambda key, images: augment(key, images, options)
 
 
-def make_eval_step(model: VLAConfig, *, dtype, datasets: int) -> Callable[[nnx.State, Any], Metrics]:
-    """`(params, batch) -> sums` of `loss_and_metrics`, to be added over batches and given to `summarize`."""
-    graph = nnx.graphdef(abstract_model(model, dtype))
+def make_eval_step(
+    model: VLAConfig, *, dtype, datasets: int, tuning: Tuning = FULL
+) -> Callable[[nnx.State, nnx.State, Any], Metrics]:
+    """`(params, frozen, batch) -> sums` of `loss_and_metrics`, to be added over batches and given to `summarize`."""
+    graph = make_graph(model, dtype, tuning)
 
-    def eval_step(params: nnx.State, batch: Any) -> Metrics:
-        return loss_and_metrics(nnx.merge(graph, params), batch, datasets)[1]
+    def eval_step(params: nnx.State, frozen: nnx.State, batch: Any) -> Metrics:
+        return loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets)[1]
 
     return eval_step

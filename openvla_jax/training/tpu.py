@@ -33,7 +33,7 @@ class Generation(NamedTuple):
 GENERATIONS = {
     "v4": Generation(275e12, 32 * 2**30, 300e9, 1.05e9, 3, True, "tpu-v4-podslice", 4, (4,), False, 1228e9),
     "v5e": Generation(197e12, 16 * 2**30, 200e9, 1.5e9, 2, False, "tpu-v5-lite-podslice", 4, (1, 4, 8), False, 819e9),
-    "v5p": Generation(459e12, 95 * 2**30, 600e9, 1.75e9, 3, True, "tpu-v5p-slice", 4, (4,), True, 2765e9),
+    "v5p": Generation(459e12, 95 * 2**30, 600e9, 1.75e9, 3, True, "tpu-v5p-slice", 4, (1, 4), True, 2765e9),
     "v6e": Generation(918e12, 32 * 2**30, 448e9, 1.75e9, 2, False, "tpu-v6e-slice", 4, (1, 4, 8), True, 1640e9),
 }
 
@@ -93,9 +93,18 @@ def parse_slice(text: str) -> Slice:
 # Switches of the TPU compiler that its own estimates favour (docs/performance.md), as `compile(compiler_options=...)`
 # takes them. More VMEM lets matrix products keep larger tiles; SparseCores run collectives beside the matrix units.
 _VMEM = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+# Those named by dimensions are for groups that span as many of the torus: without them gathers wait in line, and a
+# reduce-scatter becomes an all-reduce of twice the bytes.
 _OFFLOAD = {
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
-    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+    for kind in (
+        "all_gather",
+        "2d_all_gather",
+        "3d_all_gather",
+        "reduce_scatter",
+        "nd_reduce_scatter",
+        "all_reduce",
+    )
 }
 
 

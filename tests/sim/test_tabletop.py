@@ -210,3 +210,14 @@ def test_no_episodes_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         write_dataset(tmp_path, episodes=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_in_the_changed_world_gripper_commands_are_reversed():
+    worlds = [Tabletop(seed, "changed") for seed in range(40)]
+    assert all(run(world, expert_action) for world in worlds)
+    reversed_expert = lambda world: expert_action(world) * [1, 1, 1, 1, 1, 1, -1] + [0, 0, 0, 0, 0, 0, 1]
+    assert not any(run(Tabletop(seed, "changed"), reversed_expert) for seed in range(40))
+    for seed in range(5):
+        np.testing.assert_array_equal(Tabletop(seed, "changed").render(), Tabletop(seed).render())
+    with pytest.raises(ValueError, match="unknown world 'moon': one of tabletop, changed"):
+        Tabletop(0, "moon")
