@@ -34,7 +34,7 @@ class Instruction(NamedTuple):
         return int(found.group(1)) if found else 0
 
     def called(self, attribute: str) -> str | None:
-        found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.text)
+        found = re.search(rf"\b{attribute}=\{{?%([\w.\-]+)", self.text)
         return found.group(1) if found else None
 
     @property
@@ -85,7 +85,10 @@ class Program:
     def _cost(self, name: str, clock: float, seconds: Callable[[str, float, int], float]) -> Cost:
         cost = Cost()
         now = links_free = 0.0
-        ends: dict[str, float] = {}  # of collectives in flight, by the name of what started them
+        ends: dict[str, float] = {}  # of collectives in flight, by the name of what gave them their operand
+        # A collective on a SparseCore starts without its operand: that comes with the update.
+        updates = {i.operands[0]: i.name for i in self.computations[name] if i.op == "async-update"}
+        offloaded: dict[str, tuple[str, float, int]] = {}
         for instruction in self.computations[name]:
             if instruction.op == "while":
                 trips = self.trip_count(instruction)
@@ -94,7 +97,7 @@ class Program:
                 now += trips * (body.compute_seconds + body.exposed_seconds)
                 continue
             if instruction.op in ("call", "conditional"):
-                inner = instruction.called("to_apply") or instruction.called("branch_computations={")
+                inner = instruction.called("to_apply") or instruction.called("branch_computations")
                 if inner:
                     part = self._cost(inner, clock, seconds)
                     cost.add(part)
@@ -104,7 +107,10 @@ class Program:
                 end = max((ends.pop(operand, 0.0) for operand in instruction.operands), default=0.0)
                 cost.exposed_seconds += max(0.0, end - now)
                 now = max(now, end)
-            collective = self.collective(instruction)
+            collective = offloaded.pop(instruction.name, None) or self.collective(instruction)
+            if collective is not None and instruction.name in updates:
+                offloaded[updates[instruction.name]] = collective
+                continue
             if collective is not None:
                 kind, size, group = collective
                 duration = seconds(kind, size, group)
@@ -112,7 +118,7 @@ class Program:
                 cost.counts[kind] += 1
                 cost.comm_seconds += duration
                 links_free = max(now, links_free) + duration
-                if instruction.op.endswith("-start"):
+                if instruction.op.endswith(("-start", "-update")):
                     ends[instruction.name] = links_free
                 else:
                     # One instruction: the part that its own computation does not cover is exposed.
@@ -131,8 +137,9 @@ class Program:
         for kind in _KINDS:
             if instruction.op in (kind, f"{kind}-start"):
                 return kind, *self._traffic(kind, instruction)
-        if instruction.op in ("fusion", "async-start"):
-            inner = self.computations.get(instruction.called("calls") or "", [])
+        if instruction.op in ("fusion", "async-start", "custom-call"):
+            name = instruction.called("calls") or instruction.called("called_computations")
+            inner = self.computations.get(name or "", [])
             for other in inner:
                 found = self.collective(other)
                 if found is not None:
