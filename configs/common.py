@@ -42,7 +42,7 @@ def base() -> ConfigDict:
     augment.saturation = (0.8, 1.2)
     augment.hue = 0.05
 
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.mesh = ConfigDict({"data": 0, "fsdp": -1, "tensor": 1})  # data 0: one per slice; -1: what is left
 
     config.train = train = ConfigDict()
     train.steps = 300_000
@@ -57,6 +57,13 @@ def base() -> ConfigDict:
     train.checkpoint_every = 2500
     train.keep_last = 2
     train.keep_every = placeholder(int)  # every N-th step is kept for good
+    train.max_skipped = 5  # steps of the last 100 that may be skipped because loss or gradient is no finite number
+    train.hang_timeout = (
+        600.0  # seconds without progress after which a host that the others wait for is named; 0: never
+    )
+    train.profile_at = 0  # the first step to profile, into WORKDIR/profile; 0: none
+    train.profile_steps = 3
+    train.compilation_cache = "~/.cache/openvla_jax/xla"  # compiled programs, kept between starts; "" for none
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-5

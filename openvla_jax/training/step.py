@@ -84,7 +84,8 @@ def make_train_step(
 
     Gradients of the mean loss over all target tokens of the global batch, in `accumulation` parts that are summed in
     float32; the result does not depend on the number of parts, devices or hosts beyond rounding. `augment(key, images)`
-    runs on the device, keyed by seed and step.
+    runs on the device, keyed by seed and step. A step whose loss or gradient is not finite changes neither parameters
+    nor optimiser state, and says so: metric `skipped`.
     """
     graph = nnx.graphdef(abstract_model(model, dtype))
 
@@ -96,8 +97,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         if augment is not None:
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
-            batch = batch._replace(images=augment(key, batch.images))
+            with jax.named_scope("augment"):
+                key = jax.random.fold_in(jax.random.key(seed), state.step)
+                batch = batch._replace(images=augment(key, batch.images))
         total = batch.target_mask.sum().astype(jnp.float32)
         gradient = jax.grad(part_loss, has_aux=True)
         if accumulation == 1:
@@ -113,10 +115,14 @@ def make_train_step(
             shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), total)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zeros, parts)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            keep = lambda new, old: jnp.where(finite, new, old)
+            params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        return TrainState(state.step + 1, params, opt_state), metrics | {"skipped": ~finite}
 
     return train_step
 
@@ -144,7 +150,8 @@ def make_job(config: ml_collections.ConfigDict, model: VLAConfig, mesh: Mesh, da
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
         remat=train.remat, augment=make_augment(config.augment), seed=config.seed,
     )  # fmt: skip
-    return Job(optimizer, abstract, placed, jax.jit(step, donate_argnums=0, out_shardings=(placed, None)))
+    everywhere = NamedSharding(mesh, P())  # every host reads the metrics
+    return Job(optimizer, abstract, placed, jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)))
 
 
 def make_augment(settings: ml_collections.ConfigDict):
