@@ -241,10 +241,10 @@ class Watch(contextlib.AbstractContextManager):
             who = ", ".join(f"{_name(i, last[i])}, {_where(last[i])}" for i in silent[:4])
             return f"{who}: no sign of life for {self._beat_timeout:.0f} s (killed, frozen or cut off)"
         behind = min(post["turn"] for post in last.values())
-        if behind != self._behind:
+        running = any(post["turn"] for post in last.values())
+        if behind != self._behind or not running:  # starting takes as long as it takes, while all do
             self._behind, self._moved = behind, now
-        running = any(post["doing"] != "start" for post in last.values())
-        if not self._hang_timeout or not running or now - self._moved < self._hang_timeout:
+        if not self._hang_timeout or now - self._moved < self._hang_timeout:
             return ""
         slow = [i for i, post in last.items() if post["turn"] == behind]
         if len(slow) == self._count:
