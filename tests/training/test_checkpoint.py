@@ -1,6 +1,10 @@
 """Checkpoints: what is written comes back, on any mesh, and nothing else is taken for one."""
 
+import contextlib
 import json
+import resource
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +138,62 @@ def test_unfinished_and_foreign_directories_are_refused(tmp_path, saved):
         lib.open_checkpoint(tmp_path)
     with pytest.raises(lib.CheckpointError, match=r"no complete checkpoint of step 9; it has \[2\]"):
         lib.open_checkpoint(saved[0], step=9)
+
+
+def test_a_checkpoint_without_its_commit_is_not_picked_up(tmp_path, saved):
+    """In a bucket without renames a save has its final name from the start."""
+    shutil.copytree(saved[0] / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
+    assert lib.steps_in(tmp_path / "checkpoints") == [2]
+    notes = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    whole = json.loads(notes.read_text())
+    assert whole["commit_timestamp_nsecs"]
+    for text in (json.dumps(whole | {"commit_timestamp_nsecs": None}), notes.read_text()[:20]):
+        notes.write_text(text)
+        assert lib.steps_in(tmp_path / "checkpoints") == []
+    notes.unlink()
+    assert lib.steps_in(tmp_path / "checkpoints") == []
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file of this process can grow beyond a few bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_error(tmp_path, contract, monkeypatch):
+    monkeypatch.setattr(lib, "pause", lambda attempt: None)
+    mesh, optimizer, *_ = setup({"fsdp": -1})
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    checkpoints = lib.Checkpoints(tmp_path, keep_last=2, keep_every=None)
+    checkpoints.save(1, state, contract)
+    assert not checkpoints.failed(wait=True)
+    with full_disk():
+        checkpoints.save(2, state, contract)
+        assert checkpoints.failed(wait=True)
+    checkpoints.save(3, state, contract)  # there is room again
+    assert not checkpoints.failed(wait=True)
+    assert lib.steps_in(tmp_path / "checkpoints") == [1, 3]
+    with full_disk():
+        for step in range(4, 7):
+            checkpoints.save(step, state, contract)
+            assert checkpoints.failed(wait=True)
+        checkpoints.save(7, state, contract)
+        with pytest.raises(lib.StorageError) as caught:
+            checkpoints.failed(wait=True)
+    text = str(caught.value)
+    assert "saving step 7 failed, 4 times in a row" in text and "the last good checkpoint is step 3" in text
+    assert "\n" not in text
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == ["1", "3"]
+    lib.Checkpoints(tmp_path, keep_last=2, keep_every=None).close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
 
 
 def test_a_damaged_contract_says_so(tmp_path, contract):
