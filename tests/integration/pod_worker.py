@@ -26,7 +26,7 @@ STATISTICS = {"toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "
 class Stream:
     dataset_names = ("toy", "other")
     statistics = STATISTICS
-    num_examples, state_bytes = 1000, 8
+    num_examples, state_bytes, summary = 1000, 8, "data: random"
 
     def __init__(self, model: VLAConfig, batch_size: int, process_index: int, process_count: int, die: int = 0):
         self._model, self._shard, self._rows = model, (process_index, process_count), batch_size
@@ -70,7 +70,7 @@ def install(die: int = 0) -> None:
 
     module = types.ModuleType("openvla_jax.data.batches")
     module.make_train_iterator, module.make_eval_batches = make_train_iterator, make_eval_batches
-    module.Batch = Batch
+    module.resident_memory_gb = lambda: 0.0
     sys.modules["openvla_jax.data.batches"] = module
 
 
