@@ -2,6 +2,8 @@
 only.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -75,4 +77,26 @@ def base() -> ConfigDict:
     optimizer.clip_norm = 1.0
 
     config.wandb = ConfigDict({"project": "", "entity": "", "group": ""})  # off without a project
+    return config
+
+
+# What a run of batch 2048 needs on a slice, as `configs/openvla_7b.py:v5p-128`: the names are Google's types of slices,
+# in which v4 and v5p count two cores a chip. Other slices: --plan_search, and the settings that it proposes.
+SLICES: dict[str, dict[str, Any]] = {
+    "v4-128": {"topology": "v4:4x4x4", "train.remat": "full"},
+    "v5p-128": {"topology": "v5p:4x4x4", "train.remat": "save_dots"},
+    "v5p-256": {"topology": "v5p:4x4x8", "train.remat": "save_dots"},
+    "v5e-64": {"topology": "v5e:8x8", "train.remat": "full"},
+    "v5e-256": {"topology": "v5e:16x16", "train.remat": "full", "mesh.data": 2},  # 256 does not divide SigLIP's 1152
+    "v6e-64": {"topology": "v6e:8x8", "train.remat": "full"},
+}
+
+
+def on_slice(config: ConfigDict, name: str) -> ConfigDict:
+    """`config` with the settings of `SLICES[name]`; without a name as it is."""
+    if name:
+        if name not in SLICES:
+            raise ValueError(f"unknown slice {name!r}: one of {', '.join(SLICES)}")
+        settings = {key: value for key, value in SLICES[name].items() if key != "topology"}
+        config.update_from_flattened_dict(settings)
     return config

@@ -256,6 +256,10 @@ class Files:
         raise NotImplementedError(f"the files of {directory} are read where they lie")
 
 
+def _tells_no_threads(record: Any) -> bool:
+    return "_SignalingThread.run() raised" not in record.getMessage()
+
+
 class Checkpoints:
     """The checkpoints of a run: asynchronous saves, the latest N kept and every N-th step for good."""
 
@@ -263,6 +267,8 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.directory = absolute(workdir) / "checkpoints"
+        # `failed` tells of a save that fails, in one line: each of Orbax's threads would with a stack trace as well.
+        logging.get_absl_logger().addFilter(_tells_no_threads)
         self._policy = policies.AnyPreservationPolicy(keep)
         self._checkpointer = self._open()
         self._pending = None

@@ -1,6 +1,6 @@
 """One process of a run for tests: `loop.run` on a stream of random batches that is the same whatever the processes.
 
-    python pod_worker.py WORKDIR PROCESSES INDEX PORT [--die STEP] [--set key=value ...]
+    python pod_worker.py WORKDIR PROCESSES INDEX PORT [--die STEP] [--full STEP] [--set key=value ...]
 
 The stream stands in for `openvla_jax.data.batches`: each process gets its rows of one global batch, and the position is
 a number, so that a curve can be compared between one, two and four processes. TensorFlow is not imported.
@@ -9,6 +9,7 @@ a number, so that a curve can be compared between one, two and four processes. T
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import types
@@ -23,21 +24,27 @@ from openvla_jax.data import Batch, DataError
 STATISTICS = {"toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3}}
 
 
+accidents: dict[str, int] = {}  # what is to happen to this process, before which batch
+
+
 class Stream:
     dataset_names = ("toy", "other")
     statistics = STATISTICS
     num_examples, state_bytes, summary = 1000, 8, "data: random"
 
-    def __init__(self, model: VLAConfig, batch_size: int, process_index: int, process_count: int, die: int = 0):
+    def __init__(self, model: VLAConfig, batch_size: int, process_index: int, process_count: int):
         self._model, self._shard, self._rows = model, (process_index, process_count), batch_size
-        self._position, self._die = 0, die
+        self._position = 0
         self.identity = {"process_index": process_index, "seed": 0}
 
     def __next__(self) -> Batch:
         from training.batches import random_batch
 
-        if self._die and self._position == self._die:
+        if self._position == accidents.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._position == accidents.get("full"):  # from now on no file grows, as on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         index, count = self._shard
         batch = random_batch(self._rows * count, seed=self._position, model=self._model)
         self._position += 1
@@ -55,12 +62,12 @@ class Stream:
         self._position = int(path.read_text())
 
 
-def install(die: int = 0) -> None:
+def install() -> None:
     """Puts the stream where the loop looks for the data pipeline."""
 
     def make_train_iterator(data, tokenizer, *, batch_size, image_size, process_index, process_count, **_):
         model = tiny(base_vocab_size=tokenizer.vocab_size, image_size=image_size)
-        return Stream(model, batch_size, process_index, process_count, die)
+        return Stream(model, batch_size, process_index, process_count)
 
     def make_eval_batches(data, tokenizer, *, batch_size, image_size, num_batches, process_index, process_count, **_):
         model = tiny(base_vocab_size=tokenizer.vocab_size, image_size=image_size)
@@ -93,11 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
     parser.add_argument("place", nargs=3)
-    parser.add_argument("--die", type=int, default=0)
+    parser.add_argument("--die", type=int)
+    parser.add_argument("--full", type=int)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     processes, index, port = options.place
-    install(options.die)
+    accidents.update({"die": options.die, "full": options.full})
+    install()
     import train
 
     config = settings()

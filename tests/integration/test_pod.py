@@ -97,3 +97,13 @@ def test_processes_that_were_started_unlike_stop_with_the_difference(tmp_path):
         (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
         assert "config.seed is '7' on process 0" in line and "'8' on process 1" in line
     assert not (tmp_path / "metrics.jsonl").exists() and not steps_in(tmp_path / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_and_the_last_good_step(tmp_path, whole):
+    (output,) = finish(start(tmp_path, 1, 4, "--full=6"), [LOST])
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "saving step" in line and "times in a row" in line and "the last good checkpoint is step 4" in line
+    assert steps_in(tmp_path / "checkpoints") == [4]
+    finish(start(tmp_path, 1, 4), [0])
+    assert curve(tmp_path) == pytest.approx(whole, rel=1e-5)
