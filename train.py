@@ -49,7 +49,8 @@ def _parse(argv):
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
-        fail(error)
+        # An error in a config file comes with its whole traceback, of which the last line says it.
+        fail(str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error)
 
 
 def _run(config, workdir: str, needs_init_from: bool, place: tuple) -> None:

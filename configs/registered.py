@@ -28,7 +28,7 @@ RUNS = {
 }
 
 
-def get_config(argument: str):
+def get_config(argument: str = ""):
     name, _, slice_name = argument.partition(",")
     if name not in RUNS:
         raise ValueError(f"unknown run {name!r}: one of {', '.join(RUNS)}")

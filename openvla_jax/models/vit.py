@@ -54,6 +54,7 @@ class Attention(nnx.Module):
         self.o = Linear(keys[3], width, width, ("heads", "embed"), bias=True, layers=layers)
         self.heads = config.heads
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         shape = (*x.shape[:2], self.heads, -1)
         q = save_name(self.q(x), "q").reshape(shape)
@@ -69,6 +70,7 @@ class MLP(nnx.Module):
         self.down = Linear(down, config.mlp_dim, config.width, ("mlp", "embed"), bias=True, layers=layers)
         self.activation = config.activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(ACTIVATIONS[self.activation](save_name(self.up(x), "mlp")))
 

@@ -82,7 +82,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
     running = start(tmp_path, 2, 2, "--set=train.steps=100000", "--set=train.checkpoint_every=50000")
     deadline = time.monotonic() + 500
     while not (tmp_path / "metrics.jsonl").exists() or len(read_metrics(tmp_path)) < 3:
-        assert running[0].poll() is None and time.monotonic() < deadline
+        assert running[0].poll() is None and time.monotonic() < deadline, running[0].communicate()[0][-3000:]
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
     first, _ = finish(running, [143, 143])

@@ -146,6 +146,16 @@ def test_pixels_reach_the_loss():
     assert abs(loss(black) - loss(white)) > 1e-3
 
 
+def test_profiles_name_what_they_show_like_the_model():
+    """Every product of the forward pass is within a part of the model."""
+    graph, params = nnx.split(OpenVLA(MODEL, jax.random.key(0)), nnx.Param)
+    loss = lambda params: loss_and_metrics(nnx.merge(graph, params), random_batch(2), 2)[0]
+    text = jax.jit(loss).lower(params).as_text(debug_info=True)
+    for scope in ("vision/dino", "vision/siglip", "projector", "llama", "llama/head"):
+        assert f"{scope}/" in text, scope
+    assert "attention/" in text and "mlp/" in text
+
+
 def test_unused_text_positions_do_not_matter():
     model = OpenVLA(MODEL, jax.random.key(0))
     batch = random_batch(4)
