@@ -96,6 +96,7 @@ def main() -> None:
                 )
             kills[moment] += 1
             resumed += re.findall(r"resumed from step (\d+)", text)
+            print(f"kill {kills.total()}: in {moment}, after step {lines(work / 'killed')[-1]['step']}", flush=True)
         code, text = start("killed")
         if code:
             sys.exit(f"FAILED: the last start\n{text[-2000:]}")
