@@ -50,7 +50,10 @@ def arm(moment: str, count: int, delay: float) -> None:
 
 
 def lines(workdir: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    path = workdir / "metrics.jsonl"
+    # A kill may have cut the last line: the next start drops it.
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in whole]
     return [{key: value for key, value in row.items() if not VARYING.fullmatch(key)} for row in rows]
 
 
@@ -96,7 +99,8 @@ def main() -> None:
                 )
             kills[moment] += 1
             resumed += re.findall(r"resumed from step (\d+)", text)
-            print(f"kill {kills.total()}: in {moment}, after step {lines(work / 'killed')[-1]['step']}", flush=True)
+            written = [line["step"] for line in lines(work / "killed")]
+            print(f"kill {kills.total()}: in {moment}, after step {max(written, default=0):.0f}", flush=True)
         code, text = start("killed")
         if code:
             sys.exit(f"FAILED: the last start\n{text[-2000:]}")
