@@ -122,6 +122,12 @@ def preflight(
         raise DisagreementError(found)
 
 
+def gather(store: Any | None, name: str, timeout: float = 3600.0) -> None:
+    """Waits for all processes, where some may be minutes ahead: collectives of CPUs give up after half a minute."""
+    if store is not None:
+        store.wait_at_barrier(f"openvla_jax/{name}", int(1000 * timeout))
+
+
 def differences(everyone: Mapping[int, Mapping[str, Any]]) -> str:
     """One line that says in what processes differ from process 0, each with its value and host; empty if in nothing."""
     first = everyone[0]["facts"]

@@ -175,6 +175,7 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     step_fn = job.step.lower(state, batch).compile(compiler_options=options)
     log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+    hosts.gather(hosts.client(), "compiled")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------
     checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)

@@ -1,6 +1,7 @@
 """One process of a run for tests: `loop.run` on a stream of random batches that is the same whatever the processes.
 
-    python pod_worker.py WORKDIR PROCESSES INDEX PORT [--die STEP] [--full STEP] [--set key=value ...]
+    python pod_worker.py WORKDIR PROCESSES INDEX PORT [--die STEP] [--full STEP] [--kill MOMENT COUNT SECONDS]
+        [--set key=value ...]
 
 The stream stands in for `openvla_jax.data.batches`: each process gets its rows of one global batch, and the position is
 a number, so that a curve can be compared between one, two and four processes. TensorFlow is not imported.
@@ -102,11 +103,16 @@ def main() -> None:
     parser.add_argument("place", nargs=3)
     parser.add_argument("--die", type=int)
     parser.add_argument("--full", type=int)
+    parser.add_argument("--kill", nargs=3)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     processes, index, port = options.place
     accidents.update({"die": options.die, "full": options.full})
     install()
+    if options.kill:
+        from benchmarks.kills import arm
+
+        arm(options.kill[0], int(options.kill[1]), float(options.kill[2]))
     import train
 
     config = settings()

@@ -105,5 +105,17 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_good_step(tmp_path,
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "saving step" in line and "times in a row" in line and "the last good checkpoint is step 4" in line
     assert steps_in(tmp_path / "checkpoints") == [4]
+    before = curve(tmp_path)
+    assert max(step for step, _ in before) >= 8 and before == {key: whole[key] for key in before}
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_saves_and_evaluates_has_the_metrics_of_one_that_was_left_alone(tmp_path, whole):
+    """Two of the moments of benchmarks/kills.py."""
+    for moment in (["checkpoint", "2", "0.05"], ["evaluation", "1", "0.02"]):
+        finish(start(tmp_path, 1, 4, "--kill", *moment), [-signal.SIGKILL])
+    assert steps_in(tmp_path / "checkpoints")
     finish(start(tmp_path, 1, 4), [0])
-    assert curve(tmp_path) == pytest.approx(whole, rel=1e-5)
+    assert curve(tmp_path) == whole
+    steps = [line["step"] for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert steps == list(range(1, 13))
