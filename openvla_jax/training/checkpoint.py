@@ -277,7 +277,7 @@ class Checkpoints:
         self._failure: Exception | None = None
 
     def _open(self) -> Any:
-        """Leftovers of saves that did not come to their end are removed, which may be what makes room for the next."""
+        """Leftovers of saves that did not come to their end are removed."""
         return ocp.training.Checkpointer(self.directory, preservation_policy=self._policy, cleanup_tmp_directories=True)
 
     @property
@@ -339,8 +339,17 @@ class Checkpoints:
         pause(self._failures)
         with contextlib.suppress(Exception):
             self._checkpointer.close()
+        self._make_room()
         self._checkpointer = self._open()
         return True
+
+    def _make_room(self) -> None:
+        """Removes what the failed save has left, also where it has its final name from the start (some buckets)."""
+        for path in self.directory.iterdir():
+            unfinished = path.name == str(self._step) and not is_complete(path)
+            if unfinished or ".orbax-checkpoint-tmp" in path.name:
+                with contextlib.suppress(Exception):  # a thread may still write to it; the next start removes it
+                    path.rmtree()
 
     def wait(self) -> None:
         """Blocks until a save under way has ended, well or not."""
