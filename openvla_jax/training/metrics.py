@@ -84,7 +84,11 @@ class MetricLog:
         self._written = time.monotonic()
 
     def close(self) -> None:
-        self.flush()
+        """To be called after `flush`, or where an error ends the run, which must not hide behind another one here."""
+        try:
+            self.flush()
+        except OSError as error:
+            logging.warning("the last metrics may be lost: %s", cause(error))
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
