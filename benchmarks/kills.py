@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # What may come out otherwise in a run that was interrupted: times, and the memory of a process.
 VARYING = re.compile(
-    r"time|goodput/.*|train/(steps_per_second|examples_per_second|data_wait_fraction|resident_memory_gb)"
+    r"time|goodput/.*|train/(steps_per_second|examples_per_second|data_wait_fraction|resident_memory_gb|device_peak_gb)"
 )
 # Seconds that each lasts on a laptop: the kill comes at a random time within it.
 MOMENTS = {"data": 0.02, "step": 0.08, "checkpoint": 1.0, "evaluation": 0.2}
