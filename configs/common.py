@@ -2,6 +2,8 @@
 only.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -54,7 +56,7 @@ def base() -> ConfigDict:
     augment.saturation = (0.8, 1.2)
     augment.hue = 0.05
 
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.mesh = ConfigDict({"data": 0, "fsdp": -1, "tensor": 1})  # data 0: one per slice; -1: what is left
 
     config.train = train = ConfigDict()
     train.steps = 300_000
@@ -70,6 +72,13 @@ def base() -> ConfigDict:
     train.checkpoint_every = 2500
     train.keep_last = 2
     train.keep_every = placeholder(int)  # every N-th step is kept for good
+    train.max_skipped = 5  # steps of the last 100 that may be skipped because loss or gradient is no finite number
+    train.hang_timeout = (
+        600.0  # seconds without progress after which a host that the others wait for is named; 0: never
+    )
+    train.profile_at = 0  # the first step to profile, into WORKDIR/profile; 0: none
+    train.profile_steps = 3
+    train.compilation_cache = "~/.cache/openvla_jax/xla"  # compiled programs, kept between starts; "" for none
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-5
@@ -95,4 +104,26 @@ def finetune(trainable: str) -> ConfigDict:
     config.train.steps = 20_000
     config.train.eval_every = 500
     config.train.checkpoint_every = 1000
+    return config
+
+
+# What a run of batch 2048 needs on a slice, as `configs/openvla_7b.py:v5p-128`: the names are Google's types of slices,
+# in which v4 and v5p count two cores a chip. Other slices: --plan_search, and the settings that it proposes.
+SLICES: dict[str, dict[str, Any]] = {
+    "v4-128": {"topology": "v4:4x4x4", "train.remat": "full"},
+    "v5p-128": {"topology": "v5p:4x4x4", "train.remat": "save_dots"},
+    "v5p-256": {"topology": "v5p:4x4x8", "train.remat": "save_dots"},
+    "v5e-64": {"topology": "v5e:8x8", "train.remat": "full"},
+    "v5e-256": {"topology": "v5e:16x16", "train.remat": "full", "mesh.data": 2},  # 256 does not divide SigLIP's 1152
+    "v6e-64": {"topology": "v6e:8x8", "train.remat": "full"},
+}
+
+
+def on_slice(config: ConfigDict, name: str) -> ConfigDict:
+    """`config` with the settings of `SLICES[name]`; without a name as it is."""
+    if name:
+        if name not in SLICES:
+            raise ValueError(f"unknown slice {name!r}: one of {', '.join(SLICES)}")
+        settings = {key: value for key, value in SLICES[name].items() if key != "topology"}
+        config.update_from_flattened_dict(settings)
     return config

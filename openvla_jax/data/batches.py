@@ -203,6 +203,11 @@ class TrainIterator(Iterator[Batch]):
         self._iterator = iter(rows())
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the stream: datasets and their versions, weights, seed, shares. JSON values."""
+        return self._identity
+
+    @property
     def truncated_instructions(self) -> int:
         return self._encoder.truncated_instructions
 

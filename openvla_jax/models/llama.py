@@ -46,6 +46,7 @@ class Attention(nnx.Module):
         self.o = Linear(keys[3], width, width, ("heads", "embed"), bias=False, layers=layers)
         self.config = config
 
+    @jax.named_scope("attention")
     def project(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> tuple[Array, Array, Array]:
         """Queries, keys (both rotated) and values: [B, T, heads, H]."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
@@ -54,6 +55,7 @@ class Attention(nnx.Module):
         v = save_name(self.v(x), "v").reshape(shape)
         return rope(q, positions, self.config.rope_theta), rope(k, positions, self.config.rope_theta), v
 
+    @jax.named_scope("attention")
     def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:
         mixed = attention(q, k, v, mask)
         return save_name(self.o(mixed.reshape(*mixed.shape[:2], -1)), "o")
@@ -68,6 +70,7 @@ class MLP(nnx.Module):
         self.up = Linear(keys[1], config.width, config.mlp_dim, ("embed", "mlp"), bias=False, layers=layers)
         self.down = Linear(keys[2], config.mlp_dim, config.width, ("mlp", "embed"), bias=False, layers=layers)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = save_name(self.gate(x), "mlp"), save_name(self.up(x), "mlp")
         return self.down(ACTIVATIONS["silu"](gate) * up)
@@ -110,6 +113,7 @@ class Llama(nnx.Module):
         self.head = Linear(keys[2], config.width, config.vocab_size, ("embed", "vocab"), bias=False)
         self.config = config
 
+    @jax.named_scope("llama")
     def __call__(
         self, x: Float[Array, "B T D"], remat: str = "none", keys: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
@@ -131,6 +135,7 @@ class Llama(nnx.Module):
         x = scan_layers(body, x, self.blocks, remat)
         return self.norm(x if self.last is None else scan_layers(body, x, self.last, remat))
 
+    @jax.named_scope("llama/head")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the padded vocabulary."""
         return self.head(hidden, preferred_element_type=jnp.float32)

@@ -117,8 +117,12 @@ class OpenVLA(nnx.Module):
                 f"pixel_values {pixel_values.shape}: {self.config.name!r} takes [B, {size}, {size}, {3 * len(towers)}]"
             )
         pixels = jnp.asarray(pixel_values, self.dtype)
-        features = [self.vision[t.name](pixels[..., 3 * i : 3 * i + 3], remat) for i, t in enumerate(towers)]
-        return self.projector(jnp.concatenate(features, axis=-1))
+        features = []
+        for i, tower in enumerate(towers):
+            with jax.named_scope(f"vision/{tower.name}"):  # profiles then read like the model
+                features.append(self.vision[tower.name](pixels[..., 3 * i : 3 * i + 3], remat))
+        with jax.named_scope("projector"):
+            return self.projector(jnp.concatenate(features, axis=-1))
 
     def splice(self, patches: Float[Array, "B P D"], input_ids: Int[HostOrDevice, "B T"]) -> Float[Array, "B P+T D"]:
         """Patches go directly after BOS, without separators."""

@@ -68,6 +68,7 @@ class Attention(nnx.Module):
         self.heads = config.heads
         self.qkv = nnx.data(None)
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -87,6 +88,7 @@ class MLP(nnx.Module):
         self.down = Linear(down, config.mlp_dim, config.width, ("mlp", "embed"), bias=True, layers=layers)
         self.activation = config.activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(ACTIVATIONS[self.activation](save_name(self.up(x), "mlp")))
 

@@ -13,6 +13,7 @@ Training keeps them as W/checkpoints/<step>/; an imported checkpoint is one such
 appears under its final name only when it is complete.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,11 +21,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.training.runtime import ATTEMPTS, StorageError, cause, pause, retry
 
 FORMAT = 1
 CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics.json", "tokenizer"
@@ -126,7 +129,15 @@ def steps_in(directory: os.PathLike | str) -> list[int]:
 
 
 def is_complete(path: epath.Path) -> bool:
-    return (path / "params").is_dir() and (path / "contract" / CONFIG_FILE).exists() and ocp.is_orbax_checkpoint(path)
+    """Whether a checkpoint has all its parts and was finished: in some buckets it has its final name before that."""
+    notes = path / "_CHECKPOINT_METADATA"
+    if not ((path / "params").is_dir() and (path / "contract" / CONFIG_FILE).exists() and notes.exists()):
+        return False
+    try:
+        finished = json.loads(notes.read_text()).get("commit_timestamp_nsecs", True)
+    except ValueError:
+        return False
+    return bool(finished) and ocp.is_orbax_checkpoint(path)
 
 
 def open_checkpoint(path: os.PathLike | str, step: int | None = None) -> epath.Path:
@@ -264,7 +275,11 @@ class Files:
 
     async def save(self, directory):
         if jax.process_index() == 0 or self._every_process:
-            self._write(await directory.await_creation())
+            path = await directory.await_creation()
+            if jax.process_count() == 1:  # the whole save is tried again where it fails
+                self._write(path)
+            else:
+                retry(f"writing {path}", lambda: self._write(path))
 
         async def nothing() -> None:
             return None
@@ -275,6 +290,10 @@ class Files:
         raise NotImplementedError(f"the files of {directory} are read where they lie")
 
 
+def _tells_no_threads(record: Any) -> bool:
+    return "_SignalingThread.run() raised" not in record.getMessage()
+
+
 class Checkpoints:
     """The checkpoints of a run: asynchronous saves, the latest N kept and every N-th step for good."""
 
@@ -282,22 +301,32 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.directory = absolute(workdir) / "checkpoints"
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-        )
+        # `failed` tells of a save that fails, in one line: each of Orbax's threads would with a stack trace as well.
+        logging.get_absl_logger().addFilter(_tells_no_threads)
+        self._policy = policies.AnyPreservationPolicy(keep)
+        self._checkpointer = self._open()
         self._pending = None
+        self._step = 0
+        self._failures = 0
+        self._failure: Exception | None = None
+
+    def _open(self) -> Any:
+        """Leftovers of saves that did not come to their end are removed."""
+        return ocp.training.Checkpointer(self.directory, preservation_policy=self._policy, cleanup_tmp_directories=True)
 
     @property
     def latest(self) -> int | None:
         steps = steps_in(self.directory)
         return steps[-1] if steps else None
 
+    def describe_latest(self) -> str:
+        latest = self.latest
+        return "no checkpoint was saved before" if latest is None else f"the last good checkpoint is step {latest}"
+
     def save(
         self, step: int, state: Any, contract: Contract, iterator: Any | None = None, unused: Any | None = None
     ) -> None:
-        """Starts a save; an earlier save that failed raises here. `iterator` is saved at its position of this
+        """Starts a save; `failed` tells how it and an earlier one went. `iterator` is saved at its position of this
         moment.
         """
         self.wait()
@@ -310,14 +339,64 @@ class Checkpoints:
             items["unused"] = unused
         if iterator is not None:
             items["data"] = Files(lambda directory: iterator.save(os.fspath(directory)), every_process=True)
-        self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        self._step = step
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        except Exception as error:  # a disk or bucket; Orbax and its libraries raise types of their own
+            self._failure = error
+
+    def failed(self, wait: bool = False) -> bool:
+        """Whether a save has failed, and is to be started again with the present state, for which this makes room.
+
+        To be asked at every step; with `wait` the save under way is waited for. Raises StorageError after a number of
+        failures in a row, and at once where there are other processes, of which this one alone may know: starting all
+        of them again is then the way on.
+        """
+        if self._pending is not None:
+            try:
+                self._pending.result(None if wait else 0)
+                self._pending, self._failures = None, 0
+            except TimeoutError:
+                return False
+            except Exception as error:
+                self._pending, self._failure = None, error
+        if self._failure is None:
+            return False
+        error, self._failure = self._failure, None
+        self._failures += 1
+        if self._failures >= ATTEMPTS or jax.process_count() > 1:
+            raise StorageError(
+                f"{self.directory}: saving step {self._step} failed, {self._failures} times in a row ({cause(error)}); "
+                f"{self.describe_latest()}; make room or mend the storage, then the same command goes on from there"
+            ) from error
+        logging.warning("saving step %d failed (%s), trying again", self._step, cause(error))
+        pause(self._failures)
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._make_room()
+        self._checkpointer = self._open()
+        return True
+
+    def _make_room(self) -> None:
+        """Removes what the failed save has left, also where it has its final name from the start (some buckets)."""
+        for path in self.directory.iterdir():
+            unfinished = path.name == str(self._step) and not is_complete(path)
+            if unfinished or ".orbax-checkpoint-tmp" in path.name:
+                with contextlib.suppress(Exception):  # a thread may still write to it; the next start removes it
+                    path.rmtree()
 
     def wait(self) -> None:
-        """Blocks until a save under way is complete; raises if it failed."""
+        """Blocks until a save under way has ended, well or not."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            try:
+                self._pending.result()
+                self._failures = 0
+            except Exception as error:
+                self._failure = error
+            self._pending = None
 
     def close(self) -> None:
+        """Ends the save under way; to be called after `failed(wait=True)`, or where another error ends the run."""
         self.wait()
-        self._checkpointer.close()
+        with contextlib.suppress(Exception):  # it raises again what a save has raised
+            self._checkpointer.close()

@@ -2,11 +2,13 @@
 
 import collections
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
-import signal
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from openvla_jax.inference.preprocess import center_crop
 from openvla_jax.models.layers import check_remat
 from openvla_jax.models.openvla import count_parameters
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
+from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.adapter import check_fingerprint, read_base
 from openvla_jax.training.checkpoint import (
@@ -36,6 +39,7 @@ from openvla_jax.training.checkpoint import (
     restore_state,
     steps_in,
 )
+from openvla_jax.training.runtime import Profile, Skipped, StopSignal, retry, use_compilation_cache
 from openvla_jax.training.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.training.state import TrainState, init_state
 from openvla_jax.training.step import make_eval_step, make_job, summarize
@@ -53,20 +57,27 @@ FIXED = (
 LATER = ("trainable", "lora", "quantize", "frozen_dtype")  # settings that the first checkpoints do not know
 
 
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient stopped being a number; the last good checkpoint is kept."""
-
-
 def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> TrainState:
     """Trains as `config` says (see `configs/common.py`), resuming from the latest complete checkpoint in `directory`.
 
     Returns the final state. Raises ValueError, FileNotFoundError or CheckpointError with one line for bad input, before
-    anything is written; NonFiniteError if the loss is not a number.
+    anything is written; NonFiniteError if too many losses are no number; StorageError if saving goes on failing.
+    With several processes (`hosts.initialize`) all of them call it alike; where one is lost the others end themselves.
     """
+    store = hosts.client()
+    hosts.leave_obituary(store)
+    timeout = config.train.hang_timeout
+    with hosts.Watch(store, jax.process_index(), jax.process_count(), hang_timeout=timeout) as watch:
+        return train(config, directory, watch)
+
+
+def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch: hosts.Watch) -> TrainState:
+    """`run`, while `watch` looks after the hosts."""
     # TensorFlow comes with it
     from openvla_jax.data.batches import make_eval_batches, make_train_iterator, resident_memory_gb
 
-    train, workdir = config.train, absolute(directory)
+    began_at, train, workdir = time.time(), config.train, absolute(directory)
+    use_compilation_cache(train.compilation_cache)
     log = print if jax.process_index() == 0 else logging.debug
     dtype = jnp.dtype(train.dtype)
 
@@ -122,6 +133,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
                 raise
             iterator = open_data(config.seed + start, start)
             log(f"data: the stream goes on with another seed, {config.seed + start} ({error})")
+    hosts.preflight(facts(config, workdir, start, iterator), hosts.client(), jax.process_index(), jax.process_count())
     eval_batches = []
     if train.eval_every and train.eval_batches:
         eval_batches = make_eval_batches(
@@ -177,7 +189,9 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     )
 
     # -- Step ---------------------------------------------------------------------------------------------------------
-    eval_fn = jax.jit(make_eval_step(model, dtype=dtype, datasets=datasets, tuning=tuning))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    eval_step = make_eval_step(model, dtype=dtype, datasets=datasets, tuning=tuning)
+    eval_fn = jax.jit(eval_step, out_shardings=everywhere)
     eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
     if start >= train.steps:
         log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
@@ -193,35 +207,41 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
     else:
         step_fn = job.step.lower(state, batch).compile(compiler_options=options)
         log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+    hosts.gather(hosts.client(), "compiled")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------
     checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
     writer = None
     if jax.process_index() == 0:
-        write_json(workdir / CONFIG_FILE, contract.training)
+        retry(f"writing {workdir / CONFIG_FILE}", lambda: write_json(workdir / CONFIG_FILE, contract.training))
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
-    progress = metrics_lib.Progress(start, train.steps, train.batch_size)
+    earlier = writer.earlier if writer is not None else {}
+    progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier)
+    profile, skipped, stop = (
+        Profile(workdir, train.profile_at, train.profile_steps),
+        Skipped(train.max_skipped),
+        StopSignal(),
+    )
+
     accuracies: collections.deque[float] = collections.deque(maxlen=train.log_every)
 
     def record(step: int, metrics: Mapping[str, Any]) -> None:
         """Checks and logs a step's metrics; waits for that step to end."""
-        metrics = jax.device_get(metrics)
-        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-            kept = (
-                f"the last good checkpoint is step {checkpoints.latest}"
-                if checkpoints.latest
-                else "no checkpoint was saved"
-            )
-            raise NonFiniteError(
-                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped, {kept}; "
-                "lower optimizer.learning_rate or look at the data of this step"
-            )
+        metrics = dict(jax.device_get(metrics))
+        if metrics.pop("skipped"):
+            what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+            log(f"step {step}: skipped, {what}")
+            if writer is not None:
+                writer.write(step, {"train/skipped": 1.0})
+            skipped.add(step, lambda: f"{what}; {checkpoints.describe_latest()}")
+            return
         accuracies.append(float(metrics["action_accuracy"]))
         if step % train.log_every == 0 or step == train.steps:
             flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
             flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
             flat["train/resident_memory_gb"] = resident_memory_gb()
             flat |= {f"train/{name}": value for name, value in metrics_lib.device_memory().items()}
+            flat |= {f"goodput/{name}": value for name, value in progress.goodput().items()}
             if writer is not None:
                 writer.write(step, flat)
             log(progress.line(step, flat))
@@ -244,7 +264,12 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
             f"accuracy {flat['val/action_accuracy']:.1%}  L1 {flat['val/action_l1']:.4f}"
         )
 
-    stop = StopSignal()
+    def save(step: int) -> None:
+        if writer is not None:
+            writer.flush()
+        checkpoints.save(step, state, contract, iterator if exact else None, unused)
+        log(f"step {step}/{train.steps}  saving; {progress.goodput_line()}")
+
     with jax.transfer_guard("disallow"), contextlib.ExitStack() as closing:
         closing.callback(checkpoints.close)
         if writer is not None:
@@ -252,32 +277,43 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         closing.enter_context(stop)
         pending: list[tuple[int, Any]] = []  # metrics of steps that may still be running
         for step in range(start + 1, train.steps + 1):
-            state, metrics = step_fn(state, batch)
+            watch.at(step, "step")
+            profile.before(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = step_fn(state, batch)
             pending.append((step, metrics))
             reached = accurate()
-            last = step == train.steps or stop.requested or reached
+            last = stop.at(step) or step == train.steps or reached
             evaluates = bool(eval_batches) and (step % train.eval_every == 0 or step == train.steps or reached)
-            saves = last or step % train.checkpoint_every == 0
-            # One step is left in flight while the host goes on, but none where its outcome is needed: a state that is
-            # not finite is never saved.
-            while len(pending) > (0 if evaluates or saves else 1):
+            saves = checkpoints.failed() or last or step % train.checkpoint_every == 0
+            # One step is left in flight while the host goes on, but none where its outcome is needed: what is saved is
+            # never ahead of its metrics.
+            while len(pending) > (0 if evaluates or saves or profile.ends(step) else 1):
                 record(*pending.pop(0))
-            began = time.perf_counter()
             with jax.transfer_guard("allow"):
+                if profile.ends(step):
+                    profile.stop()
                 if evaluates:
-                    evaluate(step)
+                    with progress.pausing("evaluation"):
+                        watch.at(step, "evaluation")
+                        evaluate(step)
                 if saves:
-                    checkpoints.save(step, state, contract, iterator if exact else None, unused)
-            progress.paused(time.perf_counter() - began)
+                    with progress.pausing("checkpoint"):
+                        watch.at(step, "checkpoint")
+                        save(step)
+                        while last and checkpoints.failed(wait=True):
+                            save(step)
             if last:
                 break
-            batch = next_batch(iterator, mesh, progress)
+            watch.at(step, "data")
+            batch = next_batch(iterator, mesh, progress, metrics)
+        profile.stop()
     if reached:
         log(f"step {step}: action accuracy {np.mean(accuracies):.1%}, stopped as stop_at_action_accuracy says")
     elif stop.requested and step < train.steps:
         log(f"stopped by a signal at step {step}, saved; the same command goes on from there")
         raise SystemExit(stop.EXIT_CODE)
-    log(f"done: step {step} saved in {checkpoints.directory / str(step)}")
+    log(f"done: step {step} saved in {checkpoints.directory / str(step)}; {progress.goodput_line()}")
     return state
 
 
@@ -286,33 +322,54 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def next_batch(iterator: Any, mesh: jax.sharding.Mesh, progress: metrics_lib.Progress) -> Any:
+def next_batch(
+    iterator: Any, mesh: jax.sharding.Mesh, progress: metrics_lib.Progress, running: Mapping[str, Any]
+) -> Any:
+    """The next global batch. The time counts as waiting where the running step has ended before it: at most that."""
     began = time.perf_counter()
-    batch = global_batch(next(iterator), mesh)
-    progress.waited(time.perf_counter() - began)
+    rows = next(iterator)
+    with jax.transfer_guard("allow"):  # what is meant here, though with several processes jax takes it for an accident
+        batch = global_batch(rows, mesh)
+    if running["loss"].is_ready():
+        progress.paused("data", time.perf_counter() - began)
     return batch
 
 
-class StopSignal(contextlib.AbstractContextManager):
-    """SIGTERM asks for a save at the end of the running step; a second one ends the process at once."""
+def facts(config: ml_collections.ConfigDict, workdir: epath.Path, start: int, iterator: Any) -> dict[str, Any]:
+    """What must be the same on all hosts, by name: where they differ, the names and values are the message."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        sources.update(path.read_bytes())
+    statistics = {
+        f"statistics of {name}": hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()[:12]
+        for name, one in iterator.statistics.items()
+    }
+    versions = {
+        f"{name} version": importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+    }
+    stream = {key: value for key, value in getattr(iterator, "identity", {}).items() if key != "process_index"}
+    settings = {f"config.{name}": str(value) for name, value in flat_items(json.loads(config.to_json_best_effort()))}
+    return (
+        settings
+        | versions
+        | statistics
+        | {
+            "code (sha256 of openvla_jax)": sources.hexdigest()[:12],
+            "workdir": os.fspath(workdir),
+            "step to resume from": start,
+            "datasets": list(iterator.dataset_names),
+            "stream": stream,
+            "devices": [jax.device_count(), jax.devices()[0].device_kind],
+        }
+    )
 
-    EXIT_CODE = 143  # 128 + SIGTERM: stopped, saved, to be started again
 
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            self._previous = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def _handle(self, *_: Any) -> None:
-        self.requested = True
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(ValueError, AttributeError):
-            signal.signal(signal.SIGTERM, self._previous)
+def flat_items(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """("a.b", value) for every leaf of nested dicts."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        found += flat_items(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
 
 
 def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> tuple[VLAConfig, Any]:

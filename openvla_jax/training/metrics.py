@@ -1,18 +1,24 @@
 """Where metrics go: metrics.jsonl and TensorBoard always, Weights & Biases if configured, and a progress line."""
 
+import contextlib
 import json
 import math
 import os
 import secrets
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from openvla_jax.training.runtime import cause, copy_tree, retry
+
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
+_UPLOAD_EVERY = 60.0  # seconds
 
 
 class MetricLog:
@@ -20,19 +26,21 @@ class MetricLog:
     again.
 
     metrics.jsonl holds one JSON object a line: {"step": 120, "time": seconds since the epoch, "train/loss": 1.2, ...};
-    validation has lines of its own with keys `val/...`.
+    validation has lines of its own with keys `val/...`. Objects in buckets cannot grow: there the file is written anew
+    once a minute, and by `flush`. A write that fails is retried (`runtime.StorageError`).
     """
 
     def __init__(self, workdir: os.PathLike | str, resume_step: int, wandb: ConfigDict, config: Mapping[str, Any]):
-        import tensorboardX
-
-        path = epath.Path(workdir) / METRICS_FILE
-        if path.exists():
-            _drop_after(path, resume_step)
-        self._jsonl = path.open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(
-            os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-        )
+        self._path = epath.Path(workdir) / METRICS_FILE
+        if self._path.exists():
+            _drop_after(self._path, resume_step)
+        self._text = self._path.read_text() if self._path.exists() else ""
+        kept = [json.loads(line) for line in self._text.splitlines()]
+        self.earlier = next((line for line in reversed(kept) if "goodput/seconds" in line), {})
+        self._end = len(self._text.encode())
+        self._file = None if is_remote(workdir) else open(self._path, "ab")  # noqa: SIM115
+        self._written = time.monotonic()
+        self._tensorboard = _TensorBoard(epath.Path(workdir) / "tensorboard", resume_step)
         self._wandb = None
         if wandb.get("project"):
             import wandb as client  # an optional dependency, asked for by the config
@@ -46,16 +54,43 @@ class MetricLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes finite values; a value that does not exist (a dataset without rows in the batch) is left out."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        self._jsonl.write(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
-        self._jsonl.flush()
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n"
+        if self._file is None:
+            self._text += line
+            if time.monotonic() - self._written > _UPLOAD_EVERY:
+                self.flush()
+        else:
+            retry(f"writing {self._path}", lambda: self._append(line.encode()))
+        self._tensorboard.write(step, finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
+    def _append(self, line: bytes) -> None:
+        assert self._file is not None
+        self._file.truncate(self._end)  # of what an attempt before may have left
+        self._file.write(line)
+        self._file.flush()
+        self._end += len(line)
+
+    def flush(self) -> None:
+        """Nothing written before is lost after this, even with the machine. To be called before a checkpoint is saved:
+        what the run resumes from must not be ahead of its metrics.
+        """
+        if self._file is None:
+            retry(f"writing {self._path}", lambda: self._path.write_text(self._text))
+        else:
+            os.fsync(self._file.fileno())
+        self._tensorboard.flush()
+        self._written = time.monotonic()
+
     def close(self) -> None:
-        self._jsonl.close()
-        self._tensorboard.close()
+        """To be called after `flush`, or where an error ends the run, which must not hide behind another one here."""
+        try:
+            self.flush()
+        except OSError as error:
+            logging.warning("the last metrics may be lost: %s", cause(error))
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -66,6 +101,53 @@ def _wandb_id(workdir: epath.Path) -> str:
     if not file.exists():
         file.write_text(secrets.token_hex(6))
     return file.read_text()
+
+
+class _TensorBoard:
+    """Scalars as TensorBoard event files: a convenience, so a failing disk stops them and not the run.
+
+    For a bucket they are written here and copied there.
+    """
+
+    def __init__(self, folder: epath.Path, resume_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder = folder
+        self._temporary = tempfile.TemporaryDirectory() if is_remote(folder) else None
+        self._local = self._temporary.name if self._temporary else os.fspath(folder)
+        os.makedirs(self._local, exist_ok=True)
+        self._writer: Any = EventsWriter(os.path.join(self._local, "events"))
+        if resume_step:  # viewers drop what an earlier start wrote after it
+            start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+            self._writer.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))
+        self._try(lambda: self._writer.write_event(event))
+
+    def flush(self) -> None:
+        self._try(lambda: self._writer.flush())
+        if self._temporary is not None:
+            self._try(lambda: copy_tree(self._local, self._folder))
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            action()
+        except Exception as error:  # file systems of buckets raise types of their own
+            logging.warning("no more TensorBoard events: %s", cause(error))
+            self._writer = None
+
+
+def is_remote(path: os.PathLike | str) -> bool:
+    """Whether a path is in a bucket rather than on a disk."""
+    return "://" in os.fspath(path)
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
@@ -109,34 +191,68 @@ def device_memory() -> dict[str, float]:
 
 
 class Progress:
-    """Rates since the last line, and the time left. Evaluation and saving are not counted into the rates."""
+    """Where the time goes: rates since the last line, the time left, and shares of the whole run since its first start.
 
-    def __init__(self, step: int, steps: int, batch_size: int):
+    `earlier` is the last metrics line that was kept from before: the time between it and this start, in which nothing
+    came about that is still there, is lost to the restart.
+    """
+
+    PAUSES = ("data", "checkpoint", "evaluation")
+
+    def __init__(self, step: int, steps: int, batch_size: int, began: float, earlier: Mapping[str, float]):
         self._steps, self._batch_size = steps, batch_size
         self._last_step = step
-        self._last_time = time.perf_counter()
-        self._waited = self._paused = 0.0
+        self._last_time = self._entered = time.perf_counter()
+        self._since_line = dict.fromkeys(self.PAUSES, 0.0)
+        self._here = dict.fromkeys(self.PAUSES, 0.0)
+        total = earlier.get("goodput/seconds", 0.0)
+        self._before = {kind: total * earlier.get(f"goodput/{kind}", 0.0) for kind in ("compute", *self.PAUSES)}
+        self._began = earlier.get("time", began) - total  # seconds since the epoch: when the run first started
 
-    def waited(self, seconds: float) -> None:
-        """Time in which the accelerator may have had nothing to do, waiting for data."""
-        self._waited += seconds
+    def paused(self, kind: str, seconds: float) -> None:
+        """Time in which the accelerator had, or may have had, nothing to do: data, checkpoint or evaluation."""
+        self._since_line[kind] += seconds
+        self._here[kind] += seconds
 
-    def paused(self, seconds: float) -> None:
-        self._paused += seconds
+    @contextlib.contextmanager
+    def pausing(self, kind: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.paused(kind, time.perf_counter() - began)
 
     def rates(self, step: int) -> dict[str, float]:
-        """Examples per second, steps per second and the share of time spent waiting for data since the last call."""
+        """Examples per second, steps per second and the share of time spent waiting for data since the last call.
+
+        Evaluation and saving are not counted into the rates.
+        """
         now = time.perf_counter()
-        seconds = max(1e-9, now - self._last_time - self._paused)
+        paused = self._since_line["checkpoint"] + self._since_line["evaluation"]
+        seconds = max(1e-9, now - self._last_time - paused)
         done = step - self._last_step
         rates = {
             "steps_per_second": done / seconds,
             "examples_per_second": done * self._batch_size / seconds,
-            "data_wait_fraction": self._waited / seconds,
+            "data_wait_fraction": self._since_line["data"] / seconds,
         }
         self._last_step, self._last_time = step, now
-        self._waited = self._paused = 0.0
+        self._since_line = dict.fromkeys(self.PAUSES, 0.0)
         return rates
+
+    def goodput(self) -> dict[str, float]:
+        """Shares of the run's whole time, from its first start: compute, data, checkpoint, evaluation, and `restarts`:
+        starting, compiling, standing still, and steps that were done twice. And that time, in seconds.
+        """
+        spent = {kind: self._before[kind] + self._here[kind] for kind in self.PAUSES}
+        loop = time.perf_counter() - self._entered
+        spent["compute"] = self._before["compute"] + loop - sum(self._here.values())
+        total = max(time.time() - self._began, sum(spent.values()), 1e-9)
+        shares = {kind: seconds / total for kind, seconds in spent.items()}
+        return shares | {"restarts": 1 - sum(shares.values()), "seconds": total}
+
+    def goodput_line(self) -> str:
+        shares = self.goodput()
+        named = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in (*self.PAUSES, "restarts"))
+        return f"goodput {shares['compute']:.1%} of {duration(shares['seconds'])} ({named})"
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         left = (self._steps - step) / max(1e-9, metrics["train/steps_per_second"])

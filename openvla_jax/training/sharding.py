@@ -6,12 +6,13 @@ constraints.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,9 +39,15 @@ MAX_REPLICATED_BYTES = 64 * 2**20
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """A mesh of `('data', 'fsdp', 'tensor')`; one size may be -1: what the other two leave of the devices."""
+    """A mesh of `('data', 'fsdp', 'tensor')`; one size may be -1: what the other two leave of the devices.
+
+    `data` 0 is one per slice. Several slices are joined by `data` alone, so that only gradients cross the data-centre
+    network; within a slice axes follow the chips' links. ValueError for sizes that the devices do not make up.
+    """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    sizes["data"] = sizes["data"] or slices
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     bad = len(free) > 1 or fixed <= 0 or len(devices) % fixed or (not free and fixed != len(devices))
@@ -51,8 +58,21 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    # Passed explicitly: jax.make_mesh would make Explicit axes.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if slices == 1:
+        # Passed explicitly: jax.make_mesh would make Explicit axes.
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(slice_grid(sizes, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_grid(sizes: Mapping[str, int], devices: Sequence[Any], slices: int) -> np.ndarray:
+    """The devices of several slices, [data, fsdp, tensor]: each slice is a run of `data`."""
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh data={sizes['data']} on {slices} slices: the other axes would cross the data-centre network in "
+            f"every layer; config.mesh.data must be a multiple of {slices} (0: one per slice)"
+        )
+    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def parameter_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> P:

@@ -87,7 +87,8 @@ def make_train_step(
 
     Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
-    hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step.
+    hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
+    gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`.
     """
     graph = make_graph(model, dtype, tuning)
     drops = tuning.lora is not None and tuning.lora.dropout > 0
@@ -101,7 +102,8 @@ def make_train_step(
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
-            batch = batch._replace(images=augment(key, batch.images))
+            with jax.named_scope("augment"):
+                batch = batch._replace(images=augment(key, batch.images))
         keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
         total = batch.target_mask.sum().astype(jnp.float32)
         gradient = jax.grad(part_loss, has_aux=True)
@@ -120,10 +122,14 @@ def make_train_step(
             shapes = jax.eval_shape(gradient, state.params, state.frozen, first, total, keys[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            keep = lambda new, old: jnp.where(finite, new, old)
+            params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics | {"skipped": ~finite}
 
     return train_step
 
@@ -174,7 +180,8 @@ def make_job(
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
         remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
     )  # fmt: skip
-    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=compiler_options)
+    everywhere = NamedSharding(mesh, P())  # every host reads the metrics
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)
     return Job(tuning, optimizer, abstract, placed, step)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from openvla_jax.config import VLAConfig, tiny
-from openvla_jax.data.batches import Batch
+from openvla_jax.data import Batch
 
 MODEL = tiny(base_vocab_size=700)
 

@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, on any mesh, and nothing else is taken for one."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,75 @@ def test_unfinished_and_foreign_directories_are_refused(tmp_path, saved):
         lib.open_checkpoint(tmp_path)
     with pytest.raises(lib.CheckpointError, match=r"no complete checkpoint of step 9; it has \[2\]"):
         lib.open_checkpoint(saved[0], step=9)
+
+
+def test_a_checkpoint_without_its_commit_is_not_picked_up(tmp_path, saved):
+    """In a bucket without renames a save has its final name from the start."""
+    shutil.copytree(saved[0] / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
+    assert lib.steps_in(tmp_path / "checkpoints") == [2]
+    notes = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    whole = json.loads(notes.read_text())
+    assert whole["commit_timestamp_nsecs"]
+    for text in (json.dumps(whole | {"commit_timestamp_nsecs": None}), notes.read_text()[:20]):
+        notes.write_text(text)
+        assert lib.steps_in(tmp_path / "checkpoints") == []
+    notes.unlink()
+    assert lib.steps_in(tmp_path / "checkpoints") == []
+
+
+class Broken:
+    """A save that fails: at once, or some time later."""
+
+    def __init__(self, later):
+        self._later = later
+
+    def save_checkpointables_async(self, step, items, force):
+        if not self._later:
+            raise OSError(28, "No space left on device")
+        return self
+
+    def result(self, timeout=None):
+        if self._later == "not yet":
+            self._later = "now"
+            raise TimeoutError
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\n[source locations]")
+
+    def close(self):
+        raise ValueError("again")
+
+
+def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_error(tmp_path, contract, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(lib, "pause", pauses.append)
+    mesh, optimizer, *_ = setup({"fsdp": -1})
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    checkpoints = lib.Checkpoints(tmp_path, keep_last=2, keep_every=None)
+    checkpoints.save(1, state, contract)
+    assert not checkpoints.failed(wait=True)
+
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()  # what a failure leaves behind
+    checkpoints._checkpointer = Broken("not yet")
+    checkpoints.save(2, state, contract)
+    assert not checkpoints.failed()  # it is still under way
+    assert checkpoints.failed()
+    assert not (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
+    checkpoints.save(3, state, contract)  # there is room again
+    assert not checkpoints.failed(wait=True)
+    assert lib.steps_in(tmp_path / "checkpoints") == [1, 3] and pauses == [1]
+
+    for step, later in ((4, "now"), (5, ""), (6, "now")):
+        checkpoints._checkpointer = Broken(later)
+        checkpoints.save(step, state, contract)
+        assert checkpoints.failed()
+    checkpoints._checkpointer = Broken("now")
+    checkpoints.save(7, state, contract)
+    with pytest.raises(
+        lib.StorageError, match=r"saving step 7 failed, 4 times in a row \(RESOURCE_EXHAUSTED"
+    ) as caught:
+        checkpoints.failed()
+    assert "the last good checkpoint is step 3" in str(caught.value) and "\n" not in str(caught.value)
+    assert pauses == [1, 1, 2, 3]
+    checkpoints.close()
 
 
 def test_a_damaged_contract_says_so(tmp_path, contract):

@@ -1,5 +1,7 @@
 """The mesh and the placement of every parameter."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,39 @@ def test_free_axis_takes_the_remaining_devices():
 def test_a_mesh_that_does_not_fit_says_so(sizes):
     with pytest.raises(ValueError, match="8 devices"):
         sharding.make_mesh(sizes)
+
+
+class Chip(SimpleNamespace):
+    """A device of one of several slices, as far as the making of a mesh looks at it."""
+
+
+def chips(slices, per_slice):
+    return [
+        Chip(id=i, platform="cpu", device_kind="chip", process_index=i, slice_index=i // per_slice)
+        for i in range(slices * per_slice)
+    ]
+
+
+@pytest.mark.parametrize(("data", "inner"), [(2, (1, 2, 2)), (4, (2, 2, 1))])
+def test_slices_are_joined_by_data_alone(data, inner):
+    devices = chips(2, 4)
+    sizes = dict(zip(sharding.AXES, (data, *inner[1:]), strict=True))
+    grid = sharding.slice_grid(sizes, devices[::-1], 2)
+    assert grid.shape == (data, *inner[1:])
+    assert sorted(chip.id for chip in grid.flat) == list(range(8))
+    slice_of = np.vectorize(lambda chip: chip.slice_index)(grid)
+    assert (slice_of == np.arange(data)[:, None, None] // (data // 2)).all()
+
+
+def test_a_layer_that_would_cross_slices_is_refused():
+    with pytest.raises(ValueError, match=r"data=1 on 2 slices.*must be a multiple of 2"):
+        sharding.make_mesh({"data": 1, "fsdp": -1}, chips(2, 4))
+    with pytest.raises(ValueError, match=r"data=3, fsdp=-1, tensor=1\) does not fit 8"):
+        sharding.make_mesh({"data": 3, "fsdp": -1}, chips(2, 4))
+
+
+def test_data_0_is_one_per_slice():
+    assert dict(sharding.make_mesh({"data": 0, "fsdp": -1}).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 def test_dimensions_that_the_mesh_does_not_divide_pass_the_axis_on():

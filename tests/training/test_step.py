@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
@@ -30,11 +31,13 @@ def losses(mesh_sizes, steps, devices=None, accumulation=1, rows=16):
         MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2, accumulation=accumulation, remat="full"
     )
     step = jax.jit(step, out_shardings=(placed, None))
-    collected = []
+    collected, gradients = [], None
     for i in range(steps):
         state, metrics = step(state, global_batch(random_batch(rows, i), mesh))
         collected.append(jax.device_get(metrics))
-    return collected, jax.device_get(state.params)
+        if i == 0:  # Adam's first moment is then a tenth of the clipped gradient
+            gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+    return collected, gradients
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,16 @@ def reference():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_any_mesh_gives_the_losses_of_one_device(sizes, reference):
-    collected, _ = losses(sizes, 10)
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_any_mesh_gives_the_losses_and_gradients_of_one_device(sizes, reference):
+    collected, gradients = losses(sizes, 10)
+    assert jax.tree.structure(gradients) == jax.tree.structure(reference[1])
+    for (path, one), many in zip(
+        jax.tree_util.tree_flatten_with_path(reference[1])[0], jax.tree.leaves(gradients), strict=True
+    ):
+        # To the largest of the leaf: the key biases' gradients are rounding errors of much larger terms.
+        scale = np.abs(one).max() if "'bias'" not in jax.tree_util.keystr(path) else max(np.abs(one).max(), 1e-4)
+        np.testing.assert_allclose(many, one, atol=1e-4 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
     for one, many in zip(reference[0], collected, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
@@ -72,6 +82,28 @@ def test_training_lowers_the_loss_of_one_batch():
         state, metrics = step(state, batch)
         first = metrics["loss"] if first is None else first
     assert metrics["loss"] < 0.6 * first
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_but_its_number():
+    """The parameters, the moments and Adam's count stay; the step after it is as if it had not been."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    schedule = make_schedule(SETTINGS, 10)
+    optimizer = make_optimizer(SETTINGS, schedule)
+    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    step = jax.jit(make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2))
+    good, bad = global_batch(random_batch(4), mesh), random_batch(4, seed=1)
+    pixels = np.zeros((*bad.images.shape[:3], 3 * len(MODEL.towers)), np.float32)
+    pixels[0, 0, 0, 0] = np.nan
+    after, metrics = step(state, good)
+    assert not metrics["skipped"]
+    skipped, metrics = step(after, global_batch(bad._replace(images=pixels), mesh))
+    assert metrics["skipped"] and int(skipped.step) == int(after.step) + 1
+    assert np.isnan(metrics["loss"])
+    for before, now in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((skipped.params, skipped.opt_state)), strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(before, now)
 
 
 def test_metrics_equal_a_plain_computation():
@@ -110,6 +142,16 @@ def test_pixels_reach_the_loss():
     loss = lambda images: loss_and_metrics(model, batch._replace(images=images), 2)[0]
     black, white = np.zeros_like(batch.images), np.full_like(batch.images, 255)
     assert abs(loss(black) - loss(white)) > 1e-3
+
+
+def test_profiles_name_what_they_show_like_the_model():
+    """Every product of the forward pass is within a part of the model."""
+    graph, params = nnx.split(OpenVLA(MODEL, jax.random.key(0)), nnx.Param)
+    loss = lambda params: loss_and_metrics(nnx.merge(graph, params), random_batch(2), 2)[0]
+    text = jax.jit(loss).lower(params).as_text(debug_info=True)
+    for scope in ("vision/dino", "vision/siglip", "projector", "llama", "llama/head"):
+        assert f"{scope}/" in text, scope
+    assert "attention/" in text and "mlp/" in text
 
 
 def test_unused_text_positions_do_not_matter():

@@ -1,0 +1,45 @@
+"""python train.py --config configs/registered.py:siglip-224px+mx-bridge --config.data.data_dir=DIR
+--config.init_from=VLM --workdir DIR
+
+The runs that the reference registers, by its own names, with model, mixture, batch and frozen parts of each; the
+settings of a slice after a comma: `configs/registered.py:siglip-224px+mx-oxe-magic-soup,v5e-256`. The reference states
+no number of steps (its limit is 1000 epochs): set `--config.train.steps`.
+"""
+
+from configs.common import base, on_slice
+from configs.openvla_7b import get_config as pretraining
+
+_VLM = "projector,llama"  # what a run with a frozen ("icy") vision tower trains
+_LAST = "llama/embed,llama/last,llama/head"
+
+# Name: mixture, global batch, what is trained.
+RUNS = {
+    "siglip-224px+mx-bridge": ("bridge", 256, "*"),
+    "siglip-224px-icy+mx-bridge": ("bridge", 256, _VLM),
+    "prism-dinosiglip-224px+mx-bridge": ("bridge", 256, "*"),
+    "siglip-224px+mx-oxe-magic-soup": ("oxe_magic_soup", 2048, "*"),
+    "prism-dinosiglip-224px+mx-oxe-magic-soup-plus": ("oxe_magic_soup_plus_minus", 2048, "*"),
+    "siglip-224px+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, "*"),
+    "siglip-224px+mx-tdroid_pour_corn_in_pot": ("tdroid_pour_corn_in_pot", 256, "*"),
+    "siglip-224px-icy+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, _VLM),
+    "siglip-224px-last_layer+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, _LAST),
+    "siglip-224px-sandwich+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, f"vision,projector,{_LAST}"),
+    "siglip-224px+mx-droid_wipe": ("droid_wipe", 256, "*"),
+}
+
+
+def get_config(argument: str = ""):
+    name, _, slice_name = argument.partition(",")
+    if name not in RUNS:
+        raise ValueError(f"unknown run {name!r}: one of {', '.join(RUNS)}")
+    mixture, batch_size, trainable = RUNS[name]
+    config = base() if mixture != "oxe_magic_soup_plus_minus" else pretraining()
+    config.tokenizer = "llama2_tokenizer"
+    config.model.preset = name
+    config.data.dataset = mixture
+    config.train.batch_size = batch_size
+    if trainable != "*":
+        if "trainable" not in config:
+            raise ValueError(f"{name} freezes parts of the model, which this version cannot")
+        config.trainable = trainable
+    return on_slice(config, slice_name)
