@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     compare = commands.add_parser("compare", help="success of several checkpoints on the same scenes")
     compare.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     compare.add_argument("--episodes", type=int, default=200, help="scenes, the same for all")
+    compare.add_argument("--first-seed", type=int, default=FIRST_SEED, help="as for rollout")
     compare.add_argument("--world", choices=WORLDS, default="tabletop", help="in which world")
     compare.add_argument("--out", type=Path, required=True, help="folder for report.md and success.json")
     compare.set_defaults(run=run_compare)
@@ -162,7 +163,7 @@ def run_compare(args: argparse.Namespace) -> None:
     results = {}
     for name, path in named:
         policy = Policy.from_checkpoint(path, check_images=False)
-        results[name] = evaluate(policy, args.episodes, world=args.world)["policy"]
+        results[name] = evaluate(policy, args.episodes, first_seed=args.first_seed, world=args.world)["policy"]
     table = figures.success_table(results)
     print(table)
     args.out.mkdir(parents=True, exist_ok=True)
