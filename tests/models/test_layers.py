@@ -203,3 +203,32 @@ def test_scan_layers_runs_the_stack_in_order():
 def test_unknown_remat_policy_lists_the_known():
     with pytest.raises(ValueError, match="unknown remat policy 'ful': one of full, save_qkv"):
         layers.scan_layers(lambda layer, x: x, jnp.zeros(6), Stack(jax.random.key(0)), "ful")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_gradients_are_those_of_the_plain_formula(heads, kv_heads, masked):
+    """Against softmax(q k^T) v differentiated by jax in float64; one row of the mask sees nothing."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 5, heads, 8))
+    k, v = rng.normal(size=(2, 2, 7, kv_heads, 8))
+    mask = rng.random((2, 5, 7)) < 0.6 if masked else None
+    if masked:
+        mask[0, 1] = False
+    weight = rng.normal(size=q.shape)
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(8)
+        if masked:
+            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+        return (jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), v) * weight).sum()
+
+    with jax.enable_x64(True):
+        expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float64) for x in (q, k, v)))
+    seen = None if mask is None else jnp.asarray(mask)
+    ours = lambda q, k, v: (layers.attention(q, k, v, seen) * weight).sum()
+    policy = jax.checkpoint(ours, policy=layers.REMAT_POLICIES["save_dots"])
+    for function in (ours, policy):
+        found = jax.value_and_grad(function, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)

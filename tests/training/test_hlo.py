@@ -60,3 +60,34 @@ def test_text_of_another_form_is_refused():
         Program("HloModule m\n")
     with pytest.raises(ValueError, match="trip count of loop loop"):
         Program(TEXT.replace("constant(3)", "parameter(0)")).cost(1.0, lambda *_: 0.0)
+
+
+OFFLOADED = """
+%gathers (p: bf16[32]) -> bf16[1024] {
+  ROOT %g = bf16[1024]{0} all-gather(%p), GROUP, dimensions={0}
+}
+
+%async (p: bf16[32]) -> bf16[1024] {
+  ROOT %c = bf16[1024]{0} custom-call(%p), custom_call_target="sparse", called_computations={%gathers}
+}
+
+%f (p: s32[]) -> s32[] {
+  ROOT %inner = s32[] add(%p, %p)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %ag.call-start = ((), (), (s32[8192]{0})) async-start(), async_execution_thread="sparsecore", calls=%async
+  %before = s32[] fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"700000"}
+  %ag.call-update = ((bf16[32]{0}), bf16[1024]{0}, (s32[8192]{0})) async-update(%ag.call-start, %before), x={}
+  %hide = s32[] fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"500000"}
+  ROOT %ag.call-done = bf16[1024]{0} async-done(%ag.call-update), x={}
+}
+""".replace("GROUP", GATHER)
+
+
+def test_a_collective_on_a_sparse_core_runs_from_its_operand_to_its_end():
+    cost = Program(OFFLOADED).cost(clock=1000.0, seconds=lambda kind, size, group: size)
+    received = 2048 * 31 / 32
+    assert (dict(cost.collectives), dict(cost.counts)) == ({"all-gather": received}, {"all-gather": 1})
+    assert cost.compute_seconds == 1200
+    assert cost.exposed_seconds == pytest.approx(received - 500)  # what came before the operand hides nothing
