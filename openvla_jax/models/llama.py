@@ -50,10 +50,9 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> tuple[Array, Array, Array]:
         """Queries, keys (both rotated) and values: [B, T, heads, H]."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        q = save_name(self.q(x), "q").reshape(shape)
-        k = save_name(self.k(x), "k").reshape(shape)
-        v = save_name(self.v(x), "v").reshape(shape)
-        return rope(q, positions, self.config.rope_theta), rope(k, positions, self.config.rope_theta), v
+        q, k = (rope(y.reshape(shape), positions, self.config.rope_theta) for y in (self.q(x), self.k(x)))
+        # Kept by heads and rotated: neither is done again in the backward pass.
+        return save_name(q, "q"), save_name(k, "k"), save_name(self.v(x).reshape(shape), "v")
 
     @jax.named_scope("attention")
     def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:

@@ -90,7 +90,8 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(ACTIVATIONS[self.activation](save_name(self.up(x), "mlp")))
+        up = save_name(self.up(x), "mlp")
+        return self.down(save_name(ACTIVATIONS[self.activation](up), "mlp"))  # an erf costs more than its place
 
 
 class ViTBlock(nnx.Module):
