@@ -156,7 +156,8 @@ class Policy:
             raise ValueError(f"instruction is {type(instruction).__name__}: give text")
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature {temperature}: 0 (greedy) or above")
-        key = choose_unnorm_key(self.contract.statistics, unnorm_key or self.contract.default_key)
+        unnorm_key = self.contract.default_key if unnorm_key is None else unnorm_key
+        key = choose_unnorm_key(self.contract.statistics, unnorm_key)
         action_dim = len(self.contract.statistics[key]["action"]["q01"])
         prompt = prompt_ids(self.contract.tokenizer, instruction, model.prompt_family)
         limit = self.contract.preprocessing["text_length"] - action_dim - 1

@@ -169,7 +169,9 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str, parse: I
         for depth, part in enumerate([*parents, last]):
             if not isinstance(node, ConfigDict) or part not in node:
                 known = [".".join([*parents[:depth], k]) for k in node] if isinstance(node, ConfigDict) else []
-                raise SweepError(f"{where}: the config has no {key!r}; {nearest(key, known)}")
+                raise SweepError(
+                    f"{where}: the config has no {key!r}; {nearest('.'.join([*parents[:depth], part]), known)}"
+                )
             if depth < len(parents):
                 node = node[part]
         old, kind = node[last], node.get_type(last)

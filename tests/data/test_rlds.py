@@ -362,5 +362,5 @@ def test_the_command_line_inspects_and_writes_statistics(shared, tmp_path):
     assert "'image_0': Image(shape=(64, 64, 3), dtype=uint8" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["bridge_orig"]["num_transitions"] == 400
     failed = run("stats", "bridge_orig", "--data_dir", str(tmp_path))
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1].startswith("error: dataset 'bridge_orig' is not in")
