@@ -12,9 +12,8 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 7
     config.init_from = ""  # a checkpoint whose weights, model and tokenizer to start from
-    config.tokenizer = (
-        ""  # directory with tokenizer.json or tokenizer.model, or "tiny"; the checkpoint's with init_from
-    )
+    # A directory with tokenizer.json or tokenizer.model, or "tiny"; with init_from the checkpoint's.
+    config.tokenizer = ""
     config.model = ConfigDict({"preset": "openvla-7b"})  # and overrides, see openvla_jax.config.model_config
 
     config.statistics = "replace"  # action statistics of the checkpoint: the data's instead, or "join" both

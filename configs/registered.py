@@ -38,8 +38,5 @@ def get_config(argument: str = ""):
     config.model.preset = name
     config.data.dataset = mixture
     config.train.batch_size = batch_size
-    if trainable != "*":
-        if "trainable" not in config:
-            raise ValueError(f"{name} freezes parts of the model, which this version cannot")
-        config.trainable = trainable
+    config.trainable = trainable
     return on_slice(config, slice_name)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from openvla_jax.sim.tabletop import WORLDS
 from openvla_jax.sweep import jobset, rollouts, runner
 from openvla_jax.sweep.points import SweepError, load_sweep
 
@@ -41,9 +42,10 @@ def _report(arguments: Sequence[str]) -> int:
     parser.add_argument("--metric", help="what to compare points by; default: val/action_accuracy, or the success")
     parser.add_argument("--rollouts", type=int, metavar="N", help="first measure success on N tabletop scenes")
     parser.add_argument("--lower", action="store_true", help="less is better (default: for names with loss or l1)")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="tabletop", help="where those scenes are")
     options = parser.parse_args(arguments)
     if options.rollouts is not None:
-        rollouts.measure(options.workdir, options.rollouts)
+        rollouts.measure(options.workdir, options.rollouts, options.world)
     metric = options.metric or ("val/action_accuracy" if options.rollouts is None else rollouts.SUCCESS)
     lower = options.lower or any(word in metric for word in ("loss", "l1"))
     for path in write_report(options.workdir, metric, lower):

@@ -20,8 +20,8 @@ def measured(directory: Path) -> list[dict[str, float]]:
     return [json.loads(file.read_text())["metrics"]] if file.exists() else []
 
 
-def measure(workdir: Path, episodes: int, log: Callable[[str], None] = print) -> None:
-    """Runs the latest checkpoint of every point on the same unseen scenes; skips what was measured so already."""
+def measure(workdir: Path, episodes: int, world: str = "tabletop", log: Callable[[str], None] = print) -> None:
+    """Runs the latest checkpoint of every point on the same unseen scenes of `world`; skips what is known."""
     if episodes < 1:
         raise SweepError(f"--rollouts {episodes}: run 1 scene at least")
     file = workdir / SWEEP_FILE
@@ -29,23 +29,23 @@ def measure(workdir: Path, episodes: int, log: Callable[[str], None] = print) ->
         raise SweepError(f"{workdir} holds no sweep ({SWEEP_FILE} is missing)")
     for name in json.loads(file.read_text())["points"]:
         step, kept = saved_step(workdir / name), workdir / name / ROLLOUTS_FILE
-        settings = {"step": step, "episodes": episodes}
+        settings = {"step": step, "episodes": episodes, "world": world}
         if not step or (kept.exists() and json.loads(kept.read_text())["settings"] == settings):
             continue
-        rate, bounds = _success(workdir / name, episodes)
+        rate, bounds = _success(workdir / name, episodes, world)
         row = {"step": step, SUCCESS: rate} | dict(zip(BOUNDS, bounds, strict=True))
         write_text(kept, json.dumps({"settings": settings, "metrics": row}) + "\n")
         log(f"{name}: {rate:.1%} of {episodes} scenes at step {step}")
 
 
-def _success(checkpoint: Path, episodes: int) -> tuple[float, tuple[float, float]]:
+def _success(checkpoint: Path, episodes: int, world: str) -> tuple[float, tuple[float, float]]:
     import jax
 
     from openvla_jax.evaluation.rollouts import evaluate
     from openvla_jax.inference.policy import Policy
 
     policy = Policy.from_checkpoint(checkpoint, check_images=False)  # one that learnt nothing is a result too
-    rollouts = evaluate(policy, episodes, record=0)["policy"]
+    rollouts = evaluate(policy, episodes, record=0, world=world)["policy"]
     del policy
     gc.collect()
     jax.clear_caches()  # compiled programs hold on to weights

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from orbax.checkpoint import v1 as ocp
 
 from configs import debug
 from configs.finetune import frozen_vision, full, last_layer, lora, sandwich
@@ -117,15 +118,25 @@ def test_a_last_layer_run_is_base_with_three_parts_replaced(base, data_dir, tmp_
     np.testing.assert_array_equal(kernels[1], kernels[2])
 
 
+def spoiled(source, target, part, name, factor):
+    """A copy of a checkpoint with one parameter multiplied."""
+    source = open_checkpoint(source)
+    params = ocp.load(source, checkpointable_name="params")
+    part(params)[name] = part(params)[name] * factor
+    ocp.save_checkpointables(target, {"params": params})
+    shutil.copytree(source / "contract", target / "contract")
+    return target
+
+
 @pytest.mark.slow
 def test_bad_input_is_told_in_one_line_and_writes_nothing(tuned, base, data_dir, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(base, other)
+    other = spoiled(base, tmp_path / "other", lambda params: params["llama"]["head"], "kernel", 2)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     strange = tmp_path / "statistics.json"
     strange.write_text(json.dumps({"bridge_orig": {}}))
     cases = [
+        (settings(other, data_dir), tuned, "was trained on another base: its fingerprint is"),
         (settings(base, data_dir, lora__rank=8), tuned, "lora was .*'rank': 4.* is .*'rank': 8"),
         (settings(base, data_dir, trainable="llama/head"), tuned, "trainable was .*, is 'llama/head'"),
         (settings(base, data_dir, lora__targets="llama/*/query"), None, "'llama/\\*/query' matches no layer"),
@@ -149,13 +160,7 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(tuned, base, data_dir,
 
 @pytest.mark.slow
 def test_nan_in_an_adapter_is_refused(tuned, tmp_path):
-    from orbax.checkpoint import v1 as ocp
-
-    source = open_checkpoint(tuned)
-    params = ocp.load(source, checkpointable_name="params")
-    params["llama"]["blocks"]["mlp"]["up"]["lora"]["b"] = params["llama"]["blocks"]["mlp"]["up"]["lora"]["b"] * np.nan
-    ocp.save_checkpointables(tmp_path / "bad", {"params": params})
-    shutil.copytree(source / "contract", tmp_path / "bad" / "contract")
+    spoiled(tuned, tmp_path / "bad", lambda params: params["llama"]["blocks"]["mlp"]["up"]["lora"], "b", np.nan)
     with pytest.raises(CheckpointError, match="llama/blocks/mlp/up/lora/b holds NaN or infinity") as caught:
         load_model(tmp_path / "bad")
     assert "\n" not in str(caught.value)

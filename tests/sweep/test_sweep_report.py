@@ -64,7 +64,7 @@ def test_success_in_closed_loop_is_a_metric(tmp_path, monkeypatch, capsys):
         (workdir / name / "checkpoints" / str(step)).mkdir(parents=True)
     asked = []
 
-    def success(checkpoint, episodes):
+    def success(checkpoint, episodes, world):
         asked.append(checkpoint.name)
         wins = {"a": 3, "b": 9}[checkpoint.name]
         return wins / episodes, wilson_interval(wins, episodes)
@@ -80,6 +80,8 @@ def test_success_in_closed_loop_is_a_metric(tmp_path, monkeypatch, capsys):
     (workdir / "a" / "checkpoints" / "3").mkdir()
     assert main(["report", str(workdir), "--rollouts", "10"]) == 0
     assert asked == ["a", "b", "a"]
+    assert main(["report", str(workdir), "--rollouts", "10", "--world", "changed"]) == 0
+    assert asked == ["a", "b", "a", "a", "b"]
     assert main(["report", str(workdir), "--rollouts", "0"]) == 2
 
 
