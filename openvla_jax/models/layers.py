@@ -168,11 +168,9 @@ def _attention_forward(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
     scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(v.dtype)
-    # Left to itself the compiler takes the exponentials again for each of their uses: sum, product and what is kept.
-    weights = save_name(jax.lax.optimization_barrier(weights), "weights")
-    total = jnp.moveaxis(weights.sum(axis=-1, dtype=jnp.float32), -1, 1)[..., None]  # [B, T, K, G, 1]
-    total = save_name(total, "weights")
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = save_name(jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None], "weights")  # [B, T, K, G, 1]
+    weights = save_name(weights.astype(v.dtype), "weights")
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision, preferred_element_type=jnp.float32)
     mixed = save_name((mixed / total).astype(v.dtype), "attention")
     return mixed, (q, k, v, mask, weights, total, mixed)
