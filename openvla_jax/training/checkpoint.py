@@ -312,7 +312,12 @@ class Checkpoints:
 
     def _open(self) -> Any:
         """Leftovers of saves that did not come to their end are removed."""
-        return ocp.training.Checkpointer(self.directory, preservation_policy=self._policy, cleanup_tmp_directories=True)
+        context = ocp.Context()
+        # Devices that hold the same array share the writing of it: pieces of some kB would cost more than they save.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+        return ocp.training.Checkpointer(
+            self.directory, preservation_policy=self._policy, cleanup_tmp_directories=True, context=context
+        )
 
     @property
     def latest(self) -> int | None:
