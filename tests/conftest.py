@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag, value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 0)):
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+OPTIMISED = {"xla_backend_optimization_level": 2}  # compiler_options of programs that a test runs often
 os.environ.setdefault("PJRT_NPROC", "64")  # as train.py: threads enough for devices that wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch beside workers: its waiting threads would take their cores
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

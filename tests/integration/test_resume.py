@@ -15,7 +15,7 @@ from conftest import ROOT
 from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training.checkpoint import steps_in
 
-STEPS = 24
+STEPS = {1: 24, 8: 12}  # by devices: eight of them take longer than one
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def data_dir(tmp_path_factory):
 def start(workdir, data_dir, devices, *overrides):
     command = [
         sys.executable, "train.py", "--config", "configs/debug.py", "--workdir", str(workdir),
-        f"--config.data.data_dir={data_dir}", f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=6",
-        "--config.train.eval_every=12", *overrides,
+        f"--config.data.data_dir={data_dir}", f"--config.train.steps={STEPS[devices]}",
+        "--config.train.checkpoint_every=6", "--config.train.eval_every=12", *overrides,
     ]  # fmt: skip
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags}
@@ -58,19 +58,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data_dir, devices
     metrics = killed / "metrics.jsonl"
     deadline = time.time() + 600
     while time.time() < deadline and process.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 10 and steps_in(killed / "checkpoints"):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 7 and steps_in(killed / "checkpoints"):
             break
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0][-3000:]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     saved = steps_in(killed / "checkpoints")[-1]
-    assert saved < STEPS
+    assert saved < STEPS[devices]
 
     output = finish(start(killed, data_dir, devices))
     assert f"resumed from step {saved}" in output
     assert curve(killed) == curve(whole)
-    assert [line["step"] for line in curve(whole) if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in curve(whole) if "train/loss" in line] == list(range(1, STEPS[devices] + 1))
     if devices == 1:
         assert finish(start(killed, data_dir, devices)).count("nothing to do") == 1
 
