@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("fastapi")
+from conftest import xla_flags
 from fastapi.testclient import TestClient
 from small_policy import INSTRUCTIONS, STATISTICS, small_policy
 
@@ -352,7 +353,7 @@ def test_a_real_server_answers_the_client_and_finishes_what_it_took(policy, tmp_
     port = free_port()
     command = [sys.executable, "-m", "openvla_jax.serve", "--checkpoint", str(tmp_path / "checkpoint")]
     command += ["--port", str(port), "--max_batch", "2", "--wait_ms", "300", "--token_file", str(tmp_path / "token")]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:

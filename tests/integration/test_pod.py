@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, xla_flags
 
 from openvla_jax.training.checkpoint import steps_in
 from openvla_jax.training.hosts import LOST
@@ -25,14 +25,13 @@ def free_port():
 
 def start(workdir, processes, devices, *arguments, second=()):
     """The processes of a run on `processes` x `devices` fake devices; `second` are arguments of process 1 alone."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     port, running = free_port(), []
     for index in range(processes):
         command = [sys.executable, "tests/integration/pod_worker.py", str(workdir), *map(str, (processes, index, port))]
         command += second if index == 1 else []
         running.append(
             subprocess.Popen(
-                [*command, *arguments], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, text=True,
+                [*command, *arguments], cwd=ROOT, env=os.environ | {"XLA_FLAGS": xla_flags(devices)}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip

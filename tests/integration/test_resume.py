@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, xla_flags
 
 from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training.checkpoint import steps_in
@@ -31,8 +31,7 @@ def start(workdir, data_dir, devices, *overrides):
         f"--config.data.data_dir={data_dir}", f"--config.train.steps={STEPS[devices]}",
         "--config.train.checkpoint_every=6", "--config.train.eval_every=12", *overrides,
     ]  # fmt: skip
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": flags}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -13,7 +13,7 @@ from openvla_jax.models import layers
 from openvla_jax.models.llama import Embedding
 
 torch = pytest.importorskip("torch")
-from torch_reference import difference, filled, jit
+from torch_reference import difference, filled
 from transformers.models.llama import modeling_llama
 
 pytestmark = pytest.mark.torch
@@ -115,7 +115,7 @@ def test_rope_scores_depend_on_distance_alone(seed, shift):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-attention = jit(layers.attention)
+attention = jax.jit(layers.attention)
 
 
 def torch_attention(q, k, v, mask):
@@ -192,7 +192,7 @@ class Stack(nnx.Module):
 def test_scan_layers_runs_the_stack_in_order():
     stack = Stack(jax.random.key(0))
     x = jnp.asarray(normal(0, 2, 6))
-    scanned = jit(lambda x, stack: layers.scan_layers(lambda l, x: jnp.tanh(l.linear(x)), x, stack))(x, stack)
+    scanned = jax.jit(lambda x, stack: layers.scan_layers(lambda l, x: jnp.tanh(l.linear(x)), x, stack))(x, stack)
     kernel, bias = np.asarray(stack.linear.kernel[...], np.float64), np.asarray(stack.linear.bias[...], np.float64)
     expected = np.asarray(x, np.float64)
     for i in range(3):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ CONFIGS = {
 }
 LENGTH = 16
 
-full = reference.jit(lambda model, ids: model.logits(model(model.embed(ids, jnp.float32))))
+full = jax.jit(lambda model, ids: model.logits(model(model.embed(ids, jnp.float32))))
 
 
 @reference.jit

@@ -30,7 +30,7 @@ DINOCLIP = dataclasses.replace(FUSED, name="dinoclip", towers=(DINO, CLIP))
 BATCH, LENGTH = 3, 9
 TARGETS = np.array([[4, 5, 6], [5, 6, 7], [6, 7, 8]])  # text indices, near the end of each row as action tokens are
 
-logits_of = reference.jit(lambda model, pixels, ids: model(pixels, ids))
+logits_of = jax.jit(lambda model, pixels, ids: model(pixels, ids))
 
 
 def pair(config: VLAConfig, seed: int, dtype=jnp.float32):
@@ -74,7 +74,7 @@ def test_projector(kind):
     model = reference.filled(lambda key: Projector(key, config), reference.projector_arrays(module))
     x = np.random.default_rng(0).standard_normal((2, 5, config.vision_width), dtype=np.float32)
     expected = module.double()(torch.tensor(x).double())
-    assert reference.difference(reference.jit(lambda model, x: model(x))(model, jnp.asarray(x)), expected) < 1e-5
+    assert reference.difference(jax.jit(lambda model, x: model(x))(model, jnp.asarray(x)), expected) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_target_logits_are_those_before_each_target():
     _, model = pair(FUSED, seed=0)
     pixels, ids = (jnp.asarray(x) for x in inputs(FUSED, 0))
     everywhere = np.asarray(logits_of(model, pixels, ids))
-    at_targets = reference.jit(OpenVLA.target_logits)(model, pixels, ids, jnp.asarray(TARGETS))
+    at_targets = jax.jit(OpenVLA.target_logits)(model, pixels, ids, jnp.asarray(TARGETS))
     expected = everywhere[np.arange(BATCH)[:, None], FUSED.patches + TARGETS - 1]
     assert reference.difference(at_targets, expected) < 1e-6
 
@@ -145,11 +145,11 @@ def test_prefill_and_decode_give_the_logits_of_the_whole_sequence():
     everywhere = np.asarray(logits_of(model, jnp.asarray(pixels), jnp.asarray(ids)))
     expected = everywhere[np.arange(BATCH)[:, None], FUSED.patches + TARGETS - 1]
 
-    prefill = reference.jit(OpenVLA.prefill, static_argnames="steps")
+    prefill = jax.jit(OpenVLA.prefill, static_argnames="steps")
     prompt = jnp.asarray(ids[:, : lengths.max()])  # the shorter rows are padded with tokens that must not be seen
     logits, cache = prefill(model, jnp.asarray(pixels), prompt, jnp.asarray(lengths), steps=steps)
     got = [np.asarray(logits)]
-    decode = reference.jit(OpenVLA.decode)
+    decode = jax.jit(OpenVLA.decode)
     for step in range(steps - 1):
         tokens = jnp.asarray(ids[np.arange(BATCH), TARGETS[:, step]])
         logits, cache = decode(model, tokens, jnp.asarray(lengths + step), cache)
@@ -163,7 +163,7 @@ def test_prefill_and_decode_give_the_logits_of_the_whole_sequence():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-loss_and_gradients = reference.jit(jax.value_and_grad(mean_loss), static_argnums=3)
+loss_and_gradients = jax.jit(jax.value_and_grad(mean_loss), static_argnums=3)
 
 
 def test_gradients_match_torch_autograd():
@@ -245,7 +245,7 @@ def test_bfloat16_is_as_near_to_float32_as_torch():
 
 def test_no_two_parameters_start_alike():
     """Each random parameter has a key of its own; what starts constant is a bias, a norm or a LayerScale."""
-    model = reference.jit(lambda key: OpenVLA(FUSED, key))(jax.random.key(0))
+    model = jax.jit(lambda key: OpenVLA(FUSED, key))(jax.random.key(0))
     starts = {}
     for name, leaf in reference.named_leaves(model).items():
         values = np.asarray(leaf).ravel()

@@ -27,8 +27,6 @@ from openvla_jax.models.quantize import (
 from openvla_jax.tokens import load_tokenizer
 from openvla_jax.training.checkpoint import CheckpointError, Contract
 
-UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiled in less time
-
 
 def random_kernel(seed, rows, columns, spread=3.0):
     rng = np.random.default_rng(seed)
@@ -87,11 +85,10 @@ def test_exclusion_by_path_and_its_typing_errors():
 
 def test_a_language_model_quantised_whole_runs_and_stays_close():
     make = lambda key: Llama(key, tiny(base_vocab_size=500).llama)
-    model = jax.jit(make, compiler_options=UNOPTIMISED)(jax.random.key(0))
+    model = jax.jit(make)(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(3, 500, (2, 9)), jnp.int32)
     run = jax.jit(
         lambda model: model.logits(model(model.embed(ids, jnp.float32))),
-        compiler_options=UNOPTIMISED,
     )
     exact = run(model)
     errors = {}
@@ -122,7 +119,7 @@ def saved(tmp_path_factory):
     tokenizer = load_tokenizer("tiny")
     config = model_config({"preset": "tiny", "base_vocab_size": tokenizer.vocab_size})
     directory = tmp_path_factory.mktemp("quantised") / "full"
-    model = jax.jit(lambda key: OpenVLA(config, key), compiler_options=UNOPTIMISED)(jax.random.key(3))
+    model = jax.jit(lambda key: OpenVLA(config, key))(jax.random.key(3))
     save_model(model, Contract(config, tokenizer, {}), directory)
     return directory
 

@@ -28,7 +28,7 @@ FAMILIES = {
     "in1k": {"class_token": True, "position_for_class_token": True},
 }
 
-run = reference.jit(lambda model, pixels: model(pixels))
+run = jax.jit(lambda model, pixels: model(pixels))
 
 
 def random_tower(family: str, seed: int) -> VisionConfig:
@@ -103,7 +103,7 @@ def test_used_and_unused_parameters_are_those_of_the_reference(family):
 def test_equal_tokens_do_not_start_equal():
     """Class token and registers have no position: if two began alike, they would stay alike for ever."""
     config = VisionConfig("dino", 16, 2, 2, 64, image_size=14, patch_size=7, **FAMILIES["dino"])
-    model = reference.jit(lambda key: ViT(key, config))(jax.random.key(0))
+    model = jax.jit(lambda key: ViT(key, config))(jax.random.key(0))
     tokens = np.concatenate([model.class_token[...], model.registers[...]])
     distances = np.abs(tokens[:, None] - tokens).max(-1)
     assert (distances + np.eye(5) > 1e-3).all()
@@ -112,7 +112,7 @@ def test_equal_tokens_do_not_start_equal():
 def test_blocks_of_a_new_tower_differ():
     """A stack is not one block repeated, and its kernels have unit gain."""
     config = VisionConfig("siglip", 64, 4, 4, 256, image_size=14, patch_size=7)
-    blocks = reference.jit(lambda key: ViT(key, config))(jax.random.key(0)).blocks
+    blocks = jax.jit(lambda key: ViT(key, config))(jax.random.key(0)).blocks
     for kernel in (blocks.attention.q.kernel[...], blocks.attention.k.kernel[...], blocks.mlp.down.kernel[...]):
         assert np.std(kernel) == pytest.approx(kernel.shape[1] ** -0.5, rel=0.05)
         assert np.abs(kernel[0] - kernel[1]).max() > 0.01

@@ -208,11 +208,6 @@ class TorchVLA(torch.nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def jit(function, **options):
-    """`jax.jit` without LLVM's optimisations: the same program, compiled three times faster."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
-
-
 def named_leaves(tree) -> dict[str, jax.Array]:
     """Leaves of a model, or of its gradient, by the path that a reader would type."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
