@@ -27,13 +27,13 @@ LENGTH = 16
 full = jax.jit(lambda model, ids: model.logits(model(model.embed(ids, jnp.float32))))
 
 
-@reference.jit
+@jax.jit
 def prefill(model, ids):
     hidden, cache = model.prefill(model.embed(ids, jnp.float32), LENGTH)
     return model.logits(hidden), cache
 
 
-@reference.jit
+@jax.jit
 def decode(model, ids, positions, cache):
     hidden, cache = model.decode(model.embed(ids[:, None], jnp.float32), positions, cache)
     return model.logits(hidden[:, 0]), cache
