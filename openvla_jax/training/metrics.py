@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,19 @@ def _wandb_id(workdir: epath.Path) -> str:
     return file.read_text()
 
 
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """A module that is not imported yet seems not to be installed."""
+    hides = module not in sys.modules
+    if hides:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[module]
+
+
 class _TensorBoard:
     """Scalars as TensorBoard event files: a convenience, so a failing disk stops them and not the run.
 
@@ -110,8 +124,9 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: epath.Path, resume_step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        with _hidden("torch"):  # imported where it is installed: two seconds, for tensors that nobody gives it
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._folder = folder
         self._temporary = tempfile.TemporaryDirectory() if is_remote(folder) else None

@@ -75,6 +75,8 @@ def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(tuned, bas
     assert "the rest is frozen in bfloat16" in printed and "vision/siglip" in printed
     curves = [[row["train/loss"] for row in read_metrics(workdir)] for workdir in (tuned, tmp_path / "straight")]
     assert len(curves[0]) == 6 and curves[0] == curves[1]
+    loop.run(settings(base, data_dir), tuned)
+    assert "nothing to do" in capsys.readouterr().out
     files = lambda path: (Path(open_checkpoint(path)) / "params").rglob("*")
     size = lambda path: sum(file.stat().st_size for file in files(path) if file.is_file())
     assert size(tuned) < size(base) / 4
