@@ -9,7 +9,8 @@ set -euo pipefail
 slices=${SLICES:-1} here=$(dirname "$0")
 common=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 
-do_it() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+# The line is written at once: those of slices side by side stay apart.
+do_it() { if [ -n "${DRY_RUN:-}" ]; then echo "$(printf '%q ' "$@")"; else "$@"; fi; }
 nodes() { if [ "$slices" = 1 ]; then echo "$NAME"; else for ((i = 0; i < slices; i++)); do echo "$NAME-$i"; done; fi; }
 everywhere() { # a command on every worker of every slice, slices side by side
     local jobs=() node

@@ -137,7 +137,7 @@ class Llama(nnx.Module):
     @jax.named_scope("llama/head")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the padded vocabulary."""
-        return self.head(hidden, preferred_element_type=jnp.float32)
+        return self.head(hidden, preferred_element_type=jnp.float32)[..., : self.config.vocab_size]
 
     def prefill(
         self, x: Float[Array, "B T D"], length: int, last: Int[Array, "B"] | None = None

@@ -91,9 +91,11 @@ def make_train_step(
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`.
     """
     graph = make_graph(model, dtype, tuning)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
+        params = pad_to_lanes(params) if on_tpu else params
         with activations_sharded(mesh), dropout_key(key if drops else None):
             loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat)
         return loss / total, sums
@@ -132,6 +134,23 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics | {"skipped": ~finite}
 
     return train_step
+
+
+def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
+    """MLP widths and the vocabulary of kernels filled with zeros to whole TPU lanes, where that adds less than 2%.
+
+    The compiler's asynchronous reduce-scatters take whole lanes only. Gradients come back in the parameters' shapes,
+    and what the model computes stays the same: `Llama.logits` drops the columns that are no tokens.
+    """
+
+    def pad(param: nnx.Param) -> nnx.Variable:
+        widths = [(0, 0)] * param.ndim
+        for axis, (size, name) in enumerate(zip(param.shape, param.axes, strict=True)):
+            if (name == "mlp" or (name == "vocab" and axis == param.ndim - 1)) and -size % lanes < 0.02 * size:
+                widths[axis] = (0, -size % lanes)
+        return param.replace(jnp.pad(param[...], widths))
+
+    return jax.tree.map(pad, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def make_graph(model: VLAConfig, dtype, tuning: Tuning) -> Any:

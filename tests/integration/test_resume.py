@@ -27,7 +27,7 @@ def data_dir(tmp_path_factory):
 
 def start(workdir, data_dir, devices, *overrides):
     command = [
-        sys.executable, "train.py", "--config", "configs/debug.py", "--workdir", str(workdir),
+        sys.executable, "train.py", "--config", "tests/integration/one_tower.py", "--workdir", str(workdir),
         f"--config.data.data_dir={data_dir}", f"--config.train.steps={STEPS[devices]}",
         "--config.train.checkpoint_every=6", "--config.train.eval_every=12", *overrides,
     ]  # fmt: skip

@@ -1,11 +1,14 @@
 """Random batches of the right form, for tests that need no data."""
 
+import dataclasses
+
 import numpy as np
 
 from openvla_jax.config import VLAConfig, tiny
 from openvla_jax.data import Batch
 
 MODEL = tiny(base_vocab_size=700)
+ONE_TOWER = dataclasses.replace(MODEL, towers=MODEL.towers[1:])  # compiles faster
 
 
 def random_batch(

@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, on any mesh, and nothing else is taken for one."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training.batches import MODEL, random_batch
+from training.batches import ONE_TOWER as MODEL
+from training.batches import random_batch
 from training.test_step import SETTINGS
 
 from openvla_jax.config import tiny
@@ -116,7 +118,7 @@ def test_only_the_latest_are_kept_and_every_nth_for_good(tmp_path, contract):
 
 
 def test_a_checkpoint_of_another_model_names_the_differences(saved):
-    other = tiny(base_vocab_size=900)
+    other = dataclasses.replace(tiny(base_vocab_size=900), towers=MODEL.towers)
     mesh, optimizer = make_mesh({"fsdp": -1}), make_optimizer(SETTINGS, make_schedule(SETTINGS, 10))
     abstract, _ = abstract_state(other, jnp.float32, optimizer, mesh)
     with pytest.raises(lib.CheckpointError, match=r"embed/table has shape \(704, 64\), the model \(960, 64\)"):

@@ -1,5 +1,7 @@
 """The training step: its loss and metrics against plain numpy, and its independence of how the work is divided."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import abstract_state, init_state
-from openvla_jax.training.step import loss_and_metrics, make_train_step, summarize
+from openvla_jax.training.step import loss_and_metrics, make_train_step, pad_to_lanes, summarize
 
 SETTINGS = ConfigDict(
     dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
@@ -27,9 +29,7 @@ def losses(mesh_sizes, steps, devices=None, accumulation=1, rows=16):
     optimizer = make_optimizer(SETTINGS, schedule)
     _, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
     state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=3)
-    step = make_train_step(
-        MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2, accumulation=accumulation, remat="full"
-    )
+    step = make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2, accumulation=accumulation)
     step = jax.jit(step, out_shardings=(placed, None))
     collected, gradients = [], None
     for i in range(steps):
@@ -70,13 +70,25 @@ def test_accumulation_gives_the_losses_of_the_whole_batch(reference):
         assert parts["action_l1"] == pytest.approx(one["action_l1"], rel=1e-6)
 
 
-def test_training_lowers_the_loss_of_one_batch():
+@pytest.fixture(scope="module")
+def single():
+    """(new state, step, batch of normalised images) on one device; compiled once."""
     mesh = make_mesh({}, jax.devices()[:1])
     schedule = make_schedule(SETTINGS, 30)
     optimizer = make_optimizer(SETTINGS, schedule)
-    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
     step = jax.jit(make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2))
-    batch = global_batch(random_batch(4), mesh)
+    batch = random_batch(4)
+    pixels = np.random.default_rng(0).normal(size=(*batch.images.shape[:3], 3 * len(MODEL.towers)))
+    batch = batch._replace(images=pixels.astype(np.float32))
+    return (
+        init_state(MODEL, jnp.float32, optimizer, mesh, seed=0),
+        lambda *x: step(x[0], global_batch(x[1], mesh)),
+        batch,
+    )
+
+
+def test_training_lowers_the_loss_of_one_batch(single):
+    state, step, batch = single
     first = None
     for _ in range(30):
         state, metrics = step(state, batch)
@@ -84,19 +96,14 @@ def test_training_lowers_the_loss_of_one_batch():
     assert metrics["loss"] < 0.6 * first
 
 
-def test_a_step_without_a_finite_loss_changes_nothing_but_its_number():
+def test_a_step_without_a_finite_loss_changes_nothing_but_its_number(single):
     """The parameters, the moments and Adam's count stay; the step after it is as if it had not been."""
-    mesh = make_mesh({}, jax.devices()[:1])
-    schedule = make_schedule(SETTINGS, 10)
-    optimizer = make_optimizer(SETTINGS, schedule)
-    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
-    step = jax.jit(make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2))
-    good, bad = global_batch(random_batch(4), mesh), random_batch(4, seed=1)
-    pixels = np.zeros((*bad.images.shape[:3], 3 * len(MODEL.towers)), np.float32)
+    state, step, good = single
+    pixels = good.images.copy()
     pixels[0, 0, 0, 0] = np.nan
     after, metrics = step(state, good)
     assert not metrics["skipped"]
-    skipped, metrics = step(after, global_batch(bad._replace(images=pixels), mesh))
+    skipped, metrics = step(after, good._replace(images=pixels))
     assert metrics["skipped"] and int(skipped.step) == int(after.step) + 1
     assert np.isnan(metrics["loss"])
     for before, now in zip(
@@ -106,13 +113,29 @@ def test_a_step_without_a_finite_loss_changes_nothing_but_its_number():
         np.testing.assert_array_equal(before, now)
 
 
-def test_metrics_equal_a_plain_computation():
-    model = OpenVLA(MODEL, jax.random.key(0))
+def make_model(params):
+    abstract = jax.eval_shape(lambda key: OpenVLA(MODEL, key), jax.random.key(0))
+    return nnx.merge(nnx.split(abstract, nnx.Param)[0], params)
+
+
+@jax.jit
+def value_and_gradient(params, batch):
+    """((loss, sums of three datasets), gradient) of a model of these parameters."""
+    return jax.value_and_grad(lambda p: loss_and_metrics(make_model(p), batch, 3), has_aux=True)(params)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nnx.state(jax.jit(lambda key: OpenVLA(MODEL, key))(jax.random.key(0)), nnx.Param)
+
+
+def test_metrics_equal_a_plain_computation(params):
     batch = random_batch(6)._replace(target_mask=np.arange(8) < np.array([8, 8, 5, 8, 3, 8])[:, None])
-    _, sums = loss_and_metrics(model, batch, 3)
+    (_, sums), _ = value_and_gradient(params, batch)
     got = jax.device_get(summarize(sums))
 
-    logits = np.asarray(model(model.normalize(batch.images), batch.tokens), np.float64)
+    run = jax.jit(lambda model: model(model.normalize(batch.images), batch.tokens))
+    logits = np.asarray(run(make_model(params)), np.float64)
     base, edges = MODEL.base_vocab_size, np.linspace(-1, 1, 256)
     centers = (edges[1:] + edges[:-1]) / 2
     cross_entropy, correct, l1 = [], {0: [], 1: []}, {0: [], 1: []}
@@ -135,40 +158,52 @@ def test_metrics_equal_a_plain_computation():
     assert np.isnan(got["action_l1_by_dataset"][2])  # a dataset without rows has no accuracy, not zero
 
 
-def test_pixels_reach_the_loss():
+def test_pixels_reach_the_loss(params):
     """A model that ignores the image would pass every other test here."""
-    model = OpenVLA(MODEL, jax.random.key(0))
-    batch = random_batch(2)
-    loss = lambda images: loss_and_metrics(model, batch._replace(images=images), 2)[0]
+    batch = random_batch(6)
+    loss = lambda images: value_and_gradient(params, batch._replace(images=images))[0][0]
     black, white = np.zeros_like(batch.images), np.full_like(batch.images, 255)
     assert abs(loss(black) - loss(white)) > 1e-3
 
 
-def test_profiles_name_what_they_show_like_the_model():
+def test_profiles_name_what_they_show_like_the_model(params):
     """Every product of the forward pass is within a part of the model."""
-    graph, params = nnx.split(OpenVLA(MODEL, jax.random.key(0)), nnx.Param)
-    loss = lambda params: loss_and_metrics(nnx.merge(graph, params), random_batch(2), 2)[0]
+    loss = lambda params: loss_and_metrics(make_model(params), random_batch(2), 2)[0]
     text = jax.jit(loss).lower(params).as_text(debug_info=True)
     for scope in ("vision/dino", "vision/siglip", "projector", "llama", "llama/head"):
         assert f"{scope}/" in text, scope
     assert "attention/" in text and "mlp/" in text
 
 
-def test_unused_text_positions_do_not_matter():
-    model = OpenVLA(MODEL, jax.random.key(0))
-    batch = random_batch(4)
+def test_unused_text_positions_do_not_matter(params):
+    batch = random_batch(6)
     padded = batch._replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 9)), constant_values=MODEL.pad_token))
-    loss = lambda batch: float(loss_and_metrics(model, batch, 2)[0])
-    assert loss(padded) == pytest.approx(loss(batch), rel=1e-6)
+    losses = [float(value_and_gradient(params, rows)[0][0]) for rows in (batch, padded)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_parameters_move_everywhere_but_nowhere_else():
+def test_parameters_move_everywhere_but_nowhere_else(params):
     """Every parameter that is run gets a gradient; the tree holds no dead one."""
-    model = OpenVLA(MODEL, jax.random.key(0))
-    graph, params = nnx.split(model, nnx.Param)
-    batch = random_batch(8)
-    gradient = jax.grad(lambda p: loss_and_metrics(nnx.merge(graph, p), batch, 2)[0])(params)
+    _, gradient = value_and_gradient(params, random_batch(6))
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         # The key bias shifts all scores of a query alike: softmax does not see it.
         silent = "'k'" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path)
         assert silent or float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_padding_to_lanes_changes_no_number():
+    """Of widths that are no multiple of 128: the loss and every gradient, in the shapes of the parameters."""
+    tower = dataclasses.replace(MODEL.towers[1], mlp_dim=126)
+    odd = dataclasses.replace(MODEL, towers=(tower,), llama=dataclasses.replace(MODEL.llama, vocab_size=766))
+    graph, params = nnx.split(jax.jit(lambda key: OpenVLA(odd, key))(jax.random.key(0)), nnx.Param)
+    padded = jax.eval_shape(pad_to_lanes, params)
+    assert padded.vision.siglip.blocks.mlp.up.kernel.shape == (2, 64, 128)
+    assert padded.vision.siglip.blocks.mlp.down.kernel.shape == (2, 128, 64)
+    assert padded.llama.head.kernel.shape == (64, 768) and padded.llama.embed.table.shape == (766, 64)
+    assert padded.llama.blocks.mlp.up.kernel.shape == (2, 64, 176)  # 256 would be too much
+
+    batch = random_batch(4, model=odd)
+    loss = lambda change: lambda params: loss_and_metrics(nnx.merge(graph, change(params)), batch, 2)[0]
+    plain, aligned = (jax.jit(jax.value_and_grad(loss(change)))(params) for change in (lambda x: x, pad_to_lanes))
+    assert float(aligned[0]) == pytest.approx(float(plain[0]), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), aligned[1], plain[1])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from training.batches import MODEL, random_batch
+from training.batches import MODEL, ONE_TOWER, random_batch
 from training.test_step import SETTINGS
 
 from openvla_jax.config import preset
@@ -74,13 +74,13 @@ def stepped():
     }
     batch, found = global_batch(random_batch(8), mesh()), {}
     for name, tuning in cases.items():
-        state = init_state(MODEL, jnp.float32, OPTIMIZER, mesh(), 0, tuning)
+        state = init_state(ONE_TOWER, jnp.float32, OPTIMIZER, mesh(), 0, tuning)
         before = jax.device_get(state)
         step = make_train_step(
-            MODEL, OPTIMIZER, make_schedule(SETTINGS, 10), mesh(), dtype=jnp.float32, datasets=2, tuning=tuning,
+            ONE_TOWER, OPTIMIZER, make_schedule(SETTINGS, 10), mesh(), dtype=jnp.float32, datasets=2, tuning=tuning,
             remat="full", accumulation=2 if name == "lora" else 1,
         )  # fmt: skip
-        _, placed = abstract_state(MODEL, jnp.float32, OPTIMIZER, mesh(), tuning)
+        _, placed = abstract_state(ONE_TOWER, jnp.float32, OPTIMIZER, mesh(), tuning)
         step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
         memory = step.lower(state, batch).compile().memory_analysis()
         # The new state takes the old one's place, frozen weights included: there is no second copy of them.
@@ -124,7 +124,7 @@ def test_merged_weights_compute_what_the_parts_did(stepped):
     batch = random_batch(4, 1)
     for name in ("lora", "sandwich"):
         tuning, _, after, _ = stepped[name]
-        graph = nnx.split(abstract_prepared(MODEL, tuning), tuning.is_trainable, ...)[0]
+        graph = nnx.split(abstract_prepared(ONE_TOWER, tuning), tuning.is_trainable, ...)[0]
         run = jax.jit(lambda model: model(model.normalize(batch.images), batch.tokens))
         copies = [jax.tree.map(jnp.copy, state) for state in (after.params, after.frozen)]
         apart = run(nnx.merge(graph, after.params, after.frozen))
@@ -135,7 +135,7 @@ def test_merged_weights_compute_what_the_parts_did(stepped):
         else:
             np.testing.assert_allclose(run(merged), apart, atol=1e-4)
         assert jax.tree.structure(nnx.state(merged)) == jax.tree.structure(
-            nnx.state(jax.eval_shape(lambda key: OpenVLA(MODEL, key), jax.random.key(0)))
+            nnx.state(jax.eval_shape(lambda key: OpenVLA(ONE_TOWER, key), jax.random.key(0)))
         )
 
 

@@ -1,0 +1,9 @@
+"""The debug config without DINOv2: one tower compiles in two thirds of the time, and what is tested here is the run."""
+
+from configs import debug
+
+
+def get_config():
+    config = debug.get_config()
+    config.model.towers = {"dino": None}
+    return config
