@@ -91,11 +91,12 @@ def make_train_step(
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`.
     """
     graph = make_graph(model, dtype, tuning)
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    # Where parts are frozen, a product's two kernels could be padded unlike.
+    whole_lanes = mesh.devices.flat[0].platform == "tpu" and tuning.trainable == FULL.trainable
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
-        params = pad_to_lanes(params) if on_tpu else params
+        params = pad_to_lanes(params) if whole_lanes else params
         with activations_sharded(mesh), dropout_key(key if drops else None):
             loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat)
         return loss / total, sums
