@@ -91,8 +91,9 @@ def make_train_step(
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`.
     """
     graph = make_graph(model, dtype, tuning)
-    # Where parts are frozen, a product's two kernels could be padded unlike.
-    whole_lanes = mesh.devices.flat[0].platform == "tpu" and tuning.trainable == FULL.trainable
+    # Not beside adapters or frozen parts, which keep their widths.
+    everything = tuning.trainable == FULL.trainable and tuning.lora is None
+    whole_lanes = everything and mesh.devices.flat[0].platform == "tpu"
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
