@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 RUN := $(VENV)/bin/python
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo demo-finetune test bench lint clean
 .DEFAULT_GOAL := help

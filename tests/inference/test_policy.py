@@ -25,6 +25,9 @@ def images(count, seed=0, size=56):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
+whole_pass = jax.jit(lambda model, images, ids: model(model.normalize(images), ids))
+
+
 @pytest.mark.parametrize("constrained", [True, False])
 def test_cached_decoding_equals_whole_forward_passes(policy, constrained):
     model, tokenizer = policy.model, policy.contract.tokenizer
@@ -36,15 +39,17 @@ def test_cached_decoding_equals_whole_forward_passes(policy, constrained):
     pixels = images(3)
     got = decode_actions(model, jnp.asarray(pixels), jnp.asarray(padded), jnp.asarray(lengths), 5, constrained)
 
-    base = model.config.base_vocab_size
+    base, patches = model.config.base_vocab_size, model.config.patches
+    ids = np.full((1, lengths.max() + 5), model.config.pad_token, np.int32)
     for row, prompt in enumerate(prompts):
-        ids = list(prompt)
-        for position in range(5):
-            logits = np.asarray(model(model.normalize(pixels[row : row + 1]), np.asarray([ids], np.int32))[0, -1])
+        ids[0] = model.config.pad_token
+        ids[0, : len(prompt)] = prompt
+        for position, at in enumerate(range(len(prompt), len(prompt) + 5)):
+            logits = np.asarray(whole_pass(model, pixels[row : row + 1], ids)[0, patches + at - 1])
             assert bool(got.outside[row, position]) == (not base - 256 <= logits.argmax() < base)
             token = base - 256 + logits[base - 256 : base].argmax() if constrained else logits.argmax()
             assert got.tokens[row, position] == token
-            ids.append(int(token))
+            ids[0, at] = token
 
 
 def test_a_batch_equals_its_rows_one_by_one(policy):

@@ -1,6 +1,7 @@
 """Fine-tuning, whole: small checkpoints that need their base, resumed, acting, merged; and its bad input."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -68,6 +69,12 @@ def tuned(tmp_path_factory, base, data_dir):
     return workdir
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Programs for eight devices take half as long again to compile."""
+    monkeypatch.setattr(loop, "make_mesh", functools.partial(loop.make_mesh, devices=jax.devices()[:1]))
+
+
 @pytest.mark.slow
 def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(tuned, base, data_dir, tmp_path, capsys):
     loop.run(settings(base, data_dir), tmp_path / "straight")
@@ -103,7 +110,7 @@ def test_a_policy_of_base_and_adapter_is_that_of_the_merged_weights(tuned, base,
 
 
 @pytest.mark.slow
-def test_a_last_layer_run_is_base_with_three_parts_replaced(base, data_dir, tmp_path):
+def test_a_last_layer_run_is_base_with_three_parts_replaced(base, data_dir, tmp_path, one_device):
     """Trained beside int4 weights, used beside the base's own; it stops where its accuracy is good enough (at once)."""
     config = settings(base, data_dir, trainable=last_layer.get_config().trainable, lora__rank=0, train__steps=1)
     config.train.stop_at_action_accuracy = 0.0
@@ -188,7 +195,7 @@ def test_every_row_of_the_paper_s_table_is_a_config():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_start_to_end(base, tmp_path, monkeypatch):
+def test_the_notebook_runs_from_start_to_end(base, tmp_path, monkeypatch, one_device):
     """Every code cell, in order, in one namespace; few steps on few scenes."""
     shutil.copytree(open_checkpoint(base), tmp_path / "base")
     statistics = tmp_path / "base" / "contract" / "dataset_statistics.json"
