@@ -1,7 +1,7 @@
 """python train.py --config configs/ablation.py --workdir runs/ablation
 
-The tabletop task with a quarter of the demo's steps, two passes over its data: what the sweeps of docs/ablations.md start
-from, about two minutes a run on two free cores. `configs/ablation.py:siglip` has that tower alone.
+The tabletop task with a quarter of the demo's steps, two passes over its data: what the sweeps of docs/ablations.md
+start from, about two minutes a run on two free cores. `configs/ablation.py:siglip` has that tower alone.
 """
 
 from configs.tabletop import get_config as tabletop
