@@ -199,8 +199,13 @@ def _page(
 
 
 def _curves(results: Sequence[Result], swept: Sequence[str], metric: str) -> bytes:
-    """The metric, and the training loss beside it, of every point against the step; seeds share a colour."""
-    panels = list(dict.fromkeys(["train/loss", metric]))
+    """The training loss and the metric of every point against the step; seeds share a colour.
+
+    A metric that is known at the end alone, as success, makes no curve: the held-out loss takes its place.
+    """
+    length = lambda name: max((sum(name in row for row in result.curve) for result in results), default=0)
+    second = metric if length(metric) > 1 or length("val/loss") < 2 else "val/loss"
+    panels = list(dict.fromkeys(["train/loss", second]))
     axes_of = [key for key in swept if key != SEED]
     labels = [", ".join(_text(result.settings.get(key)) for key in axes_of) or result.name for result in results]
     colors = _colors(list(dict.fromkeys(labels)), results, axes_of)
