@@ -91,8 +91,8 @@ def make_train_step(
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`.
     """
     graph = make_graph(model, dtype, tuning)
-    # Not beside adapters or frozen parts, which keep their widths.
-    everything = tuning.trainable == FULL.trainable and tuning.lora is None
+    # Not beside adapters or frozen parts, which keep their widths, nor across chips that share an MLP.
+    everything = tuning.trainable == FULL.trainable and tuning.lora is None and mesh.shape["tensor"] == 1
     whole_lanes = everything and mesh.devices.flat[0].platform == "tpu"
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
@@ -141,8 +141,8 @@ def make_train_step(
 def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
     """MLP widths and the vocabulary of kernels filled with zeros to whole TPU lanes, where that adds less than 2%.
 
-    The compiler's asynchronous reduce-scatters take whole lanes only. Gradients come back in the parameters' shapes,
-    and what the model computes stays the same: `Llama.logits` drops the columns that are no tokens.
+    TPU products of whole lanes are faster, by their compiler's estimate (docs/performance.md). Gradients come back in the
+    parameters' shapes, and what the model computes stays the same: `Llama.logits` drops the columns that are no tokens.
     """
 
     def pad(param: nnx.Param) -> nnx.Variable:
