@@ -141,8 +141,8 @@ def make_train_step(
 def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
     """MLP widths and the vocabulary of kernels filled with zeros to whole TPU lanes, where that adds less than 2%.
 
-    TPU products of whole lanes are faster, by their compiler's estimate (docs/performance.md). Gradients come back in the
-    parameters' shapes, and what the model computes stays the same: `Llama.logits` drops the columns that are no tokens.
+    Products of whole lanes are faster on TPUs, by their compiler's estimate (docs/performance.md). Gradients come back
+    in the parameters' shapes, and what the model computes stays the same: `Llama.logits` drops columns without a token.
     """
 
     def pad(param: nnx.Param) -> nnx.Variable:
