@@ -23,7 +23,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from openvla_jax.sweep import runner  # noqa: E402
 from openvla_jax.sweep.points import Point  # noqa: E402
-from openvla_jax.sweep.runner import saved_step  # noqa: E402
 
 MAX_OVERHEAD = 1.0  # seconds of a point beyond its run
 # A run that is over as soon as it has begun.
@@ -38,6 +37,12 @@ COMPARED = ("train/loss", "train/grad_norm", "train/action_accuracy", "val/loss"
 def curve(point: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (point / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in ("step", *COMPARED) if key in row} for row in rows]
+
+
+def ended(point: Path) -> bool:
+    """Whether the point's own process has said so: its last checkpoint is there a moment earlier."""
+    log = point / "log.txt"
+    return log.exists() and "\ndone: step" in log.read_text()
 
 
 def overhead(folder: Path, points: int = 20) -> float:
@@ -99,16 +104,14 @@ def main() -> None:
 
         process = start("killed")
         enough = max(1, options.points // 4)
-        while sum(saved_step(work / "killed" / name) >= options.steps for name in names) < enough:
+        while sum(ended(work / "killed" / name) for name in names) < enough:
             if process.poll() is not None:
                 sys.exit("FAILED: the sweep ended before it could be killed")
             time.sleep(0.05)
         process.kill()
         process.wait()
         logs = {
-            name: (work / "killed" / name / "log.txt").read_bytes()
-            for name in names
-            if saved_step(work / "killed" / name) >= options.steps
+            name: (work / "killed" / name / "log.txt").read_bytes() for name in names if ended(work / "killed" / name)
         }
         if start("killed").wait():
             sys.exit("FAILED: the sweep that was run again")
