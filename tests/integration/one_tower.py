@@ -1,4 +1,4 @@
-"""The debug config without DINOv2: one tower compiles in two thirds of the time, and what is tested here is the run."""
+"""The debug config without DINOv2: it compiles faster, and what is tested here is the run."""
 
 from configs import debug
 

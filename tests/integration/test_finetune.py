@@ -71,7 +71,7 @@ def tuned(tmp_path_factory, base, data_dir):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Programs for eight devices take half as long again to compile."""
+    """Programs for eight devices take longer to compile."""
     monkeypatch.setattr(loop, "make_mesh", functools.partial(loop.make_mesh, devices=jax.devices()[:1]))
 
 
