@@ -24,6 +24,7 @@ from openvla_jax.tokens import ActionTokenizer, encode_example
 
 _PREFETCHED_BATCHES = 2
 _BROKEN_IN_A_ROW = 1000  # broken frames that are skipped before a good one must come
+_DECODED_TOGETHER = 16  # frames
 _LOGGED = 20  # skipped frames that are logged one by one
 
 
@@ -42,12 +43,12 @@ def _rows(
     """
 
     @tf.autograph.experimental.do_not_convert
-    def decode(frame: dict) -> dict:
-        image, decoded = images.load(frame["image"], image_size)
-        return frame | {"image": image, "broken": tf.where(decoded, "", frame["image"])}
+    def decode(frames: dict) -> dict:
+        pixels, decoded = images.load(frames["image"], image_size)
+        return frames | {"image": pixels, "broken": tf.where(decoded, "", frames["image"])}
 
-    stream = stream.shuffle(buffer, seed=seed)
-    stream = stream.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    stream = stream.shuffle(buffer, seed=seed).batch(_DECODED_TOGETHER)
+    stream = stream.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
     if skip_broken:
         stream = _without_broken(stream)
     stream = stream.batch(batch_size, drop_remainder=True).prefetch(_PREFETCHED_BATCHES)

@@ -50,13 +50,14 @@ def trace(source: Source, function: Function) -> Traced:
     raw_spec = tf.data.Dataset.from_tensors("").map(raw).element_spec
     signature = (raw_spec, tf.TensorSpec([], tf.string))
     try:
-        graph = tf.function(function, autograph=False).get_concrete_function(*signature).graph
+        concrete = tf.function(function, autograph=False).get_concrete_function(*signature)
     except Exception as error:  # a transform may be the user's own
         if isinstance(error, DataError) or (isinstance(error, ValueError) and repr(source.name) in str(error)):
             raise
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         raise DataError(f"dataset {source.name!r}: its transform fails on the schema of the data ({reason})") from error
-    reached, stack = set(), [output.op for output in graph.outputs] + list(graph.control_outputs)
+    graph, reached = concrete.graph, set()
+    stack = [output.op for output in graph.outputs] + list(graph.control_outputs)
     while stack:
         op = stack.pop()
         if op.name not in reached:
@@ -76,7 +77,7 @@ def trace(source: Source, function: Function) -> Traced:
             f"use tf.random.stateless_* with a seed made from the trajectory"
         )
     key = hashlib.sha256(text.encode()).hexdigest()
-    return Traced(function, _subset(source.info.features, needed), raw_spec, key)
+    return Traced(concrete, _subset(source.info.features, needed), raw_spec, key)
 
 
 def _program(graph: tf.Graph, reached: set[str]) -> str:

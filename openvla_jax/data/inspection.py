@@ -49,7 +49,7 @@ def figures(source: Source, folder: Path, episodes: int) -> list[Path]:
     figure, axes = plt.subplots(len(shown), columns, figsize=(2 * columns, 2.3 * len(shown)), squeeze=False)
     for row, episode in zip(axes, shown, strict=True):
         for axis, step in zip(row, np.linspace(0, len(episode["image"]) - 1, columns).astype(int), strict=True):
-            pixels, decoded = images.load(tf.constant(episode["image"][step]), 224)
+            (pixels,), (decoded,) = images.load(tf.constant([episode["image"][step]]), 224)
             axis.imshow(pixels.numpy())
             axis.set_title(f"step {step}" if decoded else f"step {step}: broken", fontsize=8)
             axis.axis("off")

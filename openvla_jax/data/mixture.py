@@ -86,7 +86,9 @@ class Mixture:
     statistics: Mapping[str, Mapping]
     max_action: float | None = None
     max_proprio: float | None = None
-    _traces: dict[int, Traced] = field(default_factory=dict, repr=False)  # weights do not matter to them
+    # By dataset; weights do not matter to them.
+    _traces: dict[int, Traced] = field(default_factory=dict, repr=False)
+    _samples: dict[int, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     @property
     def action_dims(self) -> np.ndarray:
@@ -208,16 +210,24 @@ class Mixture:
         reader_bytes = 0.0
         for index in np.flatnonzero(self.weights).tolist():
             source = self.sources[index]
-            files = shares(source, "train")
-            with clear_errors([source]):
-                first = list(read_episodes(self._traced(index), files).take(4).as_numpy_iterator())
-            strings = [text for full in first for key in ("image", "language", "episode") for text in full[key]]
-            frame_bytes[index] = sum(map(len, strings)) / max(sum(len(full["step"]) for full in first), 1)
+            frame_bytes[index], episode = self._sample(index)
             # Each open file has a buffer, a record and a result in work; then `readers` episodes are taken apart.
             record = sum(split.num_bytes for split in source.info.splits.values()) / sum(source.splits.values())
-            episode = sum(map(len, strings)) / len(first)
-            reader_bytes += min(readers, len(files)) * (READ_BYTES + 2 * record) + readers * episode
+            files = min(readers, len(shares(source, "train")))
+            reader_bytes += files * (READ_BYTES + 2 * record) + readers * episode
         return Memory(float(np.dot(self.probabilities, frame_bytes)) + _FRAME_OVERHEAD, reader_bytes)
+
+    def _sample(self, index: int) -> tuple[float, float]:
+        """Bytes of a frame's texts and of an episode's, in the first episodes of a dataset."""
+        if index not in self._samples:
+            source = self.sources[index]
+            with clear_errors([source]):
+                episodes = read_episodes(self._traced(index), shares(source, "train"))
+                first = list(episodes.take(4).as_numpy_iterator())
+            total = sum(len(text) for full in first for key in ("image", "language", "episode") for text in full[key])
+            frames = sum(len(full["step"]) for full in first)
+            self._samples[index] = total / max(frames, 1), total / len(first)
+        return self._samples[index]
 
 
 @dataclass(frozen=True)
