@@ -2,10 +2,12 @@
 
 The single ops take one float32 image in [0, 1] and a factor; `augment` draws the factors and runs the reference's chain
 (crop, brightness, contrast, saturation, hue) on a batch of uint8. All is pure and static in shape. The chain works on
-planes, [3, H, W]: with three channels as the innermost axis most of a vector register lies idle.
+planes, one [H, W] for each colour: with three channels as the innermost axis most of a vector register lies idle.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,8 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 Image = Float[Array, "H W 3"]
-Planes = Float[Array, "3 H W"]
+Plane = Float[Array, "H W"]
+Planes = Sequence[Plane]  # red, green, blue
 Scalar = float | Float[Array, ""]
+
+_BLOCK = 32  # columns that a CPU resizes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +69,11 @@ def augment(
 
     The random numbers come from JAX: distributed as the reference's, but not the same.
     """
-    keys = jax.random.split(key, images.shape[0])
-    return jax.vmap(lambda key, image: apply_factors(image, draw_factors(key, config)))(keys, images)
+    draw = lambda key: draw_factors(key, config)
+    factors = jax.vmap(draw)(jax.random.split(key, images.shape[0]))
+    # A CPU does one image after the other, which then stays in its cache; other devices do all at once.
+    in_turn = lambda images, factors: jax.lax.map(lambda one: apply_factors(*one), (images, factors))
+    return jax.lax.platform_dependent(images, factors, cpu=in_turn, default=jax.vmap(apply_factors))
 
 
 def draw_factors(key: PRNGKeyArray, config: AugmentConfig = AugmentConfig()) -> Factors:
@@ -81,13 +89,12 @@ def apply_factors(image: UInt8[Array, "H W 3"], factors: Factors) -> UInt8[Array
 
     Back to uint8 it truncates x * 255.5, as `tf.image.convert_image_dtype(x, tf.uint8, saturate=True)`.
     """
-    pixels = jnp.moveaxis(image, -1, 0).astype(jnp.float32) * jnp.float32(1 / 255)
-    pixels = jnp.clip(_cropped(pixels, factors.box, *image.shape[:2]), 0.0, 1.0)
-    pixels = jnp.clip(adjust_brightness(pixels, factors.brightness), 0.0, 1.0)
-    pixels = jnp.clip(_contrast(pixels, factors.contrast), 0.0, 1.0)
-    pixels = jnp.clip(_saturation(pixels, factors.saturation), 0.0, 1.0)
-    pixels = jnp.clip(_hue(pixels, factors.hue), 0.0, 1.0)
-    return jnp.moveaxis(jnp.minimum(pixels * 255.5, 255.0).astype(jnp.uint8), 0, -1)
+    planes = _clipped(_cropped(image, factors.box, *image.shape[:2]))
+    planes = _clipped(adjust_brightness(plane, factors.brightness) for plane in planes)
+    planes = _clipped(_contrast(planes, factors.contrast))
+    planes = _clipped(_saturation(planes, factors.saturation))
+    planes = _clipped(_hue(planes, factors.hue))
+    return _to_uint8(planes)
 
 
 def random_crop_box(key: PRNGKeyArray, config: AugmentConfig = AugmentConfig()) -> Float[Array, "4"]:
@@ -112,27 +119,31 @@ def crop_and_resize(image: Image, box: Float[Array, "4"], height: int, width: in
 
     `tf.image.crop_and_resize`: bilinear without antialiasing; the result's corners sample the corners of the box.
     """
-    return jnp.moveaxis(_cropped(jnp.moveaxis(image, -1, 0), box, height, width), 0, -1)
+    return jnp.stack(_cropped(image, box, height, width), axis=-1)
 
 
-def adjust_brightness(image: Image | Planes, delta: Scalar) -> Image | Planes:
+def adjust_brightness(image: Image | Plane, delta: Scalar) -> Image | Plane:
     """Adds delta (`tf.image.adjust_brightness`)."""
     return image + delta
 
 
 def adjust_contrast(image: Image, factor: Scalar) -> Image:
     """Scales the distance from each channel's mean over the image (`tf.image.adjust_contrast`)."""
-    return jnp.moveaxis(_contrast(jnp.moveaxis(image, -1, 0), factor), 0, -1)
+    return _on_planes(_contrast, image, factor)
 
 
 def adjust_saturation(image: Image, factor: Scalar) -> Image:
     """Scales the saturation in HSV and caps it at 1 (`tf.image.adjust_saturation`)."""
-    return jnp.moveaxis(_saturation(jnp.moveaxis(image, -1, 0), factor), 0, -1)
+    return _on_planes(_saturation, image, factor)
 
 
 def adjust_hue(image: Image, delta: Scalar) -> Image:
     """Turns the hue by delta, in turns (`tf.image.adjust_hue`)."""
-    return jnp.moveaxis(_hue(jnp.moveaxis(image, -1, 0), delta), 0, -1)
+    return _on_planes(_hue, image, delta)
+
+
+def _on_planes(function: Callable[[Planes, Scalar], Planes], image: Image, factor: Scalar) -> Image:
+    return jnp.stack(function(_planes(image), factor), axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,23 +151,63 @@ def adjust_hue(image: Image, delta: Scalar) -> Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _cropped(planes: Planes, box: Float[Array, "4"], height: int, width: int) -> Float[Array, "3 height width"]:
-    rows = _sample_points(box[0], box[2], planes.shape[1], height)
-    columns = _bilinear_weights(_sample_points(box[1], box[3], planes.shape[2], width), planes.shape[2])
+def _planes(image: Array) -> Planes:
+    return [image[..., channel] for channel in range(3)]
 
-    def by_product(planes: Planes) -> Float[Array, "3 height W"]:
-        weights = _bilinear_weights(rows, planes.shape[1])
-        return jnp.einsum("hH,cHW->chW", weights, planes, precision=jax.lax.Precision.HIGHEST)
 
-    def by_gather(planes: Planes) -> Float[Array, "3 height W"]:
+def _clipped(planes: Iterable[Plane]) -> Planes:
+    return [jnp.clip(plane, 0.0, 1.0) for plane in planes]
+
+
+def _to_uint8(planes: Planes) -> UInt8[Array, "H W 3"]:
+    def at_once(*planes: Plane) -> UInt8[Array, "H W 3"]:
+        return jnp.stack([jnp.minimum(plane * 255.5, 255.0).astype(jnp.uint8) for plane in planes], axis=-1)
+
+    def packed(*planes: Plane) -> UInt8[Array, "H W 3"]:
+        red, green, blue = (jnp.minimum(plane * 255.5, 255.0).astype(jnp.int32) for plane in planes)
+        return jax.lax.bitcast_convert_type(red + (green << 8) + (blue << 16), jnp.uint8)[..., :3]
+
+    # On a CPU the planes would be computed for each channel of the result anew; one integer asks for them once.
+    return jax.lax.platform_dependent(*planes, cpu=packed, default=at_once)
+
+
+def _cropped(image: Array, box: Float[Array, "4"], height: int, width: int) -> Planes:
+    """Planes of a box of an image [H, W, 3]: float32, or uint8, which is scaled to [0, 1]."""
+    rows = _sample_points(box[0], box[2], image.shape[0], height)
+    columns = _sample_points(box[1], box[3], image.shape[1], width)
+
+    def whole(image: Array) -> Planes:
+        by_row, by_column = _bilinear_weights(rows, image.shape[0]), _bilinear_weights(columns, image.shape[1])
+        planes = jnp.moveaxis(_unit(image), -1, 0)
+        return list(jnp.einsum("hH,cHW,wW->chw", by_row, planes, by_column, precision=jax.lax.Precision.HIGHEST))
+
+    def in_blocks(image: Array) -> Planes:
         above = jnp.floor(rows).astype(jnp.int32)
-        below = jnp.minimum(above + 1, planes.shape[1] - 1)
+        below = jnp.minimum(above + 1, image.shape[0] - 1)
         share = (rows - above)[:, None]
-        return planes[:, above] * (1 - share) + planes[:, below] * share
+        pixels = image.reshape(image.shape[0], -1)
+        mixed = _unit(pixels[above]) * (1 - share) + _unit(pixels[below]) * share
+        lines = jnp.moveaxis(mixed.reshape(height, -1, 3), -1, 0).reshape(3 * height, -1)
+        # A block of output columns lies between the first input column that it needs and its last one.
+        points = jnp.pad(columns, (0, -width % _BLOCK), mode="edge").reshape(-1, _BLOCK)
+        reach = min(math.ceil(_BLOCK * max(image.shape[1] / width, 1)) + 1, image.shape[1])
+        first = jnp.minimum(jnp.floor(points[:, 0]).astype(jnp.int32), image.shape[1] - reach)
 
-    # A TPU multiplies faster than it gathers, and float32 products need to be asked for there.
-    resized = jax.lax.platform_dependent(planes, tpu=by_product, default=by_gather)
-    return jnp.einsum("chW,wW->chw", resized, columns, precision=jax.lax.Precision.HIGHEST)
+        def block(part: tuple[Array, Array]) -> Array:
+            points, first = part
+            near = jax.lax.dynamic_slice_in_dim(lines, first, reach, axis=1)
+            return jnp.matmul(near, _bilinear_weights(points - first, reach).T, precision=jax.lax.Precision.HIGHEST)
+
+        blocks = jax.lax.map(block, (points, first))  # [blocks, 3 height, _BLOCK]
+        return list(jnp.moveaxis(blocks, 0, 1).reshape(3, height, -1)[..., :width])
+
+    # Products are what accelerators are fast at, and float32 ones need to be asked for. A CPU gathers rows, which are
+    # contiguous, and multiplies columns only by what has weight.
+    return list(jax.lax.platform_dependent(image, cpu=in_blocks, default=whole))
+
+
+def _unit(pixels: Array) -> Array:
+    return pixels.astype(jnp.float32) * jnp.float32(1 / 255) if pixels.dtype == jnp.uint8 else pixels
 
 
 def _sample_points(low: Scalar, high: Scalar, size: int, samples: int) -> Float[Array, "samples"]:
@@ -174,35 +225,40 @@ def _bilinear_weights(points: Float[Array, "samples"], size: int) -> Float[Array
 
 
 def _contrast(planes: Planes, factor: Scalar) -> Planes:
-    mean = planes.mean(axis=(1, 2), keepdims=True)
-    return (planes - mean) * factor + mean
+    means = [plane.mean() for plane in planes]
+    return [(plane - mean) * factor + mean for plane, mean in zip(planes, means, strict=True)]
 
 
 def _saturation(planes: Planes, factor: Scalar) -> Planes:
     # Hue and value stay, so every channel's distance from the largest scales alike; at saturation 1 the smallest is 0.
     value, chroma = _value_and_chroma(planes)
     scale = jnp.minimum(factor, value / jnp.where(chroma > 0, chroma, 1.0))
-    return value - (value - planes) * scale
+    return [value - (value - plane) * scale for plane in planes]
 
 
 def _hue(planes: Planes, delta: Scalar) -> Planes:
     value, chroma = _value_and_chroma(planes)
     red, green, blue = planes
     inverse = 1 / jnp.where(chroma > 0, chroma, 1.0)
+    # Not `value == red`: a compiler may compute both anew, and round them differently.
     sextant = jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         (green - blue) * inverse,
-        jnp.where(value == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
+        jnp.where(green >= blue, (blue - red) * inverse + 2, (red - green) * inverse + 4),
     )
-    # Each channel falls from `value` to `value - chroma` and back over the circle of six sextants, a third apart.
-    turned = sextant + 6 * delta + jnp.asarray([5.0, 3.0, 1.0])[:, None, None]
-    turned -= 6 * jnp.floor(turned / 6)
-    return value - chroma * jnp.clip(jnp.minimum(turned, 4 - turned), 0.0, 1.0)
+    turned = []
+    for offset in (5.0, 3.0, 1.0):
+        # Each channel falls from `value` to `value - chroma` and back over the circle of six sextants, a third apart.
+        angle = sextant + 6 * delta + offset
+        angle -= 6 * jnp.floor(angle / 6)
+        turned.append(value - chroma * jnp.clip(jnp.minimum(angle, 4 - angle), 0.0, 1.0))
+    return turned
 
 
-def _value_and_chroma(planes: Planes) -> tuple[Float[Array, "H W"], Float[Array, "H W"]]:
-    value = planes.max(axis=0)
-    return value, value - planes.min(axis=0)
+def _value_and_chroma(planes: Planes) -> tuple[Plane, Plane]:
+    red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    return value, value - jnp.minimum(jnp.minimum(red, green), blue)
 
 
 def _between(unit: Float[Array, ""], low: Scalar, high: Scalar) -> Float[Array, ""]:

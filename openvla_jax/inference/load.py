@@ -102,7 +102,7 @@ def load_adapted(
     source = open_base(contract.adapter, path, base)
     mesh = make_mesh({}, jax.local_devices()[:1])
     abstract, placed = abstract_state(contract.model, dtype, optax.identity(), mesh, tuning)
-    trained, frozen, found = read_base(source, contract.model, tuning, abstract, placed, mesh)
+    _, frozen, found = read_base(source, contract.model, tuning, abstract, placed, mesh, seed=None)
     check_fingerprint(found, contract.adapter, source, path)
     trained = load_params(path, with_shardings(abstract.params, placed.params))
     check_finite(trained, path)

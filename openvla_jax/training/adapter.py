@@ -96,12 +96,13 @@ def check_is_base(path: Any, contract: Contract) -> None:
 
 
 def read_base(
-    path: os.PathLike | str, model: VLAConfig, tuning: Tuning, abstract: Any, placed: Any, mesh: Mesh, seed: int = 0
-) -> tuple[nnx.State, nnx.State, str]:
+    path: os.PathLike | str, model: VLAConfig, tuning: Tuning, abstract: Any, placed: Any, mesh: Mesh, seed: int | None
+) -> tuple[nnx.State | None, nnx.State, str]:
     """(trained, frozen, fingerprint) of a checkpoint's weights, as `abstract` and `placed` (TrainStates) say.
 
     Every leaf is read in its final dtype onto the devices that hold it. One that is quantised, or that gives up its
-    last layer, is read as it is stored and converted at once, one after the other. Adapters are drawn from `seed`.
+    last layer, is read as it is stored and converted at once, one after the other. Adapters are drawn from `seed`;
+    where that is None, what is trained comes from elsewhere, and is None here.
     """
     path = open_checkpoint(path)
     check_is_base(path, load_contract(path))
@@ -133,15 +134,13 @@ def read_base(
         arrays |= converted
         samples[name] = jax.device_get(taken)
     fresh = {name: leaf.sharding for name, leaf in target.items() if name not in arrays}
-    if fresh:
+    if fresh and seed is not None:
         arrays |= jax.jit(_adapters, static_argnums=(0, 1, 2), out_shardings=fresh)(
             model, tuning, tuple(fresh), jax.random.key(seed)
         )
-    params, frozen = (
-        refill(part, nested({name: arrays[name] for name in flat(nnx.to_pure_dict(nnx.as_pure(part)))}))
-        for part in (abstract.params, abstract.frozen)
-    )
-    return params, frozen, fingerprint(samples)
+    chosen = lambda part: nested({name: arrays[name] for name in flat(nnx.to_pure_dict(nnx.as_pure(part)))})
+    params = None if seed is None else refill(abstract.params, chosen(abstract.params))
+    return params, refill(abstract.frozen, chosen(abstract.frozen)), fingerprint(samples)
 
 
 def _parts(name: str, target: Mapping[str, Any]) -> list[str]:

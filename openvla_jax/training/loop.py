@@ -152,7 +152,8 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     if not config.init_from and not tuning.full:
         raise ValueError(f"trainable is {config.trainable!r}: to freeze the rest, name a checkpoint with init_from")
     if config.init_from and not (start and tuning.full):
-        params, frozen, found = read_base(config.init_from, model, tuning, abstract, placed, mesh, config.seed)
+        seed = None if start else config.seed
+        params, frozen, found = read_base(config.init_from, model, tuning, abstract, placed, mesh, seed)
         if not tuning.full:
             source = os.fspath(open_checkpoint(config.init_from))
             adapter = {"base": source, "fingerprint": found, "tuning": tuning.to_dict()}
@@ -160,7 +161,6 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
         if adapter is not None:
             saved = open_checkpoint(workdir)
             check_fingerprint(adapter["fingerprint"], load_contract(saved).adapter or {}, config.init_from, saved)
-            del params
         state = restore_state(workdir, start, abstract, placed)
         state = state if frozen is None else state.replace(frozen=frozen)
         log(f"resumed from step {start}")

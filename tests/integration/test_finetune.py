@@ -27,6 +27,16 @@ from openvla_jax.training.step import make_tuning
 RANK = 4
 
 
+def run_on_one_device(monkeypatch):
+    """Programs for eight devices take longer to compile."""
+    monkeypatch.setattr(loop, "make_mesh", functools.partial(loop.make_mesh, devices=jax.devices()[:1]))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    run_on_one_device(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
@@ -40,7 +50,9 @@ def base(tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("base")
     config = debug.get_config()
     config.update_from_flattened_dict({"data.data_dir": str(data_dir), "train.steps": 2, "train.eval_every": 0})
-    loop.run(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        run_on_one_device(patch)
+        loop.run(config, workdir)
     contract = open_checkpoint(workdir) / "contract"
     statistics = json.loads((contract / "dataset_statistics.json").read_text())
     (contract / "dataset_statistics.json").write_text(json.dumps({"other": statistics["tabletop"]}))
@@ -67,12 +79,6 @@ def tuned(tmp_path_factory, base, data_dir):
     loop.run(settings(base, data_dir, train__steps=3), workdir)
     loop.run(settings(base, data_dir), workdir)
     return workdir
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Programs for eight devices take longer to compile."""
-    monkeypatch.setattr(loop, "make_mesh", functools.partial(loop.make_mesh, devices=jax.devices()[:1]))
 
 
 @pytest.mark.slow

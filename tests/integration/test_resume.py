@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import one_tower
 import pytest
 from conftest import ROOT, xla_flags
 
 from openvla_jax.sim.dataset import write_dataset
+from openvla_jax.training import loop
 from openvla_jax.training.checkpoint import steps_in
 
 STEPS = {1: 24, 8: 12}  # by devices: eight of them take longer than one
@@ -84,8 +86,8 @@ def test_sigterm_saves_and_another_config_is_refused(tmp_path, data_dir):
     assert process.returncode == 143, output[-3000:]
     assert len(steps_in(workdir / "checkpoints")) == 1
 
-    other = start(workdir, data_dir, 1, "--config.model.preset=openvla-7b", "--config.seed=8")
-    output = other.communicate(timeout=300)[0]
-    assert other.returncode == 2
-    assert "seed was 7, is 8" in output.splitlines()[-1]
-    assert output.splitlines()[-1].startswith("error: ")
+    config = one_tower.get_config()
+    config.data.data_dir, config.seed = str(data_dir), 8
+    with pytest.raises(ValueError, match="seed was 7, is 8") as caught:
+        loop.run(config, workdir)
+    assert "\n" not in str(caught.value)

@@ -49,8 +49,9 @@ def setup(sizes):
 def saved(tmp_path_factory, contract):
     """A run of two steps on an fsdp mesh, saved, and the losses with which it went on."""
     workdir = tmp_path_factory.mktemp("run")
-    mesh, optimizer, _, _, step = setup({"fsdp": -1})
-    state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
+    mesh, optimizer, _, placed, step = setup({"fsdp": -1})
+    one = make_mesh({}, jax.devices()[:1])  # for which drawing initial values compiles faster
+    state = jax.device_put(jax.device_get(init_state(MODEL, jnp.float32, optimizer, one, seed=0)), placed)
     for i in range(2):
         state, _ = step(state, global_batch(random_batch(8, i), mesh))
     checkpoints = lib.Checkpoints(workdir, keep_last=2, keep_every=None)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden
+from conftest import OPTIMISED, golden
 from ml_collections import ConfigDict
 
 from openvla_jax.convert import import_weights
@@ -37,7 +37,7 @@ def test_twenty_steps_give_the_losses_of_pytorch(tmp_path, shared):
     params = load_params(tmp_path / "start", with_shardings(abstract.params, placed.params))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     step = make_train_step(model, optimizer, schedule, mesh, dtype=jnp.float32, datasets=1)
-    step = jax.jit(step, out_shardings=(placed, None))
+    step = jax.jit(step, out_shardings=(placed, None), compiler_options=OPTIMISED)
 
     batches = []
     for ids, labels, image in zip(expected["input_ids"], expected["labels"], pixels, strict=True):

@@ -57,7 +57,7 @@ def count(jaxpr, positions, times=1):
 
 def plan(*arguments):
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, "train.py", "--config", "configs/debug.py", *arguments]
+    command = [sys.executable, "train.py", "--config", "tests/integration/one_tower.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
 
 
