@@ -9,9 +9,7 @@ stack with one `lax.scan`, so that compile time does not grow with depth. Module
 jax's own transforms.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
+from openvla_jax.models.placement import gathered, shard_rows
 from openvla_jax.models.quantize import QTensor
 
 # What the backward pass keeps of a layer instead of recomputing it, from least to most memory. Names are set by
@@ -34,9 +32,6 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "save_dots": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o", "mlp", "weights"),
     "none": None,
 }
-
-
-_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
 def make_param(
@@ -67,9 +62,9 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
     precision = matmul_precision(x.dtype)
     if isinstance(kernel, QTensor):
         return kernel.matmul(x, precision, preferred_element_type)
-    return jnp.matmul(
-        x, kernel[...].astype(x.dtype), precision=precision, preferred_element_type=preferred_element_type
-    )
+    stored = kernel[...]
+    weights = gathered(stored) if stored.dtype == x.dtype else stored.astype(x.dtype)
+    return jnp.matmul(x, weights, precision=precision, preferred_element_type=preferred_element_type)
 
 
 class Linear(nnx.Module):
@@ -206,28 +201,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": _in_float32(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "silu": _in_float32(jax.nn.silu),
 }
-
-
-@contextlib.contextmanager
-def activations_sharded(mesh: Mesh) -> Iterator[None]:
-    """While a model is traced in here, `shard_rows` holds its activations to `mesh`."""
-    token = _MESH.set(mesh)
-    try:
-        yield
-    finally:
-        _MESH.reset(token)
-
-
-def shard_rows(x: Array) -> Array:
-    """Keeps an activation split along its batch axis. Left to itself the compiler may gather the batch to match a
-    kernel's shards, which no memory holds. With a tensor axis it is left to itself: held so, its gradients came out
-    wrong on 2 x 2 x 2 devices.
-    """
-    mesh = _MESH.get()
-    if mesh is None or mesh.shape["tensor"] > 1:
-        return x
-    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *free)))
 
 
 def save_name(x: Array, name: str) -> Array:

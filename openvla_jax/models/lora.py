@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from openvla_jax.models.placement import gathered
+
 _DROPOUT: ContextVar[Array | None] = ContextVar("dropout", default=None)
 
 
@@ -67,8 +69,8 @@ class LoRA(nnx.Module):
         if self.dropout and key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(key, self.salt), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        x = jnp.matmul(x, self.a[...].astype(x.dtype), precision=precision)
-        return jnp.matmul(x, self.b[...].astype(x.dtype), precision=precision) * self.scale
+        a, b = (gathered(factor[...].astype(x.dtype)) for factor in (self.a, self.b))
+        return jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision) * self.scale
 
     def delta(self) -> Float[Array, "*lead i o"]:
         """What the adapter adds to its kernel, float32; of an adapter of one layer only, or of a small one."""

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.layers import activations_sharded
 from openvla_jax.models.lora import LoRAConfig, dropout_key
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.models.placement import activations_sharded
 from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.tokens import ActionTokenizer
 from openvla_jax.training.optimizer import make_optimizer, make_schedule

@@ -1,0 +1,46 @@
+"""Where a traced model's activations and weights lie on the mesh, said where the compiler's own choice is a bad one."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def activations_sharded(mesh: Mesh) -> Iterator[None]:
+    """While a model is traced in here, `shard_rows` and `gathered` hold it to `mesh`."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def shard_rows(x: Array) -> Array:
+    """Keeps an activation split along its batch axis. Left to itself the compiler may gather the batch to match a
+    kernel's shards, which no memory holds. With a tensor axis it is left to itself: held so, its gradients came out
+    wrong on 2 x 2 x 2 devices.
+    """
+    mesh = _MESH.get()
+    if mesh is None or mesh.shape["tensor"] > 1:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *free)))
+
+
+def gathered(x: Array) -> Array:
+    """A layer's weights whole on every chip, where they are used.
+
+    Weights that are stored as float32 and used as bfloat16 are gathered by the compiler's own choice, once for each
+    use. With frozen ones, which are stored as they are used, it moves pieces of weights and activations round and round
+    instead, many times the bytes. With a tensor axis it is left to itself, as in `shard_rows`.
+    """
+    mesh = _MESH.get()
+    if mesh is None or mesh.shape["tensor"] > 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
