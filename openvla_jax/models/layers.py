@@ -10,6 +10,7 @@ jax's own transforms.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
-from openvla_jax.models.placement import gathered, shard_rows
+from openvla_jax.models.placement import gathered, shard_rows, weights_are_spread
 from openvla_jax.models.quantize import QTensor
 
 # What the backward pass keeps of a layer instead of recomputing it, from least to most memory. Names are set by
@@ -63,8 +64,13 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
     if isinstance(kernel, QTensor):
         return kernel.matmul(x, precision, preferred_element_type)
     stored = kernel[...]
-    weights = gathered(stored) if stored.dtype == x.dtype else stored.astype(x.dtype)
-    return jnp.matmul(x, weights, precision=precision, preferred_element_type=preferred_element_type)
+    product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
+    if stored.dtype != x.dtype:
+        return product(x, stored.astype(x.dtype))
+    if weights_are_spread():
+        # Kept for the backward pass is this chip's part, not what was gathered.
+        return jax.checkpoint(lambda x, weights: product(x, gathered(weights)), prevent_cse=False)(x, stored)
+    return product(x, stored)
 
 
 class Linear(nnx.Module):

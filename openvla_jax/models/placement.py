@@ -40,7 +40,13 @@ def gathered(x: Array) -> Array:
     use. With frozen ones, which are stored as they are used, it moves pieces of weights and activations round and round
     instead, many times the bytes. With a tensor axis it is left to itself, as in `shard_rows`.
     """
-    mesh = _MESH.get()
-    if mesh is None or mesh.shape["tensor"] > 1:
+    if not weights_are_spread():
         return x
+    mesh = _MESH.get()
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def weights_are_spread() -> bool:
+    """Whether `gathered` does anything."""
+    mesh = _MESH.get()
+    return mesh is not None and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
