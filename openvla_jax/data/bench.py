@@ -128,7 +128,8 @@ def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size:
     result.append(_measure("+ resize, tokens, batch", lambda: next(iterator), batch_size, seconds, read_bytes))
     for name, augmented in {"+ to the device, normalised": False, "+ augmented": True}.items():
         step = _on_device(augmented)
-        result.append(_measure(name, lambda step=step: step(next(iterator).images), batch_size, seconds, read_bytes))
+        draw = functools.partial(lambda step: step(next(iterator).images), step)
+        result.append(_measure(name, draw, batch_size, seconds, read_bytes))
     return result
 
 

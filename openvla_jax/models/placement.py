@@ -40,9 +40,9 @@ def gathered(x: Array) -> Array:
     use. With frozen ones, which are stored as they are used, it moves pieces of weights and activations round and round
     instead, many times the bytes. With a tensor axis it is left to itself, as in `shard_rows`.
     """
-    if not weights_are_spread():
-        return x
     mesh = _MESH.get()
+    if mesh is None or not weights_are_spread():
+        return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
