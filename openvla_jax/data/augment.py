@@ -160,50 +160,54 @@ def _clipped(planes: Iterable[Plane]) -> Planes:
 
 
 def _to_uint8(planes: Planes) -> UInt8[Array, "H W 3"]:
-    def at_once(*planes: Plane) -> UInt8[Array, "H W 3"]:
-        return jnp.stack([jnp.minimum(plane * 255.5, 255.0).astype(jnp.uint8) for plane in planes], axis=-1)
+    return jax.lax.platform_dependent(*planes, cpu=_joined_packed, default=_joined)
 
-    def packed(*planes: Plane) -> UInt8[Array, "H W 3"]:
-        red, green, blue = (jnp.minimum(plane * 255.5, 255.0).astype(jnp.int32) for plane in planes)
-        return jax.lax.bitcast_convert_type(red + (green << 8) + (blue << 16), jnp.uint8)[..., :3]
 
-    # On a CPU the planes would be computed for each channel of the result anew; one integer asks for them once.
-    return jax.lax.platform_dependent(*planes, cpu=packed, default=at_once)
+def _joined(*planes: Plane) -> UInt8[Array, "H W 3"]:
+    return jnp.stack([jnp.minimum(plane * 255.5, 255.0).astype(jnp.uint8) for plane in planes], axis=-1)
+
+
+def _joined_packed(*planes: Plane) -> UInt8[Array, "H W 3"]:
+    """The same on a CPU, where the planes would be computed for each channel anew; one integer asks for them once."""
+    red, green, blue = (jnp.minimum(plane * 255.5, 255.0).astype(jnp.int32) for plane in planes)
+    return jax.lax.bitcast_convert_type(red + (green << 8) + (blue << 16), jnp.uint8)[..., :3]
 
 
 def _cropped(image: Array, box: Float[Array, "4"], height: int, width: int) -> Planes:
     """Planes of a box of an image [H, W, 3]: float32, or uint8, which is scaled to [0, 1]."""
     rows = _sample_points(box[0], box[2], image.shape[0], height)
     columns = _sample_points(box[1], box[3], image.shape[1], width)
+    return list(jax.lax.platform_dependent(image, rows, columns, cpu=_resampled_in_blocks, default=_resampled))
 
-    def whole(image: Array) -> Planes:
-        by_row, by_column = _bilinear_weights(rows, image.shape[0]), _bilinear_weights(columns, image.shape[1])
-        planes = jnp.moveaxis(_unit(image), -1, 0)
-        return list(jnp.einsum("hH,cHW,wW->chw", by_row, planes, by_column, precision=jax.lax.Precision.HIGHEST))
 
-    def in_blocks(image: Array) -> Planes:
-        above = jnp.floor(rows).astype(jnp.int32)
-        below = jnp.minimum(above + 1, image.shape[0] - 1)
-        share = (rows - above)[:, None]
-        pixels = image.reshape(image.shape[0], -1)
-        mixed = _unit(pixels[above]) * (1 - share) + _unit(pixels[below]) * share
-        lines = jnp.moveaxis(mixed.reshape(height, -1, 3), -1, 0).reshape(3 * height, -1)
-        # A block of output columns lies between the first input column that it needs and its last one.
-        points = jnp.pad(columns, (0, -width % _BLOCK), mode="edge").reshape(-1, _BLOCK)
-        reach = min(math.ceil(_BLOCK * max(image.shape[1] / width, 1)) + 1, image.shape[1])
-        first = jnp.minimum(jnp.floor(points[:, 0]).astype(jnp.int32), image.shape[1] - reach)
+def _resampled(image: Array, rows: Float[Array, "height"], columns: Float[Array, "width"]) -> Planes:
+    """Products are what accelerators are fast at; float32 ones need to be asked for."""
+    by_row, by_column = _bilinear_weights(rows, image.shape[0]), _bilinear_weights(columns, image.shape[1])
+    planes = jnp.moveaxis(_unit(image), -1, 0)
+    return list(jnp.einsum("hH,cHW,wW->chw", by_row, planes, by_column, precision=jax.lax.Precision.HIGHEST))
 
-        def block(part: tuple[Array, Array]) -> Array:
-            points, first = part
-            near = jax.lax.dynamic_slice_in_dim(lines, first, reach, axis=1)
-            return jnp.matmul(near, _bilinear_weights(points - first, reach).T, precision=jax.lax.Precision.HIGHEST)
 
-        blocks = jax.lax.map(block, (points, first))  # [blocks, 3 height, _BLOCK]
-        return list(jnp.moveaxis(blocks, 0, 1).reshape(3, height, -1)[..., :width])
+def _resampled_in_blocks(image: Array, rows: Float[Array, "height"], columns: Float[Array, "width"]) -> Planes:
+    """The same on a CPU, which gathers rows, as they are contiguous, and multiplies columns only by what has weight."""
+    height, width, (size_y, size_x) = len(rows), len(columns), image.shape[:2]
+    above = jnp.floor(rows).astype(jnp.int32)
+    below = jnp.minimum(above + 1, size_y - 1)
+    share = (rows - above)[:, None]
+    pixels = image.reshape(size_y, -1)
+    mixed = _unit(pixels[above]) * (1 - share) + _unit(pixels[below]) * share
+    lines = jnp.moveaxis(mixed.reshape(height, -1, 3), -1, 0).reshape(3 * height, -1)
+    # A block of output columns lies between the first input column that it needs and its last one.
+    points = jnp.pad(columns, (0, -width % _BLOCK), mode="edge").reshape(-1, _BLOCK)
+    reach = min(math.ceil(_BLOCK * max(size_x / width, 1)) + 1, size_x)
+    first = jnp.minimum(jnp.floor(points[:, 0]).astype(jnp.int32), size_x - reach)
 
-    # Products are what accelerators are fast at, and float32 ones need to be asked for. A CPU gathers rows, which are
-    # contiguous, and multiplies columns only by what has weight.
-    return list(jax.lax.platform_dependent(image, cpu=in_blocks, default=whole))
+    def block(part: tuple[Array, Array]) -> Array:
+        points, first = part
+        near = jax.lax.dynamic_slice_in_dim(lines, first, reach, axis=1)
+        return jnp.matmul(near, _bilinear_weights(points - first, reach).T, precision=jax.lax.Precision.HIGHEST)
+
+    blocks = jax.lax.map(block, (points, first))  # [blocks, 3 height, _BLOCK]
+    return list(jnp.moveaxis(blocks, 0, 1).reshape(3, height, -1)[..., :width])
 
 
 def _unit(pixels: Array) -> Array:

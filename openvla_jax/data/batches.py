@@ -7,6 +7,7 @@ of the stream (shuffle buffer included) can be written beside a checkpoint and t
 import functools
 import json
 import logging
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -306,15 +307,16 @@ def make_train_iterator(
     shuffle_buffer = min(data["shuffle_buffer"], max(num_examples // process_count, batch_size))  # one epoch is enough
     memories = [phase.mixture.memory(readers) for phase in phases if phase.until > step]
     memory = Memory(max(m.frame_bytes for m in memories), max(m.reader_bytes for m in memories))
-    prefetched = (_PREFETCHED_BATCHES + 1) * batch_size * image_size**2 * 3
-    shuffle_buffer = _fit(data, shuffle_buffer, memory.frame_bytes, memory.reader_bytes + prefetched, batch_size)
-    state_bytes = int(shuffle_buffer * memory.frame_bytes + memory.reader_bytes) + prefetched
+    in_groups = (os.cpu_count() or 1) * _DECODED_TOGETHER  # at most, that each core has its group
+    decoded = ((_PREFETCHED_BATCHES + 1) * batch_size + in_groups) * image_size**2 * 3
+    shuffle_buffer = _fit(data, shuffle_buffer, memory.frame_bytes, memory.reader_bytes + decoded, batch_size)
+    state_bytes = int(shuffle_buffer * memory.frame_bytes + memory.reader_bytes) + decoded
     summary = (
         f"{table(phases)}\nmemory: {resident_memory_gb():.2f} GB in this process now, and for the data, estimated, "
         f"{state_bytes / 1e9:.2f} GB = "
         f"shuffle buffer {shuffle_buffer:,} frames x {memory.frame_bytes / 1e3:.1f} kB + "
         f"readers {memory.reader_bytes / 1e9:.2f} GB + "
-        f"{_PREFETCHED_BATCHES + 1} batches {prefetched / 1e9:.2f} GB"
+        f"{_PREFETCHED_BATCHES + 1} batches and images in work {decoded / 1e9:.2f} GB"
     )
     shard = {"process_index": process_index, "process_count": process_count}
     skip_unlabeled = data.get("skip_unlabeled", True)
@@ -334,6 +336,7 @@ def make_train_iterator(
         "seed": seed,
         "batch_size": batch_size,
         "image_size": image_size,
+        "decoded_together": _DECODED_TOGETHER,
         "shuffle_buffer": shuffle_buffer,
         "num_parallel_reads": readers,
         "skip_unlabeled": skip_unlabeled,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from openvla_jax.data import augment as augmentation
 from openvla_jax.data.augment import (
     AugmentConfig,
     Factors,
@@ -104,6 +105,18 @@ def test_chain_equals_tensorflow(tf, name, seed):
     # Where x * 255.5 comes close to an integer, the order of float32 operations decides between two levels.
     assert difference.max() <= 1
     assert (difference > 0).mean() < 5e-3
+
+
+@pytest.mark.parametrize("size", [(224, 224), (30, 100), (100, 33), (5, 1)])
+def test_a_cpu_resamples_and_joins_as_other_devices_do(size):
+    """The programs of accelerators, run here too: `platform_dependent` would never choose them."""
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    rows, columns = (jnp.linspace(3.2, last, n) for last, n in zip((59, 79), size, strict=True))
+    whole = augmentation._resampled(image, rows, columns)
+    blocks = augmentation._resampled_in_blocks(image, rows, columns)
+    np.testing.assert_allclose(blocks, whole, atol=1e-6)
+    assert np.std(whole) > 0.1
+    np.testing.assert_array_equal(augmentation._joined_packed(*whole), augmentation._joined(*whole))
 
 
 def test_default_strengths_are_the_references():

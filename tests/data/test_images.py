@@ -46,6 +46,13 @@ def test_resize_equals_lanczos_in_numpy(height, width):
     assert (result == np.clip(np.round(exact), 0, 255)).mean() > 0.99
 
 
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (480, 640), (100, 50), (7, 300)])
+def test_resize_is_bit_equal_to_tensorflow_s_own_call(height, width):
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    resized = tf.image.resize(image, (224, 224), method="lanczos3", antialias=True)
+    np.testing.assert_array_equal(images.resize(image, 224), np.clip(np.round(resized), 0, 255).astype(np.uint8))
+
+
 def test_images_of_all_kinds_become_rgb():
     rng = np.random.default_rng(0)
     for channels, expected in ((1, lambda x: np.repeat(x, 3, 2)), (3, lambda x: x), (4, lambda x: x[..., :3])):
