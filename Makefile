@@ -6,7 +6,7 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 RUN := $(VENV)/bin/python
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-finetune test bench lint clean
+.PHONY: help demo demo-finetune test test-long bench lint clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -29,8 +29,11 @@ demo-finetune: $(VENV)/demo.stamp ## 25 demonstrations in a world that the demo'
 	$(RUN) -m openvla_jax.evaluate compare before=runs/demo scratch=runs/demo-finetune/scratch full=runs/demo-finetune/full \
 	    lora=runs/demo-finetune/lora --world changed --first-seed 10000 --out runs/demo-finetune/report
 
-test: $(VENV)/dev.stamp ## all tests, on the CPU (PYTEST_ARGS=... replaces the options)
-	JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_ARGS)
+test: $(VENV)/dev.stamp ## the tests, on the CPU (PYTEST_ARGS=... replaces the options)
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/dev.stamp ## the others: runs of several processes, whole commands, exhaustive comparisons
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m long $(PYTEST_ARGS)
 
 bench: $(VENV)/dev.stamp ## every benchmark in benchmarks/, one after another
 	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file; done

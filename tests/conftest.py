@@ -30,6 +30,7 @@ os.environ.setdefault("PJRT_NPROC", "64")  # as train.py: threads enough for dev
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch beside workers: its waiting threads would take their cores
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # which is not installed: importing TensorFlow then imports no Keras
 # Programs compiled once are shared by the workers, by processes of the tests, and by the next run. A size limit makes
 # jax lock the folder; without it, one worker can read what another has written by half.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
@@ -49,7 +50,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker is left alone with them at the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long"))
     whole_runs = ROOT / "tests" / "integration"
     items.sort(key=lambda item: (whole_runs not in item.path.parents, -slow[item.path]))
 

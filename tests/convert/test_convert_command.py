@@ -9,18 +9,32 @@ import pytest
 from conftest import ROOT
 from fabricate import write_hf
 
+import convert_weights
 from openvla_jax.convert.torch_io import read_torch_folder
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "convert_weights.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process, as importing PyTorch anew takes longer than most of them."""
+
+    def run(*arguments):
+        command = ["convert_weights.py", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        code = 0
+        try:
+            convert_weights.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.mark.slow
-def test_import_verify_export_inspect_and_errors(tmp_path):
+def test_import_verify_export_inspect_and_errors(tmp_path, run):
     tensors = write_hf(tmp_path / "hf", "siglip-letterbox", "bfloat16")
-    imported = run("import", tmp_path / "hf", tmp_path / "orbax")
+    command = [sys.executable, "convert_weights.py", "import", str(tmp_path / "hf"), str(tmp_path / "orbax")]
+    imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert imported.returncode == 0, imported.stderr
     assert "4 assumed" in imported.stdout and "B/s" in imported.stderr  # progress shows bytes per second
     verified = run("verify", tmp_path / "hf", tmp_path / "orbax")
@@ -41,13 +55,13 @@ def test_import_verify_export_inspect_and_errors(tmp_path):
 
 
 @pytest.mark.slow
-def test_parts_are_named_on_the_command_line(tmp_path):
+def test_parts_are_named_on_the_command_line(tmp_path, run):
     missing = run("import", "openvla-7b", tmp_path / "dst", "--part", "dino", tmp_path / "a", "--part", "llm", tmp_path)
     assert missing.returncode == 2
     assert missing.stderr.strip().endswith("openvla-7b: no vision tower siglip in it: pass --part siglip PATH")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_runs_at_tiny_size(tmp_path):
     command = [sys.executable, "benchmarks/convert.py", "--model", "tiny", "--dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -68,7 +82,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_that_of_some_tensors_not_of_the_checkpoint(tmp_path, monkeypatch):
     """A model of 400 MB with leaves of 90 MB is converted in far less than one leaf beyond what an empty run takes."""
     import dataclasses

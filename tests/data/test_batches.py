@@ -221,7 +221,7 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_processes_give_and_resume_the_same_stream(shared, tmp_path):
     """Hash seeds, ids and threads differ between processes; batches, and keys of statistics, do not."""
     data = _data("bridge_orig", shared / "data", statistics_dir=str(tmp_path / "statistics"), shuffle_buffer=50)

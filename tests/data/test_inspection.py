@@ -131,6 +131,7 @@ def test_validation_fails_on_errors_and_if_asked_on_warnings(tmp_path, exits, mo
     assert exits("validate", "fake", "--data_dir", tmp_path, "--strict")[0] == 1
 
 
+@pytest.mark.long
 def test_bench_measures_every_stage(exits):
     code, out, _ = exits("bench", "--seconds", "0.2", "--image_size", "32", "--batch_size", "16", "--readers", "2")
     assert code == 0
@@ -157,7 +158,7 @@ def test_every_dataset_of_the_reference_has_a_schema():
     assert set(DATASETS) - {"tabletop"} == set(SCHEMAS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_papers_mixture_is_drawn_from_stand_ins(tmp_path, exits):
     """All 27 datasets: opened, standardised, normalised, mixed; DROID and Language Table leave at step 2."""
     arguments = ("stand-ins", "oxe_magic_soup_plus", tmp_path, "--episodes", 4, "--steps", 4)

@@ -21,6 +21,7 @@ from openvla_jax.data import (
     SplitNotFoundError,
     trajectory,
 )
+from openvla_jax.data import __main__ as commands
 from openvla_jax.data.directory import Share, _part, find, open_source, shares
 from openvla_jax.data.episodes import clear_errors, read_episodes, trace
 from openvla_jax.data.rlds import dataset_statistics, make_dataset
@@ -350,17 +351,17 @@ def test_a_camera_that_is_not_encoded_is_refused(tmp_path, statistics):
 
 
 @pytest.mark.slow
-def test_the_command_line_inspects_and_writes_statistics(shared, tmp_path):
-    def run(*args):
-        command = [sys.executable, "-m", "openvla_jax.data", *args, "--statistics_dir", str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    done = run("inspect", "bridge_orig", "--data_dir", str(shared / "data"), "--output", str(tmp_path / "out.json"))
+def test_the_command_line_inspects_and_writes_statistics(shared, tmp_path, capsys):
+    arguments = ["--statistics_dir", str(tmp_path), "--data_dir"]
+    command = [sys.executable, "-m", "openvla_jax.data", "inspect", "bridge_orig", *arguments, str(shared / "data")]
+    command += ["--output", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "episodes {'train': 25, 'val': 25}; used {'train': 25, 'val': 25}" in done.stdout
     assert "bridge_orig: 400 steps in 50 episodes" in done.stdout
     assert "'image_0': Image(shape=(64, 64, 3), dtype=uint8" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["bridge_orig"]["num_transitions"] == 400
-    failed = run("stats", "bridge_orig", "--data_dir", str(tmp_path))
-    assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("error: dataset 'bridge_orig' is not in")
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["stats", "bridge_orig", *arguments, str(tmp_path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: dataset 'bridge_orig' is not in")

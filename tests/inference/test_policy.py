@@ -178,7 +178,7 @@ def test_a_loaded_policy_acts_alike_with_its_layers_apart(policy, tmp_path):
         Policy.from_checkpoint(tmp_path / "checkpoint", preprocessing={"resize_kernel": "lanczos"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_200_mixed_batches_of_the_golden_equal_single_calls(tmp_path, shared, monkeypatch):
     from openvla_jax.convert import import_weights
 

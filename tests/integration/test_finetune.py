@@ -76,13 +76,17 @@ def settings(base, data_dir, **changes):
 def tuned(tmp_path_factory, base, data_dir):
     """A LoRA run in two parts: three steps, then on to six."""
     workdir = tmp_path_factory.mktemp("tuned")
-    loop.run(settings(base, data_dir, train__steps=3), workdir)
-    loop.run(settings(base, data_dir), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        run_on_one_device(patch)
+        loop.run(settings(base, data_dir, train__steps=3), workdir)
+        loop.run(settings(base, data_dir), workdir)
     return workdir
 
 
 @pytest.mark.slow
-def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(tuned, base, data_dir, tmp_path, capsys):
+def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(
+    tuned, base, data_dir, tmp_path, capsys, one_device
+):
     loop.run(settings(base, data_dir), tmp_path / "straight")
     printed = capsys.readouterr().out
     assert "the rest is frozen in bfloat16" in printed and "vision/siglip" in printed
@@ -200,7 +204,7 @@ def test_every_row_of_the_paper_s_table_is_a_config():
     assert dataclasses.replace(tuning.lora, rank=8).scale == 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_from_start_to_end(base, tmp_path, monkeypatch, one_device):
     """Every code cell, in order, in one namespace; few steps on few scenes."""
     shutil.copytree(open_checkpoint(base), tmp_path / "base")

@@ -14,6 +14,8 @@ from openvla_jax.training.checkpoint import steps_in
 from openvla_jax.training.hosts import LOST
 from openvla_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.long
+
 KEPT = ("train/loss", "train/grad_norm", "val/loss")
 
 
@@ -57,7 +59,6 @@ def whole(tmp_path_factory):
     return curve(workdir)
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_named_and_one_process_goes_on_with_the_curve_of_two(tmp_path, whole):
     running = start(tmp_path, 2, 2, second=["--die=10"])
     running[1].wait(timeout=500)
@@ -76,7 +77,6 @@ def test_a_killed_process_is_named_and_one_process_goes_on_with_the_curve_of_two
     assert curve(tmp_path) == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
     running = start(tmp_path, 2, 2, "--set=train.steps=100000", "--set=train.checkpoint_every=50000")
     deadline = time.monotonic() + 500
@@ -90,7 +90,6 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
     assert read_metrics(tmp_path)[-1]["step"] == step
 
 
-@pytest.mark.slow
 def test_processes_that_were_started_unlike_stop_with_the_difference(tmp_path):
     for text in finish(start(tmp_path, 2, 1, second=["--set=seed=8"]), [2, 2]):
         (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -98,7 +97,6 @@ def test_processes_that_were_started_unlike_stop_with_the_difference(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists() and not steps_in(tmp_path / "checkpoints")
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line_and_the_last_good_step(tmp_path, whole):
     (output,) = finish(start(tmp_path, 1, 4, "--full=6"), [LOST])
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -108,7 +106,6 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_good_step(tmp_path,
     assert max(step for step, _ in before) >= 8 and before == {key: whole[key] for key in before}
 
 
-@pytest.mark.slow
 def test_a_run_killed_while_it_saves_and_evaluates_has_the_metrics_of_one_that_was_left_alone(tmp_path, whole):
     """Two of the moments of benchmarks/kills.py."""
     for moment in (["checkpoint", "2", "0.05"], ["evaluation", "1", "0.02"]):
