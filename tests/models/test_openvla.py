@@ -203,7 +203,7 @@ def compiled():
     return arguments, {name: loss_and_gradients.lower(*arguments, name).compile() for name in REMAT_POLICIES}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("policy", [name for name in REMAT_POLICIES if name != "none"])
 def test_remat_changes_no_number(compiled, policy):
     arguments, programs = compiled
@@ -215,7 +215,7 @@ def test_remat_changes_no_number(compiled, policy):
         np.testing.assert_allclose(others[name], leaf, atol=1e-5 * float(np.abs(leaf).max()) + 1e-7, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_remat_policies_are_ordered_by_memory(compiled):
     """A policy whose names no layer sets would silently be `full`: tower and Llama each set all of them once."""
     arguments, programs = compiled

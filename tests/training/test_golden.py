@@ -35,7 +35,7 @@ def test_twenty_steps_give_the_losses_of_pytorch(tmp_path, shared):
     optimizer = make_optimizer(ADAMW, schedule)
     abstract, placed = abstract_state(model, jnp.float32, optimizer, mesh)
     params = load_params(tmp_path / "start", with_shardings(abstract.params, placed.params))
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    state = jax.device_put(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), placed)
     step = make_train_step(model, optimizer, schedule, mesh, dtype=jnp.float32, datasets=1)
     step = jax.jit(step, out_shardings=(placed, None), compiler_options=OPTIMISED)
 
