@@ -41,7 +41,7 @@ DATA = [
 PLOTS = ["matplotlib>=3.8"]  # figures of evaluations
 LEROBOT = ["av>=14.0", "pyarrow>=16.0"]  # LeRobot's video and parquet files, to convert them
 CONVERT = ["torch>=2.6"]  # PyTorch's own .pt and .bin files; safetensors need none of it
-SERVE = ["fastapi>=0.115", "json-numpy>=2.0", "prometheus-client>=0.20", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "httptools>=0.6", "json-numpy>=2.0", "prometheus-client>=0.20", "uvicorn>=0.30"]
 TPU = ["jax[tpu]"]  # also what plans a pod run on any x86-64 Linux machine: the TPU compiler is libtpu
 DEV = [
     *DATA,

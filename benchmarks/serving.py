@@ -3,16 +3,17 @@
   python benchmarks/serving.py --seconds 60 --clients 32
 
 Serves a model of random weights (or --checkpoint) in two processes, one with batches of 1 and one with batches; lets
-clients, threads of this process, ask them in turns without pause, and compares each answer with the local policy's.
-Also prints the time from the start of the process to the first action with a warm compilation cache.
-Fails if a request fails or an answer differs.
+clients ask them in turns without pause, and compares each answer with the local policy's. Also prints the time from the
+start of the process to the first action with a warm compilation cache. Fails if a request fails or an answer differs.
 
-What batching gains depends on the device: an accelerator reads its weights once for a whole batch, two CPU cores that
-a single request keeps busy, and that the clients share, gain little.
+The clients share the machine with the server. They are threads of this process that send requests which were encoded
+before, each over a connection of its own, and take as little time as they can.
 """
 
 import argparse
 import contextlib
+import itertools
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +37,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 
 from openvla_jax.config import model_config  # noqa: E402
-from openvla_jax.inference.client import Client, ServerError  # noqa: E402
+from openvla_jax.inference.client import Client  # noqa: E402
 from openvla_jax.inference.load import save_model  # noqa: E402
 from openvla_jax.inference.policy import Policy  # noqa: E402
+from openvla_jax.inference.wire import decode_array, dumps  # noqa: E402
 from openvla_jax.models.openvla import OpenVLA  # noqa: E402
 from openvla_jax.tokens import load_tokenizer  # noqa: E402
 from openvla_jax.training.checkpoint import PREPROCESSING, Contract  # noqa: E402
@@ -84,27 +87,62 @@ def serving(checkpoint: Path, cache: Path, max_batch: int) -> Iterator[Serving]:
             process.kill()
 
 
+def encoded(image: np.ndarray, instruction: str) -> bytes:
+    """A whole HTTP request."""
+    body = dumps({"image": image, "instruction": instruction}).encode()
+    return b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def answer(connection: socket.socket) -> tuple[bytes, bytes]:
+    """(status line, body) of the next response."""
+    data = b""
+    while (end := data.find(b"\r\n\r\n")) < 0:
+        data += received(connection)
+    head = data[:end].lower()
+    length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+    while len(data) < end + 4 + length:
+        data += received(connection)
+    return head.partition(b"\r\n")[0], data[end + 4 :]
+
+
+def received(connection: socket.socket) -> bytes:
+    data = connection.recv(65536)
+    if not data:
+        raise ConnectionError("the server closed the connection")
+    return data
+
+
 def load(url: str, cases: list[tuple], clients: int, seconds: float) -> tuple[list[float], int, int]:
-    """(latencies, failed requests, wrong answers) of `clients` asking without pause."""
-    stop = time.perf_counter() + seconds
+    """(latencies, failed requests, wrong answers) of `clients` asking without pause; a case is (request, action)."""
+    place = urllib.parse.urlsplit(url)
+    connections = [socket.create_connection((place.hostname, place.port)) for _ in range(clients)]
     latencies: list[float] = []
     failed, wrong = [0] * clients, [0] * clients
 
     def ask(number: int) -> None:
-        client, rng = Client(url), np.random.default_rng(number)
-        while time.perf_counter() < stop:
-            image, instruction, expected = cases[rng.integers(len(cases))]
-            began = time.perf_counter()
-            try:
-                action = client.predict_action(image, instruction)
-            except ServerError as error:
-                failed[number] += 1
-                print(f"failed: {error}")
-                continue
-            latencies.append(time.perf_counter() - began)
-            wrong[number] += not np.array_equal(action, expected)
+        order = np.random.default_rng(number).integers(len(cases), size=4096).tolist()
+        with connections[number] as connection:
+            for case in itertools.cycle(order):
+                began = time.perf_counter()
+                if began > stop:
+                    return
+                request, expected = cases[case]
+                try:
+                    connection.sendall(request)
+                    status, body = answer(connection)
+                except OSError as error:
+                    status, body = b"", str(error).encode()
+                if b" 200 " not in status:
+                    failed[number] += 1
+                    print(f"failed: {status!r}: {body!r}")
+                    if not status:
+                        return
+                    continue
+                latencies.append(time.perf_counter() - began)
+                wrong[number] += not np.array_equal(decode_array(json.loads(body), "action"), expected)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    stop = time.perf_counter() + seconds
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,10 +163,11 @@ def main() -> None:
             make_checkpoint(checkpoint)
         policy, rng = Policy.from_checkpoint(checkpoint), np.random.default_rng(0)
         size, cases = policy.contract.model.image_size, []
+        first = (np.zeros((size, size, 3), np.uint8), INSTRUCTIONS[0])
         for i in range(64):
             image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
             instruction = INSTRUCTIONS[i % len(INSTRUCTIONS)]
-            cases.append((image, instruction, policy.predict_action(image, instruction)))
+            cases.append((encoded(image, instruction), policy.predict_action(image, instruction)))
         cache, sizes = Path(folder) / "cache", (1, args.max_batch)
         latencies: dict[int, list[float]] = {size: [] for size in sizes}
         cpu, failed, wrong = (dict.fromkeys(sizes, 0) for _ in range(3))
@@ -156,7 +195,7 @@ def main() -> None:
         print(f"batching: {rates[args.max_batch] / rates[1]:.1f}x the throughput", flush=True)
         began = time.perf_counter()
         with serving(checkpoint, cache, args.max_batch) as server:
-            Client(server.url).predict_action(*cases[0][:2])
+            Client(server.url).predict_action(*first)
             print(f"start to first action from a warm compilation cache: {time.perf_counter() - began:.1f} s")
     bad = sum(failed.values()) + sum(wrong.values())
     if bad:
