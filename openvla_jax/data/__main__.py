@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     command("mixture", _mixture, "how often each dataset of a mixture is drawn, and the frames of an epoch")
     sub = command("bench", _bench, "frames/s by stage; without a dataset, on episodes that are made up")
     sub.add_argument("--image_size", type=int, default=224)
-    sub.add_argument("--batch_size", type=int, default=64)
+    sub.add_argument("--batch_size", type=int, default=16)
     sub.add_argument("--readers", type=int, default=8)
     sub.add_argument("--seconds", type=float, default=8.0, help="for each stage (8)")
     sub.add_argument("--host_cores", type=int, default=112, help="cores of the pod host to project to (112)")

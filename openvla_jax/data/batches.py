@@ -35,17 +35,25 @@ _LOGGED = 20  # skipped frames that are logged one by one
 
 
 def _rows(
-    stream: tf.data.Dataset, buffer: int, *, seed: int, image_size: int, batch_size: int, skip_broken: bool = False
+    stream: tf.data.Dataset,
+    buffer: int,
+    *,
+    seed: int,
+    image_size: int,
+    image_sizes: Sequence[tuple[int, int]],
+    batch_size: int,
+    skip_broken: bool = False,
 ) -> tf.data.Dataset:
     """Frames -> batches of rows: shuffled while encoded, then decoded and resized in parallel, in a fixed order.
 
     "broken" holds the encoded image where it cannot be decoded, and is empty elsewhere. skip_broken: such frames are
-    left out, and "skipped" of the next row has a line "<dataset> <step> <episode>" for each.
+    left out, and "skipped" of the next row has a line "<dataset> <step> <episode>" for each. image_sizes: those to be
+    fast with.
     """
 
     @tf.autograph.experimental.do_not_convert
     def decode(frames: dict) -> dict:
-        pixels, decoded = images.load(frames["image"], image_size)
+        pixels, decoded = images.load(frames["image"], image_size, image_sizes)
         return frames | {"image": pixels, "broken": tf.where(decoded, "", frames["image"])}
 
     stream = stream.shuffle(buffer, seed=seed).batch(_DECODED_TOGETHER)
@@ -323,8 +331,15 @@ def make_train_iterator(
 
     def rows(mixture: Mixture) -> tf.data.Dataset:
         stream = mixture.stream("train", seed=seed, readers=readers, skip_unlabeled=skip_unlabeled, **shard)
-        sizes = {"image_size": image_size, "batch_size": batch_size}
-        return _rows(stream, shuffle_buffer, seed=seed + process_index, skip_broken=bad_images == "skip", **sizes)
+        return _rows(
+            stream,
+            shuffle_buffer,
+            seed=seed + process_index,
+            image_size=image_size,
+            image_sizes=mixture.image_sizes,
+            batch_size=batch_size,
+            skip_broken=bad_images == "skip",
+        )
 
     for phase in phases:
         phase.mixture.having("train")  # a dataset without training episodes is told now, not when its phase begins
@@ -405,7 +420,14 @@ def make_eval_batches(
     stream = mixture.stream("val", seed=seed, skip_unlabeled=data.get("skip_unlabeled", True), **shard)
     # Out of many more frames than are kept, so that these are not neighbours, but of not much more than one pass.
     buffer = min(16 * num_batches * batch_size, data["shuffle_buffer"], mixture.expected_frames("val") // process_count)
-    rows = _rows(stream, max(buffer, 1), seed=seed, image_size=image_size, batch_size=batch_size)
+    rows = _rows(
+        stream,
+        max(buffer, 1),
+        seed=seed,
+        image_size=image_size,
+        image_sizes=mixture.image_sizes,
+        batch_size=batch_size,
+    )
     encoder = _Encoder(mixture, tokenizer, data["text_length"], prompt_family)
     with clear_errors([mixture.sources[index] for index in mixture.having("val")]):
         return [encoder(batch) for batch in rows.take(num_batches).as_numpy_iterator()]

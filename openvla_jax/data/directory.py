@@ -4,6 +4,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
@@ -37,6 +38,13 @@ class Source:
     def splits(self) -> dict[str, int]:
         """Episodes per split, as the dataset declares them."""
         return {name: split.num_examples for name, split in self.info.splits.items()}
+
+    @property
+    def image_sizes(self) -> set[tuple[int, int]]:
+        """(height, width) of cameras, as far as the dataset declares them."""
+        cameras = self.info.features["steps"].feature["observation"].get_tensor_info()
+        shapes = {tuple(camera.shape) for camera in tf.nest.flatten(cameras) if camera.dtype == np.uint8}
+        return {shape[:2] for shape in shapes if len(shape) == 3 and shape[2] == 3 and None not in shape}
 
 
 def find(name: str, data_dir: epath.PathLike) -> epath.Path:

@@ -100,6 +100,13 @@ class Mixture:
         return np.array([self.statistics[source.name]["num_transitions"] for source in self.sources])
 
     @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of cameras, as far as the datasets declare them."""
+        return sorted(
+            set().union(*(self.sources[index].image_sizes for index in np.flatnonzero(self.weights).tolist()))
+        )
+
+    @property
     def probabilities(self) -> np.ndarray:
         return probabilities(self.weights, self.sizes)
 

@@ -50,7 +50,19 @@ def test_resize_equals_lanczos_in_numpy(height, width):
 def test_resize_is_bit_equal_to_tensorflow_s_own_call(height, width):
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     resized = tf.image.resize(image, (224, 224), method="lanczos3", antialias=True)
-    np.testing.assert_array_equal(images.resize(image, 224), np.clip(np.round(resized), 0, 255).astype(np.uint8))
+    resized = np.clip(np.round(resized), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(images.resize(image, 224), resized)
+    # With weights in the graph sums are taken in another order.
+    expected = images.resize(image, 224, [(224, 224), (9, 9), (height, width)]).numpy().astype(int)
+    assert np.abs(expected - resized).max() <= 1 and (expected == resized).mean() > 0.998
+
+
+def test_one_graph_resizes_images_of_expected_and_of_other_sizes():
+    encoded = [tf.io.encode_png(np.full((height, 20, 3), height, np.uint8)) for height in (30, 16, 40, 8)]
+    load = tf.function(lambda encoded: images.load(encoded, 16, [(30, 20), (40, 20)]))
+    pixels, decoded = load(tf.stack([*encoded, b"", b"broken"]))
+    assert decoded.numpy().tolist() == [True] * 5 + [False]
+    assert [np.unique(image).tolist() for image in pixels.numpy()] == [[30], [16], [40], [8], [0], [0]]
 
 
 def test_images_of_all_kinds_become_rgb():
