@@ -81,8 +81,8 @@ def stepped():
             remat="full", accumulation=2 if name == "lora" else 1,
         )  # fmt: skip
         _, placed = abstract_state(ONE_TOWER, jnp.float32, OPTIMIZER, mesh(), tuning)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, batch).compile()
-        memory = step.memory_analysis()
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+        memory = step.lower(state, batch).compile().memory_analysis()
         # The new state takes the old one's place, frozen weights included: there is no second copy of them.
         assert memory.alias_size_in_bytes >= count_bytes(state) > memory.output_size_in_bytes - 4096, name
         assert memory.argument_size_in_bytes <= count_bytes((state, batch)) + 4096
