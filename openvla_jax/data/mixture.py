@@ -101,10 +101,13 @@ class Mixture:
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of cameras, as far as the datasets declare them."""
-        return sorted(
-            set().union(*(self.sources[index].image_sizes for index in np.flatnonzero(self.weights).tolist()))
-        )
+        """(height, width) of cameras as the datasets declare them: at most four, those drawn most often, as each takes
+        about a second at the start of a stream."""
+        drawn: dict[tuple[int, int], float] = {}
+        for index in np.flatnonzero(self.weights).tolist():
+            for size in self.sources[index].image_sizes:
+                drawn[size] = drawn.get(size, 0.0) + self.probabilities[index]
+        return sorted(drawn, key=lambda size: (-drawn[size], size))[:4]
 
     @property
     def probabilities(self) -> np.ndarray:

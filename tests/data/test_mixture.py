@@ -1,14 +1,16 @@
 """Mixtures: opening, weights and the stream of frames."""
 
+import dataclasses
 from collections import Counter
 
 import fake_rlds
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
-from openvla_jax.data.directory import open_source
+from openvla_jax.data.directory import Source, open_source
 from openvla_jax.data.mixture import Mixture, nominal_length, open_phases, open_sources, probabilities
 from openvla_jax.data.oxe import DATASETS, ActionEncoding
 
@@ -109,6 +111,18 @@ def test_frames_are_drawn_by_weight_and_hold_what_was_written(mixture):
         np.testing.assert_allclose(frame["action"], np.pad(step["action"], (0, 14 - width)), atol=1e-6)
         assert (tf.io.decode_image(frame["image"]).numpy() == step["observation"]["image"]).all()
         assert frame["language"] == b"pick up the cup"
+
+
+def test_image_sizes_are_those_drawn_most_often(tmp_path, mixture, monkeypatch):
+    assert mixture.image_sizes == []  # declared as of any size
+    schema = fake_rlds.features(image=tfds.features.Image(shape=(24, 24, 3), encoding_format="png"))
+    fake_rlds.write(tmp_path, {"train": [[fake_rlds.episode(0, size=24)]]}, name="a", schema=schema)
+    assert open_source(fake_rlds.config("a"), str(tmp_path)).image_sizes == {(24, 24)}
+    sizes = {"a": {(1, 1), (2, 2)}, "b": {(2, 2), (3, 3), (4, 4), (5, 5)}}
+    monkeypatch.setattr(Source, "image_sizes", property(lambda self: sizes[self.name]))
+    several, second = (dataclasses.replace(mixture, weights=np.array(weights)) for weights in ([1.0, 0.1], [0.0, 1.0]))
+    assert several.image_sizes == [(2, 2), (1, 1), (3, 3), (4, 4)]
+    assert second.image_sizes == sorted(sizes["b"])
 
 
 def test_every_frame_comes_once_per_pass(mixture):
