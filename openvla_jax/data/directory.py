@@ -42,8 +42,8 @@ class Source:
     @property
     def image_sizes(self) -> set[tuple[int, int]]:
         """(height, width) of cameras, as far as the dataset declares them."""
-        cameras = self.info.features["steps"].feature["observation"].get_tensor_info()
-        shapes = {tuple(camera.shape) for camera in tf.nest.flatten(cameras) if camera.np_dtype == np.uint8}
+        columns = tf.nest.flatten(self.info.features["steps"].feature.get_tensor_info())
+        shapes = {tuple(column.shape) for column in columns if column.np_dtype == np.uint8}
         return {shape[:2] for shape in shapes if len(shape) == 3 and shape[2] == 3 and None not in shape}
 
 

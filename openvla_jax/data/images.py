@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from openvla_jax.inference.preprocess import lanczos3_weights
-
 
 def decode(encoded: tf.Tensor | bytes) -> tf.Tensor:
     """JPEG, PNG, BMP or the first frame of a GIF, scalar string -> uint8 [H, W, 3].
@@ -37,16 +35,16 @@ def resize(image: tf.Tensor | np.ndarray, size: int, expected: Sequence[tuple[in
 
 def _by_tensorflow(image: tf.Tensor, shape: tf.Tensor, size: int) -> tf.Tensor:
     height, width = shape[0], shape[1]
-
-    def along_first(pixels: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
-        # As channels of an image one pixel wide, all that shares a row is summed in vectors; with three channels the
-        # kernel's inner loop is three long, which takes most of its time.
-        column = tf.reshape(pixels, [1, length, 1, -1])
-        return tf.image.resize(column, (size, 1), method="lanczos3", antialias=True)
-
-    rows = tf.reshape(along_first(image, height), [size, width, 3])
-    resized = along_first(tf.transpose(rows, [1, 0, 2]), width)
+    rows = tf.reshape(_along_first(image, height, size), [size, width, 3])
+    resized = _along_first(tf.transpose(rows, [1, 0, 2]), width, size)
     return tf.transpose(tf.reshape(_rounded(resized), [size, size, 3]), [1, 0, 2])
+
+
+def _along_first(pixels: tf.Tensor, length: tf.Tensor, size: int) -> tf.Tensor:
+    # As channels of an image one pixel wide, all that shares a row is summed in vectors; with three channels the
+    # kernel's inner loop is three long, which takes most of its time.
+    column = tf.reshape(pixels, [1, length, 1, -1])
+    return tf.image.resize(column, (size, 1), method="lanczos3", antialias=True)
 
 
 def _by_products(image: tf.Tensor, height: int, width: int, size: int) -> tf.Tensor:
@@ -62,7 +60,9 @@ def _by_products(image: tf.Tensor, height: int, width: int, size: int) -> tf.Ten
 def _bands(length: int, size: int, block: int = 16) -> list[tuple[int, int, np.ndarray]]:
     """Weights of `size` samples among `length` pixels, `block` samples at a time: (first pixel that they need, the one
     after the last, weights [samples, pixels])."""
-    parts = np.split(lanczos3_weights(length, size), range(block, size, block))
+    with tf.init_scope():  # now, also while a graph is being made
+        weights = _along_first(tf.eye(length), tf.constant(length), size).numpy().reshape(size, length)
+    parts = np.split(weights, range(block, size, block))
     bands = []
     for part in parts:
         needed = np.flatnonzero(part.any(axis=0)).tolist()

@@ -114,13 +114,13 @@ def resize_lanczos3(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """`tf.image.resize(method="lanczos3", antialias=True)`, rounded and clipped to uint8, without TensorFlow."""
     if image.shape[:2] == (height, width):
         return image
-    rows, columns = lanczos3_weights(image.shape[0], height), lanczos3_weights(image.shape[1], width)
+    rows, columns = _lanczos3_weights(image.shape[0], height), _lanczos3_weights(image.shape[1], width)
     resized = np.einsum("yh,xw,hwc->yxc", rows, columns, image.astype(np.float32), optimize=True)
     return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=16)  # cameras are few; anybody may send any size
-def lanczos3_weights(size: int, samples: int) -> np.ndarray:
+def _lanczos3_weights(size: int, samples: int) -> np.ndarray:
     """float32 [samples, size]: Lanczos window of radius 3, widened when shrinking, half-pixel centres, rows sum to
     one.
     """
