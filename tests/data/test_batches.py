@@ -267,7 +267,7 @@ print(json.dumps(seen))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_and_four_real_processes_share_the_frames(tmp_path):
     """Each sees its part again and again; the parts are disjoint and make up the whole."""
     (tmp_path / "mine.py").write_text(

@@ -50,7 +50,7 @@ def curve(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 8])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data_dir, devices):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, data_dir, devices))

@@ -60,7 +60,10 @@ def reference(single):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 8}, pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.long), {"data": 2, "fsdp": 2, "tensor": 2}],
+)
 def test_any_mesh_gives_the_losses_and_gradients_of_one_device(sizes, single, reference):
     mesh = make_mesh(sizes)
     step, placed = make_step(mesh)
