@@ -19,7 +19,7 @@ Plane = Float[Array, "H W"]
 Planes = Sequence[Plane]  # red, green, blue
 Scalar = float | Float[Array, ""]
 
-_BLOCK = 32  # columns that a CPU resizes at once
+_BLOCK = 16  # columns that a CPU resizes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,7 @@ def apply_factors(image: UInt8[Array, "H W 3"], factors: Factors) -> UInt8[Array
     planes = _clipped(_cropped(image, factors.box, *image.shape[:2]))
     planes = _clipped(adjust_brightness(plane, factors.brightness) for plane in planes)
     planes = _clipped(_contrast(planes, factors.contrast))
-    planes = _clipped(_saturation(planes, factors.saturation))
-    planes = _clipped(_hue(planes, factors.hue))
+    planes = _clipped(_in_hsv(planes, factors.saturation, factors.hue))
     return _to_uint8(planes)
 
 
@@ -134,25 +133,21 @@ def adjust_contrast(image: Image, factor: Scalar) -> Image:
 
 def adjust_saturation(image: Image, factor: Scalar) -> Image:
     """Scales the saturation in HSV and caps it at 1 (`tf.image.adjust_saturation`)."""
-    return _on_planes(_saturation, image, factor)
+    return _on_planes(_in_hsv, image, factor, 0.0)
 
 
 def adjust_hue(image: Image, delta: Scalar) -> Image:
     """Turns the hue by delta, in turns (`tf.image.adjust_hue`)."""
-    return _on_planes(_hue, image, delta)
+    return _on_planes(_in_hsv, image, 1.0, delta)
 
 
-def _on_planes(function: Callable[[Planes, Scalar], Planes], image: Image, factor: Scalar) -> Image:
-    return jnp.stack(function(_planes(image), factor), axis=-1)
+def _on_planes(function: Callable[..., Planes], image: Image, *factors: Scalar) -> Image:
+    return jnp.stack(function([image[..., channel] for channel in range(3)], *factors), axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same on planes
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _planes(image: Array) -> Planes:
-    return [image[..., channel] for channel in range(3)]
 
 
 def _clipped(planes: Iterable[Plane]) -> Planes:
@@ -201,13 +196,14 @@ def _resampled_in_blocks(image: Array, rows: Float[Array, "height"], columns: Fl
     reach = min(math.ceil(_BLOCK * max(size_x / width, 1)) + 1, size_x)
     first = jnp.minimum(jnp.floor(points[:, 0]).astype(jnp.int32), size_x - reach)
 
-    def block(part: tuple[Array, Array]) -> Array:
-        points, first = part
-        near = jax.lax.dynamic_slice_in_dim(lines, first, reach, axis=1)
-        return jnp.matmul(near, _bilinear_weights(points - first, reach).T, precision=jax.lax.Precision.HIGHEST)
+    def block(i: Array, result: Array) -> Array:
+        near = jax.lax.dynamic_slice_in_dim(lines, first[i], reach, axis=1)
+        weights = _bilinear_weights(points[i] - first[i], reach)
+        columns = jnp.matmul(near, weights.T, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.dynamic_update_slice_in_dim(result, columns, i * _BLOCK, axis=1)
 
-    blocks = jax.lax.map(block, (points, first))  # [blocks, 3 height, _BLOCK]
-    return list(jnp.moveaxis(blocks, 0, 1).reshape(3, height, -1)[..., :width])
+    result = jax.lax.fori_loop(0, len(points), block, jnp.zeros((3 * height, points.size)))
+    return list(result.reshape(3, height, -1)[..., :width])
 
 
 def _unit(pixels: Array) -> Array:
@@ -233,16 +229,11 @@ def _contrast(planes: Planes, factor: Scalar) -> Planes:
     return [(plane - mean) * factor + mean for plane, mean in zip(planes, means, strict=True)]
 
 
-def _saturation(planes: Planes, factor: Scalar) -> Planes:
-    # Hue and value stay, so every channel's distance from the largest scales alike; at saturation 1 the smallest is 0.
-    value, chroma = _value_and_chroma(planes)
-    scale = jnp.minimum(factor, value / jnp.where(chroma > 0, chroma, 1.0))
-    return [value - (value - plane) * scale for plane in planes]
-
-
-def _hue(planes: Planes, delta: Scalar) -> Planes:
-    value, chroma = _value_and_chroma(planes)
+def _in_hsv(planes: Planes, saturation: Scalar, hue: Scalar) -> Planes:
+    """Scales the saturation, capped at 1, and turns the hue; the value stays. One conversion serves both."""
     red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     inverse = 1 / jnp.where(chroma > 0, chroma, 1.0)
     # Not `value == red`: a compiler may compute both anew, and round them differently.
     sextant = jnp.where(
@@ -250,19 +241,12 @@ def _hue(planes: Planes, delta: Scalar) -> Planes:
         (green - blue) * inverse,
         jnp.where(green >= blue, (blue - red) * inverse + 2, (red - green) * inverse + 4),
     )
-    turned = []
-    for offset in (5.0, 3.0, 1.0):
-        # Each channel falls from `value` to `value - chroma` and back over the circle of six sextants, a third apart.
-        angle = sextant + 6 * delta + offset
-        angle -= 6 * jnp.floor(angle / 6)
-        turned.append(value - chroma * jnp.clip(jnp.minimum(angle, 4 - angle), 0.0, 1.0))
-    return turned
-
-
-def _value_and_chroma(planes: Planes) -> tuple[Plane, Plane]:
-    red, green, blue = planes
-    value = jnp.maximum(jnp.maximum(red, green), blue)
-    return value, value - jnp.minimum(jnp.minimum(red, green), blue)
+    sextant += 6 * hue
+    sextant -= 6 * jnp.floor(sextant * (1 / 6))
+    chroma = jnp.minimum(chroma * saturation, value)  # chroma / value is the saturation
+    # Around the circle of six sextants each channel rises from value - chroma to value and falls back, a third apart.
+    shares = [jnp.abs(sextant - 3) - 1, 2 - jnp.abs(sextant - 2), 2 - jnp.abs(sextant - 4)]
+    return [value - chroma * (1 - jnp.clip(share, 0.0, 1.0)) for share in shares]
 
 
 def _between(unit: Float[Array, ""], low: Scalar, high: Scalar) -> Float[Array, ""]:

@@ -134,7 +134,7 @@ def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size:
 
 
 def _on_device(augmented: bool) -> Callable[[np.ndarray], None]:
-    """Puts images on the device, where they are augmented and normalised for both towers, as a training step does; one
+    """Puts images on the device, where they are augmented and normalised for each tower, as a training step does; one
     batch is in flight while the host makes the next."""
     import jax
     import jax.numpy as jnp
@@ -142,17 +142,16 @@ def _on_device(augmented: bool) -> Callable[[np.ndarray], None]:
     from openvla_jax.data.augment import augment
 
     @jax.jit
-    def run(key: jax.Array, images: jax.Array) -> jax.Array:
+    def run(key: jax.Array, images: jax.Array) -> list[jax.Array]:
         unit = (augment(key, images) if augmented else images).astype(jnp.float32) / 255
-        return jnp.concatenate([(unit - jnp.asarray(mean)) / jnp.asarray(std) for mean, std in _TOWERS], axis=-1)
+        return [(unit - jnp.asarray(mean)) / jnp.asarray(std) for mean, std in _TOWERS]
 
     keys = map(jax.random.key, iter(range(10**9)))
     flying: list[Any] = []
 
     def step(pixels: np.ndarray) -> None:
-        flying.append(run(next(keys), jax.device_put(pixels)))
-        if len(flying) > 1:
-            flying.pop(0).block_until_ready()
+        jax.block_until_ready(flying)  # and free, so that its memory serves the next
+        flying[:] = run(next(keys), jax.device_put(pixels))
 
     return step
 
