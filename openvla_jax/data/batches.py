@@ -104,37 +104,39 @@ class _Encoder:
         self.skipped_images = 0
 
         @functools.lru_cache(maxsize=65536)  # robots are told the same things over and over
-        def template(instruction: str, action_dim: int):
+        def template(instruction: str, action_dim: int) -> tuple[np.ndarray, np.ndarray, bool]:
             blank = np.zeros(action_dim)
-            return encode_example(tokenizer, self.action_tokenizer, instruction, blank, text_length, prompt_family)
+            text, places, cut = encode_example(
+                tokenizer, self.action_tokenizer, instruction, blank, text_length, prompt_family
+            )
+            return text, np.pad(places, (0, self.action_dims.max() + 1 - len(places)), mode="edge"), cut
 
         self._template = template
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> Batch:
         self._check(rows)
         dims = self.action_dims[rows["dataset"]]
-        targets = self.action_dims.max() + 1
-        action_ids = self.action_tokenizer.encode(rows["action"])
-        tokens, positions = [], []
+        texts, places = [], []
         for row, dim in enumerate(dims):
             try:
-                text, places, cut = self._template(rows["language"][row].decode(), int(dim))
+                text, where, cut = self._template(rows["language"][row].decode(), int(dim))
             except ValueError as error:  # an instruction that is empty or not text
                 raise DataError(f"{self._where(rows, row)}: {error}") from error
-            text = text.copy()
-            text[places[:-1]] = action_ids[row, :dim]
-            tokens.append(text)
-            positions.append(np.pad(places, (0, targets - len(places)), mode="edge"))
+            texts.append(text)
+            places.append(where)
             if cut and not self.truncated_instructions:
                 logging.warning(
                     "%s: the instruction is too long and is cut: raise data.text_length", self._where(rows, row)
                 )
             self.truncated_instructions += cut
+        tokens, positions = np.stack(texts), np.stack(places)
+        row, number = np.nonzero(np.arange(self.action_dims.max()) < dims[:, None])  # the actions that there are
+        tokens[row, positions[row, number]] = self.action_tokenizer.encode(rows["action"])[row, number]
         return Batch(
             images=rows["image"],
-            tokens=np.stack(tokens),
-            target_positions=np.stack(positions),
-            target_mask=np.arange(targets) <= dims[:, None],
+            tokens=tokens,
+            target_positions=positions,
+            target_mask=np.arange(positions.shape[1]) <= dims[:, None],
             dataset=rows["dataset"],
         )
 

@@ -49,15 +49,15 @@ def _along_first(pixels: tf.Tensor, length: tf.Tensor, size: int) -> tf.Tensor:
 
 def _by_products(image: tf.Tensor, height: int, width: int, size: int) -> tf.Tensor:
     pixels = tf.reshape(tf.cast(image, tf.float32), [height, width * 3])
-    rows = tf.concat([tf.matmul(weights, pixels[low:high]) for low, high, weights in _bands(height, size)], axis=0)
+    rows = tf.concat([tf.matmul(weights, pixels[low:high]) for low, high, weights in _bands(height, size, 28)], axis=0)
     columns = [
         tf.matmul(rows[:, 3 * low : 3 * high], np.kron(weights.T, np.eye(3, dtype=np.float32)))
-        for low, high, weights in _bands(width, size)
+        for low, high, weights in _bands(width, size, 14)
     ]
     return tf.reshape(_rounded(tf.concat(columns, axis=1)), [size, size, 3])
 
 
-def _bands(length: int, size: int, block: int = 16) -> list[tuple[int, int, np.ndarray]]:
+def _bands(length: int, size: int, block: int) -> list[tuple[int, int, np.ndarray]]:
     """Weights of `size` samples among `length` pixels, `block` samples at a time: (first pixel that they need, the one
     after the last, weights [samples, pixels])."""
     with tf.init_scope():  # now, also while a graph is being made
