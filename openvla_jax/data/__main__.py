@@ -163,10 +163,11 @@ def _bench(args: argparse.Namespace) -> int:
         if not args.dataset:
             data |= {"dataset": bench.NAME, "data_dir": made, "module": bench.write_episodes(Path(made))}
         tokenizer = load_tokenizer("tiny")
-        options = {"image_size": args.image_size, "batch_size": args.batch_size, "seconds": args.seconds}
+        options = {"image_size": args.image_size, "batch_size": args.batch_size}
         ours = bench.stages(data, tokenizer, **options)
         theirs = None if args.no_reference else bench.reference(data, tokenizer, **options)
-        print(bench.report(ours, theirs, args.host_cores))
+        bench.measure([*ours, *([theirs] if theirs else [])], args.batch_size, args.seconds)
+        print(bench.report(ours, theirs, bench.frame_bytes(data), args.host_cores))
     return 0
 
 

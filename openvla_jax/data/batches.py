@@ -130,8 +130,8 @@ class _Encoder:
                 )
             self.truncated_instructions += cut
         tokens, positions = np.stack(texts), np.stack(places)
-        row, number = np.nonzero(np.arange(self.action_dims.max()) < dims[:, None])  # the actions that there are
-        tokens[row, positions[row, number]] = self.action_tokenizer.encode(rows["action"])[row, number]
+        there = np.nonzero(np.arange(self.action_dims.max()) < dims[:, None])  # actions of all rows, without padding
+        tokens[there[0], positions[there]] = self.action_tokenizer.encode(rows["action"])[there]
         return Batch(
             images=rows["image"],
             tokens=tokens,

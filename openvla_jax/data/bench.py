@@ -1,6 +1,7 @@
 """How fast frames come: stage by stage, and beside the order in which the reference does the same work.
 
-CPU time per frame is what other programs on the machine disturb least; `rows` of frames/s are of wall time.
+CPU time per frame is what other programs on the machine disturb least; frames/s are of wall time. All is measured in
+turns, so that a machine that gets slower or faster meanwhile changes all numbers alike.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,15 @@ DATASETS = [
 """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Stage:
-    """What was measured of one stage, with all stages before it."""
+    """One stage, with all stages before it, and what was measured of it."""
 
     name: str
-    frames: int
-    seconds: float
-    cpu_seconds: float
-    read_bytes: float  # per frame
+    draw: Callable[[], Any]  # makes a batch
+    frames: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -111,26 +112,26 @@ def _scene(rng: np.random.Generator, size: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size: int, seconds: float) -> list[Stage]:
-    """Measures reading, then reading and decoding, and so on, to an augmented batch on the device."""
+def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size: int) -> list[Stage]:
+    """Reading, then reading and decoding, and so on, to an augmented batch on the device."""
     (phase,) = open_phases(data)[-1:]
-    read_bytes = phase.mixture.memory(1).frame_bytes
     stream = phase.mixture.stream("train", seed=0, readers=data["num_parallel_reads"]).shuffle(512, seed=0)
     decoded = stream.map(lambda frame: images.decode(frame["image"])[0, 0], num_parallel_calls=tf.data.AUTOTUNE)
-    result = []
-    for name, dataset in {
-        "read, standardise, normalise, shuffle": stream.map(lambda frame: frame["action"]),
-        "+ decode": decoded,
-    }.items():
-        batches = dataset.batch(batch_size, drop_remainder=True).prefetch(2).as_numpy_iterator()
-        result.append(_measure(name, functools.partial(next, batches), batch_size, seconds, read_bytes))
-    iterator = make_train_iterator(data, tokenizer, batch_size=batch_size, image_size=image_size, seed=0)
-    result.append(_measure("+ resize, tokens, batch", lambda: next(iterator), batch_size, seconds, read_bytes))
-    for name, augmented in {"+ to the device, normalised": False, "+ augmented": True}.items():
-        step = _on_device(augmented)
-        draw = functools.partial(lambda step: step(next(iterator).images), step)
-        result.append(_measure(name, draw, batch_size, seconds, read_bytes))
-    return result
+
+    def batches(dataset: tf.data.Dataset) -> Callable[[], Any]:
+        return functools.partial(next, dataset.batch(batch_size, drop_remainder=True).prefetch(2).as_numpy_iterator())
+
+    def whole(then: Callable[[Any], Any]) -> Callable[[], Any]:
+        iterator = make_train_iterator(data, tokenizer, batch_size=batch_size, image_size=image_size, seed=0)
+        return lambda: then(next(iterator).images)
+
+    return [
+        Stage("read, standardise, normalise, shuffle", batches(stream.map(lambda frame: frame["action"]))),
+        Stage("+ decode", batches(decoded)),
+        Stage("+ resize, tokens, batch", whole(lambda pixels: None)),
+        Stage("+ to the device, normalised", whole(_on_device(augmented=False))),
+        Stage("+ augmented", whole(_on_device(augmented=True))),
+    ]
 
 
 def _on_device(augmented: bool) -> Callable[[np.ndarray], None]:
@@ -161,7 +162,7 @@ def _on_device(augmented: bool) -> Callable[[np.ndarray], None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size: int, seconds: float) -> Stage:
+def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size: int) -> Stage:
     """The same frames in the order of the reference: one reader per dataset, a goal image relabelled, carried through
     the shuffle buffer, decoded, resized and augmented beside each frame's own (which is a window of one), all on the
     host; then frame by frame normalised for each tower, to tokens and a batch."""
@@ -217,7 +218,7 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
             encode_example(tokenizer, actions, row["language"].decode(), row["action"], data["text_length"], "pure")
         jax.device_put(np.stack([_for_towers(row["image"][0]) for row in rows])).block_until_ready()
 
-    return _measure("the reference's order", batch, batch_size, seconds, mixture.memory(1).frame_bytes)
+    return Stage("the reference's order", batch)
 
 
 _TOWERS = [(np.array(tower.mean, np.float32), np.array(tower.std, np.float32)) for tower in preset("openvla-7b").towers]
@@ -258,19 +259,31 @@ def _tf_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _measure(name: str, draw: Callable[[], Any], batch_size: int, seconds: float, read_bytes: float) -> Stage:
-    for _ in range(2 + 512 // batch_size):  # the shuffle buffer fills, functions are compiled
-        draw()
-    frames, began, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - began < seconds:
-        draw()
-        frames += batch_size
-    stage = Stage(name, frames, time.perf_counter() - began, time.process_time() - cpu, read_bytes)
-    logging.info("%s: %.0f frames/s", name, stage.rate)
-    return stage
+def measure(stages: Sequence[Stage], batch_size: int, seconds: float, turns: int = 4) -> None:
+    """Runs each stage for about `seconds`, in turns, and adds to its counts."""
+    for stage in stages:
+        for _ in range(2 + 512 // batch_size):  # the shuffle buffer fills, functions are compiled
+            stage.draw()
+    for turn in range(turns):
+        for stage in stages:
+            time.sleep(0.5)  # the stage before fills its buffers, which shall not count here
+            for _ in range(2 + 64 // batch_size):  # what was ready before this turn
+                stage.draw()
+            began, cpu = time.perf_counter(), time.process_time()
+            while time.perf_counter() - began < seconds / turns:
+                stage.draw()
+                stage.frames += batch_size
+            stage.seconds += time.perf_counter() - began
+            stage.cpu_seconds += time.process_time() - cpu
+            logging.info("turn %d of %d, %s: %.0f frames/s", turn + 1, turns, stage.name, stage.rate)
 
 
-def report(ours: list[Stage], theirs: Stage | None, host_cores: int) -> str:
+def frame_bytes(data: dict[str, Any]) -> float:
+    """Mean bytes of a frame's record."""
+    return open_phases(data)[-1].mixture.memory(1).frame_bytes
+
+
+def report(ours: list[Stage], theirs: Stage | None, read_bytes: float, host_cores: int) -> str:
     """A table of the stages, where the time goes, and what a host with so many cores would do at the same CPU cost."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows = [*ours, *([theirs] if theirs else [])]
@@ -284,7 +297,7 @@ def report(ours: list[Stage], theirs: Stage | None, host_cores: int) -> str:
     host = ours[-3]
     lines += [
         f"CPU time goes to: {told}; the last two are an accelerator's where there is one",
-        f"{whole.rate * whole.read_bytes / 1e6:.1f} MB/s of records; {cores} cores here",
+        f"{whole.rate * read_bytes / 1e6:.1f} MB/s of records; {cores} cores here",
         f"projected, at this CPU cost per frame, for a host of {host_cores} cores that feeds an accelerator: "
         f"{host_cores * 1e3 / host.cpu_ms:,.0f} frames/s",
     ]
