@@ -4,12 +4,14 @@ import fake_rlds
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from openvla_jax.data import DataError
 from openvla_jax.data.batches import make_train_iterator
 from openvla_jax.data.directory import open_source
 from openvla_jax.data.own import GRIPPERS, Columns, catalogue, describe
 from openvla_jax.data.rlds import make_dataset
+from openvla_jax.data.writer import FLAGS, flags, write_dataset
 from openvla_jax.tokens import ActionTokenizer, load_tokenizer
 
 FILE = """
@@ -74,6 +76,42 @@ def test_a_described_dataset_is_trained_on_by_its_mixture(mine):
     ids = np.take_along_axis(batch.tokens, batch.target_positions, axis=1)[:, :5]
     actions = ActionTokenizer(tokenizer.vocab_size).decode(ids)
     assert np.all(np.abs(actions) <= 1) and np.unique(actions).size > 5
+
+
+FLAT = """
+from openvla_jax.data.own import Columns, describe
+
+def nested(trajectory):
+    trajectory["observation"] = {"image": trajectory["frames"]}
+    return trajectory
+
+DATASETS = [describe("flat", cameras={"primary": "image"}, action=[Columns("action", 0, 7)], transform=nested)]
+"""
+
+
+def test_steps_need_no_observation_of_their_own(tmp_path):
+    """The transform makes it up."""
+    (tmp_path / "flat.py").write_text(FLAT)
+    steps = [
+        flags(t, 5) | {"frames": step["observation"]["image"], "action": step["action"], "language_instruction": "lift"}
+        for t, step in enumerate(fake_rlds.episode(3)["steps"])
+    ]
+    step = {
+        "frames": tfds.features.Image(shape=(24, 24, 3), encoding_format="png"),
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "language_instruction": tfds.features.Text(),
+        **FLAGS,
+    }
+    schema = {"steps": tfds.features.Dataset(step)}
+    write_dataset(tmp_path / "flat" / "1.0.0", schema, {"train": [{"steps": steps}]}, description="No observation.")
+    data = {
+        "dataset": "flat", "data_dir": str(tmp_path), "module": str(tmp_path / "flat.py"), "shuffle_buffer": 20,
+        "text_length": 48,
+    }  # fmt: skip
+    images = next(make_train_iterator(data, load_tokenizer("tiny"), batch_size=5, image_size=16, seed=0)).images
+    assert images.shape == (5, 16, 16, 3)
+    levels = images.reshape(5, -1)
+    assert np.all(levels == levels[:, :1]) and set(levels[:, 0].tolist()) <= {21, 22, 23, 24, 25}
 
 
 @pytest.mark.parametrize(("kind", "opened", "closed"), [
