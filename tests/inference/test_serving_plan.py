@@ -14,7 +14,7 @@ from openvla_jax.models.openvla import count_parameters
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_policy_is_planned_by_the_tpu_compiler(tmp_path):
     pytest.importorskip("libtpu")
     out = tmp_path / "plan.json"

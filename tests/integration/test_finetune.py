@@ -83,7 +83,7 @@ def tuned(tmp_path_factory, base, data_dir):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(
     tuned, base, data_dir, tmp_path, capsys, one_device
 ):
@@ -103,7 +103,7 @@ def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(
     assert contract.preprocessing["center_crop"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_policy_of_base_and_adapter_is_that_of_the_merged_weights(tuned, base, tmp_path):
     merged = merge_weights(base, tuned, tmp_path / "merged", dtype="float32")
     assert merged.passed and merged.max_logit_difference <= 1e-4
@@ -119,7 +119,7 @@ def test_a_policy_of_base_and_adapter_is_that_of_the_merged_weights(tuned, base,
     assert load_contract(tmp_path / "merged").adapter is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_last_layer_run_is_base_with_three_parts_replaced(base, data_dir, tmp_path, one_device):
     """Trained beside int4 weights, used beside the base's own; it stops where its accuracy is good enough (at once)."""
     config = settings(base, data_dir, trainable=last_layer.get_config().trainable, lora__rank=0, train__steps=1)
@@ -147,7 +147,7 @@ def spoiled(source, target, part, name, factor):
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bad_input_is_told_in_one_line_and_writes_nothing(tuned, base, data_dir, tmp_path):
     other = spoiled(base, tmp_path / "other", lambda params: params["llama"]["head"], "kernel", 2)
     (tmp_path / "hf").mkdir()
@@ -177,7 +177,7 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(tuned, base, data_dir,
         assert steps_in(target / "checkpoints") == before and (workdir or not target.exists())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nan_in_an_adapter_is_refused(tuned, tmp_path):
     spoiled(tuned, tmp_path / "bad", lambda params: params["llama"]["blocks"]["mlp"]["up"]["lora"], "b", np.nan)
     with pytest.raises(CheckpointError, match="llama/blocks/mlp/up/lora/b holds NaN or infinity") as caught:
