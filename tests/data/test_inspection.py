@@ -135,7 +135,13 @@ def test_validation_fails_on_errors_and_if_asked_on_warnings(tmp_path, exits, mo
 def test_bench_measures_every_stage(exits):
     code, out, _ = exits("bench", "--seconds", "0.2", "--image_size", "32", "--batch_size", "16", "--readers", "2")
     assert code == 0
-    for text in ("+ decode", "+ resize, tokens, batch", "+ to the device", "+ augmented", "the reference's order"):
+    for text in (
+        "+ decode",
+        "+ resize, tokens, batch",
+        "+ to the device, augmented",
+        "+ normalised",
+        "the reference's order",
+    ):
         assert text in out
     assert "less CPU on the host" in out and "projected" in out
     assert exits("bench", "bridge_orig")[0] == 2
