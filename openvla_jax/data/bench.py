@@ -152,7 +152,7 @@ def _on_device(normalised: bool) -> Callable[[np.ndarray], None]:
     flying: list[Any] = []
 
     def step(pixels: np.ndarray) -> None:
-        jax.block_until_ready(flying)  # and free, so that its memory serves the next
+        jax.block_until_ready(flying)  # so that two batches at most take memory
         flying[:] = run(next(keys), jax.device_put(pixels))
 
     return step
