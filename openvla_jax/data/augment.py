@@ -225,7 +225,7 @@ def _bilinear_weights(points: Float[Array, "samples"], size: int) -> Float[Array
 
 
 def _contrast(planes: Planes, factor: Scalar) -> Planes:
-    means = [plane.mean() for plane in planes]
+    means = [plane.mean(axis=0).mean() for plane in planes]  # a CPU adds rows in vectors, all pixels one by one
     return [(plane - mean) * factor + mean for plane, mean in zip(planes, means, strict=True)]
 
 

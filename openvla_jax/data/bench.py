@@ -136,24 +136,27 @@ def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size:
 
 def _on_device(normalised: bool) -> Callable[[np.ndarray], None]:
     """Puts images on the device, where they are augmented and, if asked, normalised for each tower, as a training step
-    does; one batch is in flight while the host makes the next."""
+    does; one batch is in flight while the host makes the next, and its memory serves the one after that."""
     import jax
     import jax.numpy as jnp
 
     from openvla_jax.data.augment import augment
 
-    @jax.jit
-    def run(key: jax.Array, images: jax.Array) -> list[jax.Array]:
+    @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
+    def run(key: jax.Array, images: jax.Array, spent: list[jax.Array]) -> list[jax.Array]:
         images = augment(key, images)
         unit = images.astype(jnp.float32) / 255
         return [(unit - jnp.asarray(mean)) / jnp.asarray(std) for mean, std in _TOWERS] if normalised else [images]
 
-    keys = map(jax.random.key, iter(range(10**9)))
-    flying: list[Any] = []
+    keys = map(jax.random.key, itertools.count())
+    flying: list[jax.Array] = []
 
     def step(pixels: np.ndarray) -> None:
-        jax.block_until_ready(flying)  # so that two batches at most take memory
-        flying[:] = run(next(keys), jax.device_put(pixels))
+        if not flying:
+            kinds = [jnp.float32] * len(_TOWERS) if normalised else [jnp.uint8]
+            flying[:] = [jnp.zeros(pixels.shape, kind) for kind in kinds]
+        jax.block_until_ready(flying)
+        flying[:] = run(next(keys), jax.device_put(pixels), flying)
 
     return step
 
