@@ -85,7 +85,7 @@ class Program:
     def _cost(self, name: str, clock: float, seconds: Callable[[str, float, int], float]) -> Cost:
         cost = Cost()
         now = links_free = 0.0
-        ends: dict[str, float] = {}  # of collectives in flight, by the name of what gave them their operand
+        ends: dict[str, float] = {}  # of collectives in flight, by their channel or the name of what started them
         # A collective on a SparseCore starts without its operand: that comes with the update.
         updates = {i.operands[0]: i.name for i in self.computations[name] if i.op == "async-update"}
         offloaded: dict[str, tuple[str, float, int]] = {}
@@ -103,11 +103,14 @@ class Program:
                     cost.add(part)
                     now += part.compute_seconds + part.exposed_seconds
                 continue
-            if instruction.op.endswith("-done"):
-                end = max((ends.pop(operand, 0.0) for operand in instruction.operands), default=0.0)
+            channel, phase = self.carried(instruction)
+            if instruction.op.endswith("-done") or phase == "done":
+                end = max((ends.pop(key, 0.0) for key in (channel, *instruction.operands)), default=0.0)
                 cost.exposed_seconds += max(0.0, end - now)
                 now = max(now, end)
-            collective = offloaded.pop(instruction.name, None) or self.collective(instruction)
+            collective = offloaded.pop(instruction.name, None)
+            if collective is None and phase in ("", "start"):
+                collective = self.collective(instruction)
             if collective is not None and instruction.name in updates:
                 offloaded[updates[instruction.name]] = collective
                 continue
@@ -118,8 +121,8 @@ class Program:
                 cost.counts[kind] += 1
                 cost.comm_seconds += duration
                 links_free = max(now, links_free) + duration
-                if instruction.op.endswith(("-start", "-update")):
-                    ends[instruction.name] = links_free
+                if instruction.op.endswith(("-start", "-update")) or phase == "start":
+                    ends[channel or instruction.name] = links_free
                 else:
                     # One instruction: the part that its own computation does not cover is exposed.
                     own = instruction.cycles / clock if instruction.op == "fusion" else 0.0
@@ -145,6 +148,19 @@ class Program:
                 if found is not None:
                     return found
         return None
+
+    def carried(self, instruction: Instruction) -> tuple[str, str]:
+        """(channel, phase) of a collective that the programs of the matrix units move themselves: a fusion begins it
+        ("start"), products carry it on beside their work ("carry"), another fusion waits for its end ("done"), and each
+        names it anew. Empty strings for anything else.
+        """
+        inner = self.computations.get(instruction.called("calls") or "", []) if instruction.op == "fusion" else []
+        for other in inner:
+            if "chain_id=" in other.text and (channel := re.search(r"channel_id=\d+", other.text)):
+                text = " ".join(each.text for each in inner)
+                end = re.search(r'custom_call_target="AsyncCollective(Start|Done)"', text)
+                return channel[0], end[1].lower() if end else "carry"
+        return "", ""
 
     def _traffic(self, kind: str, instruction: Instruction) -> tuple[float, int]:
         group = group_size(instruction.text)

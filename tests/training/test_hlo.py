@@ -91,3 +91,40 @@ def test_a_collective_on_a_sparse_core_runs_from_its_operand_to_its_end():
     assert (dict(cost.collectives), dict(cost.counts)) == ({"all-gather": received}, {"all-gather": 1})
     assert cost.compute_seconds == 1200
     assert cost.exposed_seconds == pytest.approx(received - 500)  # what came before the operand hides nothing
+
+
+CARRIED = """
+%begins (p: bf16[32]) -> (bf16[32], bf16[1024]) {
+  %g1 = bf16[1024]{0} all-gather(%p), channel_id=7, GROUP, frontend_attributes={chain_id="0"}
+  ROOT %c = (bf16[32]{0}, bf16[1024]{0}) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carries (p: bf16[32]) -> (f32[8], bf16[32], bf16[1024]) {
+  %product = f32[8]{0} convolution(%p, %p), dim_labels=bf_io->bf
+  %g2 = bf16[1024]{0} all-gather(%p), channel_id=7, GROUP, frontend_attributes={chain_id="0"}
+  ROOT %t = STATE tuple(%product, %p, %g2)
+}
+
+%ends (p: bf16[32]) -> bf16[1024] {
+  %g3 = bf16[1024]{0} all-gather(%p), channel_id=7, GROUP, frontend_attributes={chain_id="0"}
+  ROOT %c = bf16[1024]{0} custom-call(%g3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: bf16[32]) -> bf16[1024] {
+  %begin = (bf16[32]{0}, bf16[1024]{0}) fusion(%p), kind=kCustom, calls=%begins
+  %part = bf16[32]{0} get-tuple-element(%begin), index=0
+  %work.1 = STATE fusion(%part), kind=kOutput, calls=%carries, backend_config={"estimated_cycles":"500000"}
+  %part.1 = bf16[32]{0} get-tuple-element(%work.1), index=1
+  %work.2 = STATE fusion(%part.1), kind=kOutput, calls=%carries, backend_config={"estimated_cycles":"700000"}
+  %part.2 = bf16[32]{0} get-tuple-element(%work.2), index=1
+  ROOT %end = bf16[1024]{0} fusion(%part.2), kind=kCustom, calls=%ends
+}
+""".replace("GROUP", GATHER).replace("STATE", "(f32[8]{0}, bf16[32]{0}, bf16[1024]{0})")
+
+
+def test_a_collective_that_products_carry_along_counts_once():
+    cost = Program(CARRIED).cost(clock=1000.0, seconds=lambda kind, size, group: size)
+    received = 2048 * 31 / 32
+    assert (dict(cost.collectives), dict(cost.counts)) == ({"all-gather": received}, {"all-gather": 1})
+    assert cost.compute_seconds == 1200
+    assert cost.exposed_seconds == pytest.approx(received - 1200)
