@@ -140,8 +140,9 @@ class Program:
         for kind in _KINDS:
             if instruction.op in (kind, f"{kind}-start"):
                 return kind, *self._traffic(kind, instruction)
-        if instruction.op in ("fusion", "async-start", "custom-call"):
-            name = instruction.called("calls") or instruction.called("called_computations")
+        if instruction.op in ("fusion", "async-start", "custom-call", "call"):
+            names = map(instruction.called, ("calls", "called_computations", "to_apply"))
+            name = next(filter(None, names), None)
             inner = self.computations.get(name or "", [])
             for other in inner:
                 found = self.collective(other)

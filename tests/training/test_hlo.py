@@ -85,8 +85,12 @@ ENTRY %main (p: s32[]) -> s32[] {
 """.replace("GROUP", GATHER)
 
 
-def test_a_collective_on_a_sparse_core_runs_from_its_operand_to_its_end():
-    cost = Program(OFFLOADED).cost(clock=1000.0, seconds=lambda kind, size, group: size)
+CALLS = 'custom-call(%p), custom_call_target="sparse", called_computations={%gathers}', "call(%p), to_apply=%gathers"
+
+
+@pytest.mark.parametrize("text", [OFFLOADED, OFFLOADED.replace(*CALLS)])
+def test_a_collective_on_a_sparse_core_runs_from_its_operand_to_its_end(text):
+    cost = Program(text).cost(clock=1000.0, seconds=lambda kind, size, group: size)
     received = 2048 * 31 / 32
     assert (dict(cost.collectives), dict(cost.counts)) == ({"all-gather": received}, {"all-gather": 1})
     assert cost.compute_seconds == 1200
