@@ -75,9 +75,10 @@ class Attention(nnx.Module):
         if self.qkv is not None:
             added = jnp.split(self.qkv["lora"](x, matmul_precision(x.dtype)), 3, axis=-1)
             q, k, v = q + added[0], k + added[1], v + added[2]
-        q = save_name(q, "q").reshape(shape)
-        k = save_name(k, "k").reshape(shape)
-        v = save_name(v, "v").reshape(shape)
+        # Kept by heads, as attention takes them.
+        q = save_name(q.reshape(shape), "q")
+        k = save_name(k.reshape(shape), "k")
+        v = save_name(v.reshape(shape), "v")
         return save_name(self.o(attention(q, k, v).reshape(x.shape)), "o")
 
 
