@@ -194,7 +194,7 @@ def group_size(text: str) -> int:
     """Chips that one group of a collective joins: `replica_groups=[1,64]<=[64]`, `{{0,1},{2,3}}` or
     `mesh['a'=4,'b'=16] {'b'}`.
     """
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):

@@ -51,6 +51,7 @@ def test_groups():
     assert group_size("replica_groups={{0,1,2},{3,4,5}}") == 3
     assert group_size(GATHER) == 32
     assert group_size("replica_groups=mesh['a'=2,'b'=4,'c'=8] {'a','c'}, x={}") == 16
+    assert group_size("replica_groups=mesh['a'=1,'b'=8,'c'=2], device_ids=([2,8]T(1,0)) {'b'}, x={}") == 8
     with pytest.raises(ValueError, match="no replica groups"):
         group_size("dimensions={0}")
 
