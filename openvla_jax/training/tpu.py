@@ -91,8 +91,9 @@ def parse_slice(text: str) -> Slice:
 
 
 # Switches of the TPU compiler that its own estimates favour (docs/performance.md), as `compile(compiler_options=...)`
-# takes them. More VMEM lets matrix products keep larger tiles; SparseCores run collectives beside the matrix units.
-_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+# takes them. More VMEM lets matrix products keep larger tiles, up to where it takes the place of weights that are fetched
+# ahead; larger tiles also take longer to compile. SparseCores run collectives beside the matrix units.
+_VMEM_KIB = {"v4": 32768, "v5e": 32768, "v5p": 49152, "v6e": 49152}
 # Those named by dimensions are for groups that span as many of the torus: without them gathers wait in line, and a
 # reduce-scatter becomes an all-reduce of twice the bytes.
 _OFFLOAD = {
@@ -112,7 +113,8 @@ def compiler_options(generation: str) -> dict[str, str]:
     """The tuned options of a generation; empty for anything that is no TPU of the table."""
     if generation not in GENERATIONS:
         return {}
-    return _VMEM | (_OFFLOAD if GENERATIONS[generation].sparse_core else {})
+    vmem = {"xla_tpu_scoped_vmem_limit_kib": str(_VMEM_KIB[generation])}
+    return vmem | (_OFFLOAD if GENERATIONS[generation].sparse_core else {})
 
 
 def generation_of(device_kind: str) -> str:
