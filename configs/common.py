@@ -113,7 +113,7 @@ SLICES: dict[str, dict[str, Any]] = {
     "v5p-128": {"topology": "v5p:4x4x4", "train.remat": "save_dots"},
     "v5p-256": {"topology": "v5p:4x4x8", "train.remat": "save_dots"},
     "v5e-64": {"topology": "v5e:8x8", "train.remat": "full"},
-    "v5e-256": {"topology": "v5e:16x16", "train.remat": "save_dots", "mesh.data": 2},  # 256 divides no width of SigLIP
+    "v5e-256": {"topology": "v5e:16x16", "train.remat": "save_qkvo", "mesh.data": 2},  # 256 divides no width of SigLIP
     "v6e-64": {"topology": "v6e:8x8", "train.remat": "save_qkvo"},
 }
 
