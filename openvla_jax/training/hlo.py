@@ -146,8 +146,13 @@ class Program:
             inner = self.computations.get(name or "", [])
             for other in inner:
                 found = self.collective(other)
-                if found is not None:
-                    return found
+                if found is None:
+                    continue
+                if "AllReduceScatterFusion" in instruction.text:
+                    # Written as an all-reduce and a slice of it, run as a reduce-scatter.
+                    kept = sum(_size(*shape) for shape in _SHAPE.findall(instruction.type))
+                    return "reduce-scatter", kept * (found[2] - 1), found[2]
+                return found
         return None
 
     def carried(self, instruction: Instruction) -> tuple[str, str]:

@@ -36,7 +36,7 @@ ENTRY %main (p: s32[]) -> s32[] {
 def test_cycles_loops_and_collectives(hidden, exposed):
     program = Program(TEXT.replace("HIDE", str(hidden)))
     cost = program.cost(clock=1000.0, seconds=lambda kind, size, group: size)  # a byte a second
-    assert cost.compute_seconds == 1 + 3 * 1 + hidden / 1000 if hidden == 0 else True
+    assert cost.compute_seconds == pytest.approx(1 + 3 * 1 + hidden / 1000)
     in_loop = 64 * 128 * 2 * 31 / 32
     reduced = 2 * 400 / 2
     assert dict(cost.collectives) == pytest.approx({"all-gather": 3 * in_loop + 2048 * 31 / 32, "all-reduce": reduced})
@@ -133,3 +133,25 @@ def test_a_collective_that_products_carry_along_counts_once():
     assert (dict(cost.collectives), dict(cost.counts)) == ({"all-gather": received}, {"all-gather": 1})
     assert cost.compute_seconds == 1200
     assert cost.exposed_seconds == pytest.approx(received - 1200)
+
+
+SCATTERED = """
+%all-reduce-scatter.1 (p: bf16[1024,8]) -> bf16[32,8] {
+  %r = bf16[1024,8]{1,0} all-reduce(%p), channel_id=7, GROUP, to_apply=%add
+  ROOT %s = bf16[32,8]{1,0} dynamic-slice(%r, %i, %zero), dynamic_slice_sizes={32,8}
+}
+
+ENTRY %main (p: bf16[1024,8]) -> bf16[32,8] {
+  ROOT %f = bf16[32,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={EMITTER}
+}
+""".replace("GROUP", GATHER)
+
+
+@pytest.mark.parametrize("emitter", ["AllReduceScatterFusion", "SingleInputAllReduceScatterFusion"])
+def test_a_slice_of_an_all_reduce_that_is_run_as_a_reduce_scatter_is_one(emitter):
+    config = f'"collective_algorithm_config":{{"emitter":"{emitter}"}}'
+    cost = Program(SCATTERED.replace("EMITTER", config)).cost(clock=1000.0, seconds=lambda kind, size, group: size)
+    assert dict(cost.collectives) == {"reduce-scatter": 32 * 8 * 2 * 31}
+    assert cost.exposed_seconds == 32 * 8 * 2 * 31
+    other = Program(SCATTERED.replace("EMITTER", "")).cost(clock=1000.0, seconds=lambda kind, size, group: size)
+    assert dict(other.collectives) == {"all-reduce": pytest.approx(2 * 1024 * 8 * 2 * 31 / 32)}
