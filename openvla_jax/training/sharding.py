@@ -58,14 +58,17 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    if slices == 1:
-        # Passed explicitly: jax.make_mesh would make Explicit axes.
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     return Mesh(slice_grid(sizes, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def slice_grid(sizes: Mapping[str, int], devices: Sequence[Any], slices: int) -> np.ndarray:
-    """The devices of several slices, [data, fsdp, tensor]: each slice is a run of `data`."""
+    """The devices of one slice or several, [data, fsdp, tensor]: each slice is a run of `data`.
+
+    Two mesh axes may share a dimension of the slice, which `jax.make_mesh` refuses.
+    """
+    if slices == 1:
+        shape = tuple(sizes[axis] for axis in AXES)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh data={sizes['data']} on {slices} slices: the other axes would cross the data-centre network in "

@@ -49,6 +49,20 @@ def test_slices_are_joined_by_data_alone(data, inner):
     assert (slice_of == np.arange(data)[:, None, None] // (data // 2)).all()
 
 
+def test_mesh_axes_may_share_a_dimension_of_a_slice():
+    """Half of a 4 x 4 x 4 slice for each of `data`: neighbours along its last dimension stay neighbours."""
+    cube = [
+        Chip(id=i, platform="tpu", device_kind="TPU v4", process_index=i // 4, core_on_chip=0,
+             coords=(i % 4, i // 4 % 4, i // 16))
+        for i in range(64)
+    ]  # fmt: skip
+    grid = sharding.slice_grid({"data": 2, "fsdp": 32, "tensor": 1}, cube, 1)
+    assert grid.shape == (2, 32, 1) and sorted(chip.id for chip in grid.flat) == list(range(64))
+    for half in grid:
+        spans = [len({chip.coords[axis] for chip in half.flat}) for axis in range(3)]
+        assert sorted(spans) == [2, 4, 4]
+
+
 def test_a_layer_that_would_cross_slices_is_refused():
     with pytest.raises(ValueError, match=r"data=1 on 2 slices.*must be a multiple of 2"):
         sharding.make_mesh({"data": 1, "fsdp": -1}, chips(2, 4))
