@@ -107,6 +107,16 @@ _OFFLOAD = {
         "all_reduce",
     )
 }
+# Without such cores products carry gathers along. On v5e, and by the compiler's word nowhere else, also all-reduces,
+# but single ones only: small ones are joined, large ones left alone. v4 has other cores for gathers, off unless asked.
+_OWN = {
+    "v4": {"xla_enable_async_all_gather": "true"},
+    "v5e": {
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+        "xla_jf_crs_combiner_threshold_in_bytes": str(8 * 2**20),
+    },
+}
 
 
 def compiler_options(generation: str) -> dict[str, str]:
@@ -114,7 +124,7 @@ def compiler_options(generation: str) -> dict[str, str]:
     if generation not in GENERATIONS:
         return {}
     vmem = {"xla_tpu_scoped_vmem_limit_kib": str(_VMEM_KIB[generation])}
-    return vmem | (_OFFLOAD if GENERATIONS[generation].sparse_core else {})
+    return vmem | (_OFFLOAD if GENERATIONS[generation].sparse_core else {}) | _OWN.get(generation, {})
 
 
 def generation_of(device_kind: str) -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from openvla_jax.training.tpu import parse_slice
+from openvla_jax.training.tpu import GENERATIONS, compiler_options, parse_slice
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,14 @@ def test_slices_and_tori():
     assert not parse_slice("v5p:2x2x4").torus and not parse_slice("v6e:8x8").torus
     with pytest.raises(ValueError, match="number of slices"):
         parse_slice("v5e:16x16*0")
+
+
+def test_every_generation_has_options_and_nothing_else_has():
+    assert all("xla_tpu_scoped_vmem_limit_kib" in compiler_options(generation) for generation in GENERATIONS)
+    assert compiler_options("") == {}
+
+
+def test_products_carry_all_reduces_on_v5e_alone():
+    """libtpu warns of wrong results and hangs elsewhere; 0.0.50 refuses to compile."""
+    carrying = "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
+    assert [generation for generation in GENERATIONS if carrying in compiler_options(generation)] == ["v5e"]
