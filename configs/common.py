@@ -62,7 +62,7 @@ def base() -> ConfigDict:
     train.batch_size = 2048  # global
     train.accumulation = 1  # parts in which a step's batch is processed
     train.dtype = "bfloat16"  # of activations and products; parameters and optimiser are float32
-    train.remat = "full"  # see openvla_jax.models.layers.REMAT_POLICIES
+    train.remat = "full"  # or save_qkv, save_qkvo, save_dots, none, or what to keep: "q,k,v,o" (models/layers.py)
     train.compiler_options = "tuned"  # of TPUs, see openvla_jax.training.tpu; or "default"
     train.log_every = 10
     train.eval_every = 1000  # 0: never
@@ -109,11 +109,15 @@ def finetune(trainable: str) -> ConfigDict:
 # What a run of batch 2048 needs on a slice, as `configs/openvla_7b.py:v5p-128`: the names are Google's types of slices,
 # in which v4 and v5p count two cores a chip. Other slices: --plan_search, and the settings that it proposes.
 SLICES: dict[str, dict[str, Any]] = {
-    "v4-128": {"topology": "v4:4x4x4", "train.remat": "save_qkv"},
+    "v4-128": {"topology": "v4:4x4x4", "train.remat": "q,k,o,gate"},
     "v5p-128": {"topology": "v5p:4x4x4", "train.remat": "save_dots"},
     "v5p-256": {"topology": "v5p:4x4x8", "train.remat": "save_dots"},
-    "v5e-64": {"topology": "v5e:8x8", "train.remat": "full"},
-    "v5e-256": {"topology": "v5e:16x16", "train.remat": "save_qkvo", "mesh.data": 2},  # 256 divides no width of SigLIP
+    "v5e-64": {"topology": "v5e:8x8", "train.remat": "o"},
+    "v5e-256": {
+        "topology": "v5e:16x16",
+        "train.remat": "q,k,v,attention,o,gate,up,activation",
+        "mesh.data": 2,  # 256 divides no width of SigLIP
+    },
     "v6e-64": {"topology": "v6e:8x8", "train.remat": "save_qkvo"},
 }
 

@@ -6,7 +6,7 @@ from configs import openvla_7b, openvla_7b_384px, openvla_13b, registered
 from configs.common import SLICES
 from openvla_jax.config import PRESETS, model_config
 from openvla_jax.data.oxe.mixtures import resolve_mixture
-from openvla_jax.models.layers import check_remat
+from openvla_jax.models.layers import remat_policy
 from openvla_jax.training.tpu import parse_slice
 
 
@@ -42,7 +42,7 @@ def test_unknown_runs_and_slices_are_refused():
 @pytest.mark.parametrize("module", [openvla_7b, openvla_7b_384px, openvla_13b])
 def test_batch_and_widths_divide_over_every_slice(module, name):
     config, tpu = module.get_config(name), parse_slice(SLICES[name]["topology"])
-    check_remat(config.train.remat)
+    remat_policy(config.train.remat)
     data = config.mesh.data or tpu.slices
     shards, left = divmod(tpu.chips, data)
     assert not left and config.train.batch_size % (tpu.chips * config.train.accumulation) == 0

@@ -24,15 +24,29 @@ from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
 from openvla_jax.models.placement import gathered, shard_rows, weights_are_spread
 from openvla_jax.models.quantize import QTensor
 
-# What the backward pass keeps of a layer instead of recomputing it, from least to most memory. Names are set by
-# `checkpoint_name` where the values are made.
+# Activations that the backward pass may keep instead of recomputing them; marked by `save_name` where they are made.
+SAVEABLE = ("q", "k", "v", "attention", "o", "gate", "up", "activation", "weights")
+# Policies, from least to most memory; `remat_policy` also takes names of SAVEABLE, separated by commas.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
     "save_qkvo": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o"),
-    "save_dots": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o", "mlp", "weights"),
+    "save_dots": jax.checkpoint_policies.save_only_these_names(*SAVEABLE),
     "none": None,
 }
+
+
+def remat_policy(name: str) -> Callable[..., Any] | None:
+    """The policy called `name`, or one that keeps what `name` lists, as "q,k,v,o"; ValueError for others."""
+    if name in REMAT_POLICIES:
+        return REMAT_POLICIES[name]
+    kept = name.split(",")
+    if not set(kept) <= set(SAVEABLE):
+        raise ValueError(
+            f"unknown remat policy {name!r}: one of {', '.join(REMAT_POLICIES)}, or names to keep, separated by "
+            f"commas, of {', '.join(SAVEABLE)}"
+        )
+    return jax.checkpoint_policies.save_only_these_names(*kept)
 
 
 def make_param(
@@ -210,13 +224,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def save_name(x: Array, name: str) -> Array:
-    """Marks an activation that a remat policy may keep."""
+    """Marks an activation that a remat policy may keep; `name` is one of SAVEABLE."""
     return checkpoint_name(x, name)
-
-
-def check_remat(name: str) -> None:
-    if name not in REMAT_POLICIES:
-        raise ValueError(f"unknown remat policy {name!r}: one of {', '.join(REMAT_POLICIES)}")
 
 
 def scan_layers(body: Callable[[Any, Array], Array], x: Array, layers: Any, remat: str = "none") -> Array:
@@ -230,9 +239,8 @@ def scan_layers(body: Callable[[Any, Array], Array], x: Array, layers: Any, rema
         with dropout_key(key[0] if key else None):
             return shard_rows(body(layer, shard_rows(carry))), None
 
-    check_remat(remat)
+    policy = remat_policy(remat)
     keys = layer_keys(jax.tree.leaves(layers)[0].shape[0])
-    policy = REMAT_POLICIES[remat]
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return scan_stack(step, x, layers, *([] if keys is None else [keys]))[0]

@@ -71,7 +71,7 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = save_name(self.gate(x), "mlp"), save_name(self.up(x), "mlp")
+        gate, up = save_name(self.gate(x), "gate"), save_name(self.up(x), "up")
         return self.down(ACTIVATIONS["silu"](gate) * up)
 
 

@@ -91,8 +91,9 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = save_name(self.up(x), "mlp")
-        return self.down(save_name(ACTIVATIONS[self.activation](up), "mlp"))  # an erf costs more than its place
+        up = save_name(self.up(x), "up")
+        # Kept too: an erf costs more than its place.
+        return self.down(save_name(ACTIVATIONS[self.activation](up), "activation"))
 
 
 class ViTBlock(nnx.Module):

@@ -20,7 +20,7 @@ from etils import epath
 
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.inference.preprocess import center_crop
-from openvla_jax.models.layers import check_remat
+from openvla_jax.models.layers import remat_policy
 from openvla_jax.models.openvla import count_parameters
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
 from openvla_jax.training import hosts
@@ -83,7 +83,7 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
 
     # -- Mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh.to_dict())
-    check_remat(train.remat)
+    remat_policy(train.remat)
     if config.statistics not in ("replace", "join"):
         raise ValueError(f"unknown statistics {config.statistics!r}: replace (the checkpoint's) or join (them)")
     if train.compiler_options not in ("tuned", "default"):

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.data import Batch
-from openvla_jax.models.layers import REMAT_POLICIES, check_remat
+from openvla_jax.models.layers import REMAT_POLICIES, remat_policy
 from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.training.hlo import Cost, Program
 from openvla_jax.training.metrics import duration
@@ -54,7 +54,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
     """
     tpu = parse_slice(topology)
     train = config.train
-    check_remat(train.remat)
+    remat_policy(train.remat)
     model = planned_model(config)
     mesh = make_mesh(config.mesh.to_dict(), topology_devices(tpu))
     check_batch(train.batch_size, train.accumulation, mesh)
@@ -329,8 +329,8 @@ def _mend(config: ml_collections.ConfigDict, tried: bool) -> str:
 
 
 HEADER = (
-    f"{'topology':<16}{'chips':>6}{'per chip':>9}  {'remat':<10}{'HBM peak':>10}{'of':>7}  {'step':>8}{'waiting':>9}"
-    f"{'MFU':>7}{'examples/s':>12}{'run':>12}{'compiled':>10}"
+    f"{'topology':<16}{'chips':>6}{'per chip':>9}{'HBM peak':>10}{'of':>7}  {'step':>8}{'waiting':>9}"
+    f"{'MFU':>7}{'examples/s':>12}{'run':>12}{'compiled':>10}  remat"
 )
 
 
@@ -338,15 +338,15 @@ def row(entry: Mapping[str, Any]) -> str:
     """One line of the table."""
     gib = lambda size: f"{size / 2**30:.1f}"
     head = (
-        f"{entry['topology']:<16}{entry['chips']:>6}{entry['per_chip_batch'] / entry['accumulation']:>9.4g}  "
-        f"{entry['remat']:<10}{gib(entry['hbm_peak_bytes']):>6} GiB{gib(entry['hbm_capacity_bytes']):>7}  "
+        f"{entry['topology']:<16}{entry['chips']:>6}{entry['per_chip_batch'] / entry['accumulation']:>9.4g}"
+        f"{gib(entry['hbm_peak_bytes']):>6} GiB{gib(entry['hbm_capacity_bytes']):>7}  "
     )
     if entry["step_seconds"] is None:
-        return head + "does not fit"
+        return f"{head}does not fit with remat {entry['remat']}"
     return head + (
         f"{entry['step_seconds']:>6.3f} s{entry['exposed_comm_seconds'] / entry['step_seconds']:>9.1%}"
         f"{entry['mfu']:>7.1%}{entry['examples_per_second']:>12.0f}{entry['days']:>7.1f} days"
-        f"{duration(entry['compile_seconds']):>10}"
+        f"{duration(entry['compile_seconds']):>10}  {entry['remat']}"
     )
 
 

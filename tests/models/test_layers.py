@@ -205,6 +205,22 @@ def test_unknown_remat_policy_lists_the_known():
         layers.scan_layers(lambda layer, x: x, jnp.zeros(6), Stack(jax.random.key(0)), "ful")
 
 
+def test_remat_keeps_what_it_names(capsys):
+    def function(x):
+        return jnp.cos(layers.save_name(jnp.sin(layers.save_name(jnp.exp(x), "q")), "gate")).sum()
+
+    def kept(policy):
+        jax.ad_checkpoint.print_saved_residuals(
+            jax.checkpoint(function, policy=layers.remat_policy(policy)), jnp.ones(3)
+        )
+        printed = capsys.readouterr().out
+        return [name for name in ("q", "gate") if f"named '{name}'" in printed]
+
+    assert (kept("full"), kept("q"), kept("gate,q"), kept("save_qkv")) == ([], ["q"], ["q", "gate"], ["q"])
+    with pytest.raises(ValueError, match=r"unknown remat policy 'q,gat': .*of q, k, v"):
+        layers.remat_policy("q,gat")
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_and_its_gradients_are_those_of_the_plain_formula(heads, kv_heads, masked):
