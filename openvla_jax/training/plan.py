@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.data import Batch
-from openvla_jax.models.layers import REMAT_POLICIES, remat_policy
+from openvla_jax.models.layers import remat_policy
 from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.training.hlo import Cost, Program
 from openvla_jax.training.metrics import duration
@@ -114,13 +114,18 @@ def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mappin
     return Compiled(seconds, int(peak), memory, program.cost(tpu.facts.clock, link_time(tpu)))
 
 
+# What a search tries, least memory first: the policies by name, without "none", with which no 7B compiles in reasonable
+# time, and what fitted slices better (docs/performance.md).
+SEARCHED = (
+    "full", "o", "save_qkv", "q,k,o,gate", "save_qkvo", "q,k,v,attention,o,gate,up,activation", "save_dots",
+)  # fmt: skip
+
+
 def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list[dict[str, Any]]:
-    """Plans with every remat policy, and with more accumulation where none fits; fastest that fits first."""
-    entries = []
+    """Plans with each of SEARCHED, and with more accumulation where none fits; fastest that fits first."""
+    entries: list[dict[str, Any]] = []
     for accumulation in (1, 2, 4, 8):
-        for remat in REMAT_POLICIES:
-            if remat == "none":  # keeps everything: no 7B compiles in reasonable time
-                continue
+        for remat in SEARCHED:
             changed = config.copy_and_resolve_references()
             changed.train.remat, changed.train.accumulation = remat, config.train.accumulation * accumulation
             try:
@@ -131,6 +136,8 @@ def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list
                 break  # the batch divides no further
             entries.append(entry)
             print(row(entry), flush=True)
+            if not entry["fits"] and remat == SEARCHED[0]:
+                break  # nor does what keeps more
         if any(entry["fits"] for entry in entries):
             break
     return sorted(entries, key=lambda e: (not e["fits"], e["step_seconds"] or e["hbm_peak_bytes"]))

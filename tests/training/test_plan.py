@@ -12,8 +12,11 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
+from configs.common import base
 from openvla_jax.config import preset, tiny
+from openvla_jax.models.layers import remat_policy
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.training import plan as planner
 from openvla_jax.training.plan import model_flops
 
 
@@ -53,6 +56,40 @@ def count(jaxpr, positions, times=1):
                 a, b, c = count(inner, positions, times * equation.params.get("length", 1))
                 total, causal, picking = total + a, causal + b, picking + c
     return total, causal, picking
+
+
+@pytest.mark.parametrize(
+    ("capacity", "fastest", "planned"),
+    [
+        (100, ("save_dots", 1), len(planner.SEARCHED)),
+        (35, ("save_qkv", 1), len(planner.SEARCHED)),
+        (9, ("full", 2), 1 + len(planner.SEARCHED)),  # at first not even the one that keeps nothing
+        (0, ("full", 8), 4),
+    ],
+)
+def test_a_search_proposes_the_fastest_that_fits(monkeypatch, tmp_path, capsys, capacity, fastest, planned):
+    """Of plans that need 10 times their place in the list, halved by each accumulation, and are faster the more."""
+
+    def estimate(config, topology, dump):
+        place = planner.SEARCHED.index(config.train.remat)
+        parts = config.train.accumulation
+        need = 10 * (place + 1) / parts
+        seconds = 1.0 - 0.1 * place + 0.01 * parts
+        return {
+            "topology": topology, "chips": 4, "per_chip_batch": 8, "accumulation": parts, "remat": config.train.remat,
+            "hbm_peak_bytes": need, "hbm_capacity_bytes": capacity, "fits": need <= capacity, "mfu": 0.5,
+            "step_seconds": seconds if need <= capacity else None, "exposed_comm_seconds": 0.0,
+            "examples_per_second": 1.0, "days": 1.0, "compile_seconds": 1.0,
+        }  # fmt: skip
+
+    monkeypatch.setattr(planner, "plan", estimate)
+    found = planner.search(base(), "v5e:2x2", tmp_path)
+    assert ((found[0]["remat"], found[0]["accumulation"]), len(found)) == (fastest, planned)
+    assert len(capsys.readouterr().out.splitlines()) == planned
+
+
+def test_what_a_search_tries_exists():
+    assert all(remat_policy(name) is not None for name in planner.SEARCHED)
 
 
 def plan(*arguments):
