@@ -147,9 +147,34 @@ def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float
     frequencies = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     # The reference casts cosine and sine to the activation dtype before the products.
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+    return _rotate(x, jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype))
+
+
+@jax.custom_vjp
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """x [B, T, N, H] turned by angles of cosine and sine [#B, T, 1, H / 2]; the angles get no gradient."""
+    return jax.lax.platform_dependent(x, cos, sin, tpu=_rotate_by_product, default=_rotate_halves)
+
+
+def _rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rotate_by_product(x: Array, cos: Array, sin: Array) -> Array:
+    """The same numbers. A TPU moves half a lane row across faster by a product with a signed permutation, which is
+    exact, than by a slice and a concatenation.
+    """
+    half = cos.shape[-1]
+    exchange = np.kron([[0, 1], [-1, 0]], np.eye(half))  # (first, second) -> (-second, first)
+    exchanged = jnp.matmul(x, jnp.asarray(exchange, x.dtype), precision=matmul_precision(x.dtype))
+    return x * jnp.concatenate([cos, cos], axis=-1) + exchanged * jnp.concatenate([sin, sin], axis=-1)
+
+
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+    lambda angles, gradient: (_rotate(gradient, angles[0], -angles[1]), None, None),
+)
 
 
 def attention(

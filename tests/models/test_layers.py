@@ -110,6 +110,35 @@ def test_rope_scores_depend_on_distance_alone(seed, shift):
     np.testing.assert_allclose(scores(positions), scores(positions + shift), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rope_on_a_tpu_is_the_same_number_for_number(dtype):
+    x = jnp.asarray(normal(0, 2, 40, 3, 16), dtype)
+    angles = normal(1, 2, 40, 1, 8)
+    cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    np.testing.assert_array_equal(layers._rotate_by_product(x, cos, sin), layers._rotate_halves(x, cos, sin))
+
+
+@pytest.mark.parametrize(("platform", "products"), [("tpu", 2), ("cpu", 0), ("cuda", 0)])
+def test_rope_exchanges_halves_by_a_product_on_tpus_alone(platform, products):
+    def gradient(x):
+        return jax.value_and_grad(lambda x: layers.rope(x, jnp.arange(40)[None], 1e4).sum())(x)
+
+    lowered = jax.jit(gradient).trace(jnp.ones((2, 40, 3, 16))).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("dot_general") == products
+
+
+def test_gradient_of_rope_is_that_of_the_plain_formula():
+    x, weight = jnp.asarray(normal(0, 2, 40, 3, 16)), normal(1, 2, 40, 3, 16)
+    positions = jnp.arange(40)[None]
+    angles = positions[..., None, None] * 1e4 ** (-np.arange(8) / 8)
+
+    def plain(x):
+        return layers._rotate_halves(x, jnp.cos(angles), jnp.sin(angles))
+
+    ours = jax.grad(lambda x: (layers.rope(x, positions, 1e4) * weight).sum())(x)
+    assert difference(ours, jax.grad(lambda x: (plain(x) * weight).sum())(x)) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------------------------------------------------
