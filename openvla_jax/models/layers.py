@@ -26,12 +26,21 @@ from openvla_jax.models.quantize import QTensor
 
 # Activations that the backward pass may keep instead of recomputing them; marked by `save_name` where they are made.
 SAVEABLE = ("q", "k", "v", "attention", "o", "gate", "up", "activation", "weights")
+
+
+def _keep(*names: str) -> Callable[..., Any]:
+    """Keeps what `names` lists, and always the largest score and the sum of attention's softmax: two numbers a query
+    and head, without which the backward pass would go through all scores three times instead of once.
+    """
+    return jax.checkpoint_policies.save_only_these_names(*names, "softmax")
+
+
 # Policies, from least to most memory; `remat_policy` also takes names of SAVEABLE, separated by commas.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "save_qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
-    "save_qkvo": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o"),
-    "save_dots": jax.checkpoint_policies.save_only_these_names(*SAVEABLE),
+    "save_qkv": _keep("q", "k", "v"),
+    "save_qkvo": _keep("q", "k", "v", "attention", "o"),
+    "save_dots": _keep(*SAVEABLE),
     "none": None,
 }
 
@@ -46,7 +55,7 @@ def remat_policy(name: str) -> Callable[..., Any] | None:
             f"unknown remat policy {name!r}: one of {', '.join(REMAT_POLICIES)}, or names to keep, separated by "
             f"commas, of {', '.join(SAVEABLE)}"
         )
-    return jax.checkpoint_policies.save_only_these_names(*kept)
+    return _keep(*kept)
 
 
 def make_param(
@@ -208,8 +217,9 @@ def _attention_forward(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
     scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = save_name(jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None], "weights")  # [B, T, K, G, 1]
+    largest = save_name(scores.max(axis=-1), "softmax")  # [B, K, G, T]
+    weights = jnp.exp(scores - largest[..., None])
+    total = jnp.moveaxis(save_name(weights.sum(axis=-1), "softmax"), -1, 1)[..., None]  # [B, T, K, G, 1]
     weights = save_name(weights.astype(v.dtype), "weights")
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision, preferred_element_type=jnp.float32)
     mixed = save_name((mixed / total).astype(v.dtype), "attention")
@@ -249,7 +259,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def save_name(x: Array, name: str) -> Array:
-    """Marks an activation that a remat policy may keep; `name` is one of SAVEABLE."""
+    """Marks an activation that a remat policy may keep; `name` is of SAVEABLE, or "softmax"."""
     return checkpoint_name(x, name)
 
 

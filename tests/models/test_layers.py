@@ -250,6 +250,15 @@ def test_remat_keeps_what_it_names(capsys):
         layers.remat_policy("q,gat")
 
 
+@pytest.mark.parametrize(("policy", "numbers"), [("full", 0), ("o", 2), ("save_qkvo", 2)])
+def test_remat_keeps_two_numbers_of_each_softmax(capsys, policy, numbers):
+    q, k, v = jnp.asarray(normal(0, 3, 2, 5, 4, 8))
+    attend = jax.checkpoint(lambda q: jnp.sin(layers.attention(q, k, v)).sum(), policy=layers.remat_policy(policy))
+    jax.ad_checkpoint.print_saved_residuals(attend, q)
+    kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "named 'softmax'" in line]
+    assert kept == ["float32[2,4,1,5]"] * numbers or kept == ["f32[2,4,1,5]"] * numbers
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_and_its_gradients_are_those_of_the_plain_formula(heads, kv_heads, masked):
