@@ -29,10 +29,10 @@ SAVEABLE = ("q", "k", "v", "attention", "o", "gate", "up", "activation", "weight
 
 
 def _keep(*names: str) -> Callable[..., Any]:
-    """Keeps what `names` lists, and always the largest score and the sum of attention's softmax: two numbers a query
-    and head, without which the backward pass would go through all scores three times instead of once.
+    """Keeps what `names` lists, and always the "statistics" of softmax and norms: a number or two a row, without which
+    the backward pass would go through all scores three times instead of once, and through a norm's input once more.
     """
-    return jax.checkpoint_policies.save_only_these_names(*names, "softmax")
+    return jax.checkpoint_policies.save_only_these_names(*names, "statistics")
 
 
 # Policies, from least to most memory; `remat_policy` also takes names of SAVEABLE, separated by commas.
@@ -129,8 +129,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
-        mean = x32.mean(axis=-1, keepdims=True)
-        variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
+        # Kept without the axis of one element, which a TPU would fill up to a whole tile.
+        mean = save_name(x32.mean(axis=-1), "statistics")[..., None]
+        variance = save_name(jnp.square(x32 - mean).mean(axis=-1), "statistics")[..., None]
         normed = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
         return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -145,7 +146,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
+        mean_square = save_name(jnp.square(x32).mean(axis=-1), "statistics")[..., None]
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
@@ -217,9 +219,9 @@ def _attention_forward(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
     scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    largest = save_name(scores.max(axis=-1), "softmax")  # [B, K, G, T]
+    largest = save_name(scores.max(axis=-1), "statistics")  # [B, K, G, T]
     weights = jnp.exp(scores - largest[..., None])
-    total = jnp.moveaxis(save_name(weights.sum(axis=-1), "softmax"), -1, 1)[..., None]  # [B, T, K, G, 1]
+    total = jnp.moveaxis(save_name(weights.sum(axis=-1), "statistics"), -1, 1)[..., None]  # [B, T, K, G, 1]
     weights = save_name(weights.astype(v.dtype), "weights")
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision, preferred_element_type=jnp.float32)
     mixed = save_name((mixed / total).astype(v.dtype), "attention")
@@ -260,7 +262,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def save_name(x: Array, name: str) -> Array:
-    """Marks an activation that a remat policy may keep; `name` is of SAVEABLE, or "softmax"."""
+    """Marks an activation that a remat policy may keep; `name` is of SAVEABLE, or "statistics"."""
     return checkpoint_name(x, name)
 
 
