@@ -107,10 +107,8 @@ def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mappin
     for path in texts:
         path.unlink()
     memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    )  # fmt: skip
+    # Not the sum of its parts: of a program with donated arguments, `temp_size_in_bytes` counts some of them again.
+    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return Compiled(seconds, int(peak), memory, program.cost(tpu.facts.clock, link_time(tpu)))
 
 
@@ -305,7 +303,7 @@ def _estimate(
     return {
         "fits": bool(compiled.peak_bytes <= tpu.facts.hbm_bytes),
         "args_bytes": int(memory.argument_size_in_bytes),
-        "temp_bytes": int(memory.temp_size_in_bytes),
+        "temp_bytes": int(memory.peak_memory_in_bytes - memory.argument_size_in_bytes),
         "compute_seconds": cost.compute_seconds,
         "comm_seconds": cost.comm_seconds,
         "exposed_comm_seconds": cost.exposed_seconds,

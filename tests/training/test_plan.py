@@ -108,9 +108,54 @@ def test_a_tiny_run_is_planned_by_the_tpu_compiler(tmp_path):
     (entry,) = json.loads(out.read_text())["entries"]
     assert (entry["topology"], entry["chips"], entry["hosts"], entry["fits"]) == ("v5e:4x4", 16, 4, True)
     assert 0 < entry["hbm_peak_bytes"] < 2**30 < entry["hbm_capacity_bytes"]
+    assert 0 < entry["args_bytes"] and 0 < entry["temp_bytes"] < entry["hbm_peak_bytes"]
     assert 0 < entry["mfu"] < 1 and entry["step_seconds"] >= entry["compute_seconds"] > 0
     assert entry["collectives"]["all-gather"]["bytes"] > 0
     assert "v5e:4x4" in result.stdout and "Estimates, not measurements" in result.stdout
+
+
+DONATED = """
+import os, re, sys
+from pathlib import Path
+
+from openvla_jax.training.tpu import parse_slice, planning_environment
+
+dump = Path(sys.argv[1])
+os.environ.update(planning_environment(os.environ, dump))
+import jax
+import jax.numpy as jnp
+
+from openvla_jax.training.plan import compile_for, topology_devices
+
+tpu = parse_slice("v4:2x2x1")
+place = jax.sharding.SingleDeviceSharding(topology_devices(tpu)[0])
+weights = jax.ShapeDtypeStruct((64, 1024, 1024), jnp.float32, sharding=place)
+x = jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=place)
+
+
+def loss(weights, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].sum()
+
+
+def train_step(weights, x):
+    return weights - jax.grad(loss)(weights, x)
+
+
+compiled = compile_for(jax.jit(train_step, donate_argnums=0).lower(weights, x), "train_step", tpu, dump)
+report = next(dump.glob("*train_step*memory-usage-report.txt")).read_text()
+print(compiled.peak_bytes, re.search(r"color=0.*\\nTotal bytes: (\\d+)", report)[1])
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_peak_of_a_donated_state_is_the_compilers_total(tmp_path):
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", DONATED, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    peak, total = map(int, result.stdout.split()[-2:])
+    assert peak == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize(
