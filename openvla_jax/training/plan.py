@@ -115,7 +115,8 @@ def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mappin
 # What a search tries, least memory first: the policies by name, without "none", with which no 7B compiles in reasonable
 # time, and what fitted slices better (docs/performance.md).
 SEARCHED = (
-    "full", "o", "save_qkv", "q,k,o,gate", "save_qkvo", "q,k,v,attention,o,gate,up,activation", "save_dots",
+    "full", "o", "save_qkv", "save_qkvo", "q,k,o,gate", "q,k,v,o,gate", "q,k,v,attention,o,gate,up,activation",
+    "save_dots",
 )  # fmt: skip
 
 

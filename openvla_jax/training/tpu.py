@@ -123,8 +123,11 @@ def compiler_options(generation: str) -> dict[str, str]:
     """The tuned options of a generation; empty for anything that is no TPU of the table."""
     if generation not in GENERATIONS:
         return {}
-    vmem = {"xla_tpu_scoped_vmem_limit_kib": str(_VMEM_KIB[generation])}
-    return vmem | (_OFFLOAD if GENERATIONS[generation].sparse_core else {}) | _OWN.get(generation, {})
+    products = {
+        "xla_tpu_scoped_vmem_limit_kib": str(_VMEM_KIB[generation]),
+        "xla_tpu_dot_dot_fusion": "false",  # a product inside another is computed anew for each of its tiles
+    }
+    return products | (_OFFLOAD if GENERATIONS[generation].sparse_core else {}) | _OWN.get(generation, {})
 
 
 def generation_of(device_kind: str) -> str:

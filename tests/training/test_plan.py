@@ -108,7 +108,7 @@ def test_a_tiny_run_is_planned_by_the_tpu_compiler(tmp_path):
     (entry,) = json.loads(out.read_text())["entries"]
     assert (entry["topology"], entry["chips"], entry["hosts"], entry["fits"]) == ("v5e:4x4", 16, 4, True)
     assert 0 < entry["hbm_peak_bytes"] < 2**30 < entry["hbm_capacity_bytes"]
-    assert 0 < entry["args_bytes"] and 0 < entry["temp_bytes"] < entry["hbm_peak_bytes"]
+    assert entry["args_bytes"] > 0 and 0 < entry["temp_bytes"] < entry["hbm_peak_bytes"]
     assert 0 < entry["mfu"] < 1 and entry["step_seconds"] >= entry["compute_seconds"] > 0
     assert entry["collectives"]["all-gather"]["bytes"] > 0
     assert "v5e:4x4" in result.stdout and "Estimates, not measurements" in result.stdout
