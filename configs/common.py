@@ -119,7 +119,7 @@ SLICES: dict[str, dict[str, Any]] = {
         "train.remat": "q,k,v,attention,o,gate,up,activation",
         "mesh.data": 2,  # 256 divides no width of SigLIP
     },
-    "v6e-64": {"topology": "v6e:8x8", "train.remat": "q,k,v,o,gate"},
+    "v6e-64": {"topology": "v6e:8x8", "train.remat": "q,k,o,gate"},
 }
 
 
