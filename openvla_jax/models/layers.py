@@ -173,8 +173,8 @@ def _rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotate_by_product(x: Array, cos: Array, sin: Array) -> Array:
-    """The same numbers. A TPU moves half a lane row across faster by a product with a signed permutation, which is
-    exact, than by a slice and a concatenation.
+    """The same numbers. By the TPU compiler's estimate a product with a signed permutation moves half a lane row across
+    faster than a slice and a concatenation.
     """
     half = cos.shape[-1]
     exchange = np.kron([[0, 1], [-1, 0]], np.eye(half))  # (first, second) -> (-second, first)
