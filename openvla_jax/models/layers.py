@@ -20,8 +20,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from openvla_jax.models import flash_attention
 from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
-from openvla_jax.models.placement import gathered, shard_rows, weights_are_spread
+from openvla_jax.models.placement import gathered, kernel_mesh, shard_rows, weights_are_spread
 from openvla_jax.models.quantize import QTensor
 
 # Activations that the backward pass may keep instead of recomputing them; marked by `save_name` where they are made.
@@ -153,12 +154,18 @@ class RMSNorm(nnx.Module):
 
 def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
     """Rotary position embedding in the rotate-half layout (first half paired with second), angles in float32."""
-    half = x.shape[-1] // 2
+    cos, sin = rope_angles(positions, x.shape[-1], theta, x.dtype)
+    return _rotate(x, cos[..., None, :], sin[..., None, :])
+
+
+def rope_angles(positions: Int[Array, "*B T"], dim: int, theta: float, dtype) -> tuple[Array, Array]:
+    """Cosine and sine [*B, T, dim / 2] of the angles by which pairs are rotated."""
+    half = dim // 2
     # Made on the host: an accelerator's power function is less exact, and position multiplies the error.
     frequencies = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     # The reference casts cosine and sine to the activation dtype before the products.
-    return _rotate(x, jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype))
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
 @jax.custom_vjp
@@ -186,6 +193,23 @@ _rotate.defvjp(
     lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
     lambda angles, gradient: (_rotate(gradient, angles[0], -angles[1]), None, None),
 )
+
+
+def attention_kernel(
+    x: Float[Array, "B T D"], heads: int, *, causal: bool, theta: float | None = None
+) -> Callable[[Array, Array, Array], Array] | None:
+    """Attention of a whole sequence as a kernel, where one is wanted and takes projections like `x`; else None.
+
+    It maps queries, keys and values [B, T, D] to their mix [B, T, D]. `theta` rotates queries and keys.
+    """
+    mesh = kernel_mesh()
+    if mesh is None or not flash_attention.fits(x, heads, theta is not None, mesh):
+        return None
+    angles = None
+    if theta is not None:
+        cos, sin = rope_angles(jnp.arange(x.shape[1]), x.shape[-1] // heads, theta, x.dtype)
+        angles = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return lambda q, k, v: flash_attention.flash_attention(q, k, v, angles, heads, causal, mesh, save_name)
 
 
 def attention(

@@ -18,6 +18,7 @@ from openvla_jax.models.layers import (
     Linear,
     RMSNorm,
     attention,
+    attention_kernel,
     make_param,
     rope,
     save_name,
@@ -53,6 +54,18 @@ class Attention(nnx.Module):
         q, k = (rope(y.reshape(shape), positions, self.config.rope_theta) for y in (self.q(x), self.k(x)))
         # Kept by heads and rotated: neither is done again in the backward pass.
         return save_name(q, "q"), save_name(k, "k"), save_name(self.v(x).reshape(shape), "v")
+
+    @jax.named_scope("attention")
+    def whole(self, x: Float[Array, "B T D"], mask: Array, causal: bool) -> Float[Array, "B T D"]:
+        """Of positions 0..T-1 to each other; `causal` says that `mask` is that and nothing else."""
+        config = self.config
+        kernel = None
+        if causal and config.heads == config.kv_heads:
+            kernel = attention_kernel(x, config.heads, causal=True, theta=config.rope_theta)
+        if kernel is None:
+            return self.attend(*self.project(x, _positions(x)), mask)
+        mixed = kernel(*(save_name(layer(x), name) for layer, name in ((self.q, "q"), (self.k, "k"), (self.v, "v"))))
+        return save_name(self.o(mixed), "o")
 
     @jax.named_scope("attention")
     def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:
@@ -121,14 +134,14 @@ class Llama(nnx.Module):
         Attention is causal and needs nothing else: text is padded on the right, so no real token sees a pad. `keys`
         hides positions from all queries, which changes the outputs at pads only.
         """
-        positions = _positions(x)
-        mask = self._visible(positions, jnp.arange(x.shape[1]))
+        mask = self._visible(_positions(x), jnp.arange(x.shape[1]))
+        window = self.config.sliding_window
+        causal = keys is None and (window is None or window >= x.shape[1])
         if keys is not None:
             mask = mask & keys[:, None]
 
         def body(block: LlamaBlock, x: Array) -> Array:
-            q, k, v = block.attention.project(block.norm1(x), positions)
-            x = x + block.attention.attend(q, k, v, mask)
+            x = x + block.attention.whole(block.norm1(x), mask, causal)
             return x + block.mlp(block.norm2(x))
 
         x = scan_layers(body, x, self.blocks, remat)

@@ -8,17 +8,30 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+ROWS = ("data", "fsdp")  # the mesh's axes over which a batch is split
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+_KERNELS: ContextVar[bool] = ContextVar("kernels", default=False)
 
 
 @contextlib.contextmanager
-def activations_sharded(mesh: Mesh) -> Iterator[None]:
-    """While a model is traced in here, `shard_rows` and `gathered` hold it to `mesh`."""
-    token = _MESH.set(mesh)
+def activations_sharded(mesh: Mesh, kernels: bool = False) -> Iterator[None]:
+    """While a model is traced in here, `shard_rows` and `gathered` hold it to `mesh`, and with `kernels` layers may run
+    as kernels of their own on its chips.
+    """
+    tokens = _MESH.set(mesh), _KERNELS.set(kernels)
     try:
         yield
     finally:
-        _MESH.reset(token)
+        _MESH.reset(tokens[0])
+        _KERNELS.reset(tokens[1])
+
+
+def kernel_mesh() -> Mesh | None:
+    """The mesh of chips for which layers may be kernels of their own; None for layers that the compiler makes. With a
+    tensor axis there are none: heads are then spread over chips.
+    """
+    mesh = _MESH.get()
+    return mesh if mesh is not None and _KERNELS.get() and mesh.shape["tensor"] == 1 else None
 
 
 def shard_rows(x: Array) -> Array:
@@ -30,7 +43,7 @@ def shard_rows(x: Array) -> Array:
     if mesh is None or mesh.shape["tensor"] > 1:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *free)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, *free)))
 
 
 def gathered(x: Array) -> Array:

@@ -16,6 +16,7 @@ from openvla_jax.models.layers import (
     LayerNorm,
     Linear,
     attention,
+    attention_kernel,
     make_param,
     matmul,
     matmul_precision,
@@ -75,6 +76,9 @@ class Attention(nnx.Module):
         if self.qkv is not None:
             added = jnp.split(self.qkv["lora"](x, matmul_precision(x.dtype)), 3, axis=-1)
             q, k, v = q + added[0], k + added[1], v + added[2]
+        if (kernel := attention_kernel(q, self.heads, causal=False)) is not None:
+            mixed = kernel(save_name(q, "q"), save_name(k, "k"), save_name(v, "v"))
+            return save_name(self.o(mixed), "o")
         # Kept by heads, as attention takes them.
         q = save_name(q.reshape(shape), "q")
         k = save_name(k.reshape(shape), "k")

@@ -33,6 +33,23 @@ class Instruction(NamedTuple):
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found.group(1)) if found else 0
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a kernel of our own, in Pallas, of which the compiler's text has no estimate."""
+        return self.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.text
+
+    @property
+    def programs(self) -> int | None:
+        """How often a kernel runs, from its metadata."""
+        found = re.search(r'"programs":\s*"(\d+)"', self.text)
+        return int(found.group(1)) if found else None
+
+    @property
+    def kernel_bytes(self) -> float:
+        """Of a kernel's operands and results."""
+        operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", self.text)
+        return sum(_size(*shape) for shape in _SHAPE.findall(self.type + (operands[1] if operands else "")))
+
     def called(self, attribute: str) -> str | None:
         found = re.search(rf"\b{attribute}=\{{?%([\w.\-]+)", self.text)
         return found.group(1) if found else None
@@ -49,6 +66,7 @@ class Cost:
     compute_seconds: float = 0.0
     exposed_seconds: float = 0.0  # waiting for links with nothing else to do
     comm_seconds: float = 0.0  # links busy
+    kernel_seconds: float = 0.0  # the part of compute_seconds that is spent in kernels
     collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # bytes received, by kind
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -56,9 +74,14 @@ class Cost:
         self.compute_seconds += times * other.compute_seconds
         self.exposed_seconds += times * other.exposed_seconds
         self.comm_seconds += times * other.comm_seconds
+        self.kernel_seconds += times * other.kernel_seconds
         for kind in other.collectives:
             self.collectives[kind] += times * other.collectives[kind]
             self.counts[kind] += times * other.counts[kind]
+
+
+LinkTime = Callable[[str, float, int], float]
+KernelTime = Callable[[Instruction], float]
 
 
 class Program:
@@ -75,14 +98,18 @@ class Program:
                     self.entry = header["name"]
             elif found := _INSTRUCTION.match(line):
                 current.append(Instruction(found["name"], found["op"], found["type"], found["args"]))
+            elif current and line.strip() != "}":  # a kernel's metadata goes over several lines
+                current[-1] = current[-1]._replace(text=current[-1].text + line)
         if not self.entry:
             raise ValueError("no entry computation in the compiler's text: its format is not the one known here")
 
-    def cost(self, clock: float, seconds: Callable[[str, float, int], float]) -> Cost:
-        """The estimate; `seconds(kind, bytes, group)` is the time that a collective takes on the links."""
-        return self._cost(self.entry, clock, seconds)
+    def cost(self, clock: float, seconds: LinkTime, kernel_seconds: KernelTime | None = None) -> Cost:
+        """The estimate: `seconds(kind, bytes, group)` is the time that a collective takes on the links, and
+        `kernel_seconds(instruction)` that of a kernel, for programs that have any.
+        """
+        return self._cost(self.entry, clock, seconds, kernel_seconds)
 
-    def _cost(self, name: str, clock: float, seconds: Callable[[str, float, int], float]) -> Cost:
+    def _cost(self, name: str, clock: float, seconds: LinkTime, kernel_seconds: KernelTime | None) -> Cost:
         cost = Cost()
         now = links_free = 0.0
         ends: dict[str, float] = {}  # of collectives in flight, by their channel or the name of what started them
@@ -92,14 +119,14 @@ class Program:
         for instruction in self.computations[name]:
             if instruction.op == "while":
                 trips = self.trip_count(instruction)
-                body = self._cost(instruction.called("body") or "", clock, seconds)
+                body = self._cost(instruction.called("body") or "", clock, seconds, kernel_seconds)
                 cost.add(body, trips)
                 now += trips * (body.compute_seconds + body.exposed_seconds)
                 continue
             if instruction.op in ("call", "conditional"):
                 inner = instruction.called("to_apply") or instruction.called("branch_computations")
                 if inner:
-                    part = self._cost(inner, clock, seconds)
+                    part = self._cost(inner, clock, seconds, kernel_seconds)
                     cost.add(part)
                     now += part.compute_seconds + part.exposed_seconds
                 continue
@@ -131,6 +158,11 @@ class Program:
                     now = max(links_free, now + own)
                 continue
             took = instruction.cycles / clock
+            if instruction.is_kernel:
+                if kernel_seconds is None:
+                    raise ValueError(f"kernel {instruction.name}: nothing tells how long it takes")
+                took = kernel_seconds(instruction)
+                cost.kernel_seconds += took
             cost.compute_seconds += took
             now += took
         return cost

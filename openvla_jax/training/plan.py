@@ -5,7 +5,9 @@ published rates: compute time from the compiler's cycle estimates, communication
 """
 
 import json
+import math
 import re
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -22,16 +24,16 @@ from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.data import Batch
 from openvla_jax.models.layers import remat_policy
 from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
-from openvla_jax.training.hlo import Cost, Program
+from openvla_jax.training.hlo import Cost, Instruction, Program
 from openvla_jax.training.metrics import duration
 from openvla_jax.training.sharding import BATCH, check_batch, make_mesh
 from openvla_jax.training.step import make_job
-from openvla_jax.training.tpu import Slice, compiler_options, parse_slice
+from openvla_jax.training.tpu import Slice, compiler_options, parse_slice, schedules
 
 ACTION_DIM = 7
 ASSUMPTIONS = (
-    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock; communication from "
-    "bytes over published link rates, overlapped as scheduled; no data loading, checkpoints or restarts. MFU counts "
+    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock, of kernels from the "
+    "schedules that it made of them; communication from bytes over published link rates, overlapped as scheduled; no data loading, checkpoints or restarts. MFU counts "
     "model FLOPs (no recomputation, causal attention halved) against the published bf16 peak."
 )
 _OUT_OF_MEMORY = re.compile(r"(?:Used |\()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")
@@ -47,8 +49,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
 
     `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, hosts,
     global_batch, per_chip_batch, accumulation, remat, params, trained_params, fits, hbm_capacity_bytes,
-    hbm_peak_bytes, args_bytes, temp_bytes, model_flops_per_step, compute_seconds, comm_seconds,
-    exposed_comm_seconds, step_seconds, mfu, examples_per_second, days, collectives {kind: {count, bytes}},
+    hbm_peak_bytes, args_bytes, temp_bytes, model_flops_per_step, compute_seconds, kernel_seconds,
+    comm_seconds, exposed_comm_seconds, step_seconds, mfu, examples_per_second, days, collectives {kind: {count, bytes}},
     compiler_options, compile_seconds. Times, MFU and collectives are None where the program does not fit. ValueError
     for a topology that does not exist or a batch that it does not divide.
     """
@@ -104,12 +106,14 @@ def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mappin
     if not texts:
         raise PlanError(f"the compiler left no text in {dump}: set planning_environment() before jax is imported")
     program = Program(max(texts, key=lambda path: path.stat().st_mtime_ns).read_text())
+    cost = program.cost(tpu.facts.clock, link_time(tpu), kernel_time(tpu, dump))
     for path in texts:
         path.unlink()
+    shutil.rmtree(schedules(dump), ignore_errors=True)  # the next program's instructions have the same names
     memory = compiled.memory_analysis()
     # Not the sum of its parts: of a program with donated arguments, `temp_size_in_bytes` counts some of them again.
     peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    return Compiled(seconds, int(peak), memory, program.cost(tpu.facts.clock, link_time(tpu)))
+    return Compiled(seconds, int(peak), memory, cost)
 
 
 # What a search tries, least memory first: the policies by name, without "none", with which no 7B compiles in reasonable
@@ -292,11 +296,28 @@ def link_time(tpu: Slice):
     return lambda kind, size, group: size / rate
 
 
+def kernel_time(tpu: Slice, dump: Path):
+    """Seconds of a kernel: cycles that the compiler scheduled for a program, times programs over a chip's cores; or
+    those that HBM takes for its operands and results, if that is more.
+    """
+
+    def seconds(kernel: Instruction) -> float:
+        scheduled = sorted(schedules(dump).glob(f"*-{kernel.name}-*pre-delay*"))
+        if not scheduled or kernel.programs is None:
+            raise PlanError(f"the compiler left no schedule of kernel {kernel.name}; --config.train.kernels=False")
+        cycles = sum(line[:1].isdigit() for line in scheduled[-1].read_text().splitlines())
+        cores = 2 if tpu.facts.megacore else 1
+        computing = cycles * math.ceil(kernel.programs / cores) / tpu.facts.clock
+        return max(computing, kernel.kernel_bytes / tpu.facts.hbm_bytes_per_second)
+
+    return seconds
+
+
 def _estimate(
     entry: Mapping[str, Any], config: ml_collections.ConfigDict, tpu: Slice, compiled: Compiled
 ) -> dict[str, Any]:
     if compiled.cost is None:
-        unknown = ("compute_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu",
+        unknown = ("compute_seconds", "kernel_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu",
                    "examples_per_second", "days", "collectives", "args_bytes", "temp_bytes")  # fmt: skip
         return {key: None for key in unknown} | {"fits": False}
     memory, cost = compiled.memory, compiled.cost
@@ -306,6 +327,7 @@ def _estimate(
         "args_bytes": int(memory.argument_size_in_bytes),
         "temp_bytes": int(memory.peak_memory_in_bytes - memory.argument_size_in_bytes),
         "compute_seconds": cost.compute_seconds,
+        "kernel_seconds": cost.kernel_seconds,
         "comm_seconds": cost.comm_seconds,
         "exposed_comm_seconds": cost.exposed_seconds,
         "step_seconds": step,

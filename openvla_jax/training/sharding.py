@@ -16,8 +16,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from openvla_jax.models.placement import ROWS
+
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(ROWS)
 
 # Logical axis of a parameter -> mesh axis. The model width of every kernel is sharded, never the layer axis: gathers
 # and reductions then need no layout copies.

@@ -82,13 +82,15 @@ def make_train_step(
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
     tuning: Tuning = FULL,
+    kernels: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)` on the global batch.
 
     Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
     hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
-    gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`.
+    gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. With `kernels`
+    attention runs as a kernel of its own (`models/flash_attention.py`) where that takes it.
     """
     graph = make_graph(model, dtype, tuning)
     # Not beside adapters or frozen parts, which keep their widths, nor across chips that share an MLP.
@@ -98,7 +100,7 @@ def make_train_step(
 
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
         params = pad_to_lanes(params) if whole_lanes else params
-        with activations_sharded(mesh), dropout_key(key if drops else None):
+        with activations_sharded(mesh, kernels), dropout_key(key if drops else None):
             loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat)
         return loss / total, sums
 
@@ -200,6 +202,7 @@ def make_job(
     step = make_train_step(
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
         remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
+        kernels=train.kernels and mesh.devices.flat[0].platform == "tpu",
     )  # fmt: skip
     everywhere = NamedSharding(mesh, P())  # every host reads the metrics
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)

@@ -1,0 +1,130 @@
+"""The attention kernel, interpreted on a CPU, against attention in float64; and in a whole training step."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from openvla_jax.models import flash_attention as flash
+from openvla_jax.models.layers import attention, attention_kernel, rope
+from openvla_jax.models.placement import activations_sharded
+from openvla_jax.training.sharding import make_mesh
+
+THETA = 10000.0
+CASES = {  # length, heads, head dim, causal (then rotated as well)
+    "llama": (320, 2, 128, True),
+    "a length that is no multiple of anything": (77, 1, 128, True),
+    "siglip": (256, 16, 72, False),
+    "dino, with its prefix": (261, 2, 64, False),
+    "fewer keys than a register": (5, 2, 64, False),
+}
+
+
+def one_device() -> Mesh:
+    return make_mesh({"fsdp": 1}, jax.devices()[:1])
+
+
+def inputs(length, heads, dim, rows=2):
+    """q, k, v and the gradient of the result, [B, T, N, H], rounded to bfloat16 and kept in float64."""
+    draws = np.random.default_rng(length).standard_normal((4, rows, length, heads, dim))
+    draws[:2] *= 2.0  # some weights near 1
+    return draws.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def exact(q, k, v, gradient, causal):
+    """Attention [B, T, N, H] and the gradients of q, k and v in float64, written out."""
+    length, dim = q.shape[1], q.shape[-1]
+    angles = np.arange(length)[:, None] * THETA ** (-np.arange(dim // 2) / (dim // 2))
+    # Cosine and sine are rounded, as the reference does.
+    cos, sin = (np.tile(f(angles), 2).astype(ml_dtypes.bfloat16).astype(np.float64) for f in (np.cos, np.sin))
+    cos, sin = cos[:, None], sin[:, None]
+    half = lambda x: np.concatenate([-x[..., dim // 2 :], x[..., : dim // 2]], axis=-1)
+    turn = (lambda x, s: x * cos + half(x) * s) if causal else (lambda x, s: x)
+    q, k = turn(q, sin), turn(k, sin)
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(dim)
+    if causal:
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("bnts,bsnh->btnh", weights, v)
+    to_v = np.einsum("bnts,btnh->bsnh", weights, gradient)
+    to_weights = np.einsum("btnh,bsnh->bnts", gradient, v)
+    to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdims=True)) / np.sqrt(dim)
+    to_q = turn(np.einsum("bnts,bsnh->btnh", to_scores, k), -sin)
+    to_k = turn(np.einsum("bnts,btnh->bsnh", to_scores, q), -sin)
+    return mixed, to_q, to_k, to_v
+
+
+def by_compiler(q, k, v, causal):
+    positions = jnp.arange(q.shape[1])[None]
+    if causal:
+        q, k = rope(q, positions, THETA), rope(k, positions, THETA)
+    mask = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool)) if causal else None
+    return attention(q, k, v, mask)
+
+
+def by_kernel(q, k, v, causal, mesh=None):
+    batch, length, heads, dim = q.shape
+    flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v)]
+    with activations_sharded(mesh or one_device(), kernels=True):
+        kernel = attention_kernel(flat[0], heads, causal=causal, theta=THETA if causal else None)
+        assert kernel is not None
+        return kernel(*flat).reshape(q.shape)
+
+
+def with_gradients(function, arrays, causal):
+    q, k, v, gradient = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+
+    @jax.jit
+    def run(q, k, v, gradient):
+        mixed, back = jax.vjp(lambda *x: function(*x, causal), q, k, v)
+        return mixed, *back(gradient)
+
+    return [np.asarray(x, np.float64) for x in run(q, k, v, gradient)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_as_near_to_float64_as_the_compilers(case):
+    length, heads, dim, causal = CASES[case]
+    arrays = inputs(length, heads, dim)
+    truth = exact(*arrays, causal)
+    ours = with_gradients(by_kernel, arrays, causal)
+    theirs = with_gradients(by_compiler, arrays, causal)
+    for name, exactly, our, their in zip(("result", "q", "k", "v"), truth, ours, theirs, strict=True):
+        distance = lambda x, exactly=exactly: np.linalg.norm(x - exactly) / np.linalg.norm(exactly)
+        assert distance(our) < 0.012, name
+        assert distance(our) < 1.2 * distance(their), name
+
+
+def test_what_no_position_holds_does_not_matter():
+    """Behind the last position lies whatever the memory held: interpreted, that is NaN."""
+    arrays = inputs(5, 2, 64)
+    assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, False))
+    arrays = inputs(130, 1, 128)
+    assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, True))
+
+
+def test_rows_stay_on_their_chips():
+    arrays = inputs(40, 2, 64, rows=8)
+    spread = lambda q, k, v, causal: by_kernel(q, k, v, causal, make_mesh({"data": 2, "fsdp": 4}))
+    for one, many in zip(
+        with_gradients(by_kernel, arrays, False), with_gradients(spread, arrays, False), strict=True
+    ):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_what_a_kernel_does_not_take():
+    mesh = one_device()
+    x = jnp.zeros((1, 64, 256), jnp.bfloat16)
+    assert flash.fits(x, 2, True, mesh)
+    assert not flash.fits(x.astype(jnp.float32), 2, True, mesh)
+    assert not flash.fits(x, 4, True, mesh), "heads of 64 are not rotated"
+    assert not flash.fits(jnp.zeros((1, 64, 72), jnp.bfloat16), 1, False, mesh), "lanes left over"
+    assert not flash.fits(jnp.zeros((1, 3000, 4096), jnp.bfloat16), 32, True, mesh), "more keys than fit"
+    with activations_sharded(mesh):
+        assert attention_kernel(x, 2, causal=True) is None
+    with activations_sharded(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), kernels=True):
+        assert attention_kernel(x, 2, causal=True) is None
+    assert attention_kernel(x, 2, causal=True) is None
