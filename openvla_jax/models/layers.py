@@ -97,6 +97,14 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
     return product(x, stored)
 
 
+def by_row(function: Callable[[Array, Array], Array], x: Float[Array, "... D"], row: nnx.Param) -> Array:
+    """`function` of x and a parameter [D], both in the dtype of x. Written in float32 the result is the same, and the
+    row's gradient is summed up in float32: in bfloat16 a sum of thousands loses most of them.
+    """
+    row = row[...].astype(x.dtype).astype(jnp.float32)
+    return function(x.astype(jnp.float32), row).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, kernel [in, out] (transposed against PyTorch), computed in the dtype of `x`.
 
@@ -116,7 +124,7 @@ class Linear(nnx.Module):
         y = matmul(x, self.kernel, preferred_element_type)
         if self.lora is not None:
             y = y + self.lora(x, matmul_precision(x.dtype)).astype(y.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else by_row(jnp.add, y, self.bias)
 
 
 class LayerNorm(nnx.Module):
@@ -149,7 +157,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = save_name(jnp.square(x32).mean(axis=-1), "statistics")[..., None]
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return by_row(jnp.multiply, normed.astype(x.dtype), self.scale)
 
 
 def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:

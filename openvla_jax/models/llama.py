@@ -25,6 +25,7 @@ from openvla_jax.models.layers import (
     scan_layers,
     scan_stack,
 )
+from openvla_jax.models.placement import take_rows
 from openvla_jax.models.quantize import QTensor
 
 
@@ -108,8 +109,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array | np.ndarray, "B T"], dtype) -> Float[Array, "B T D"]:
         if isinstance(self.table, QTensor):
             return self.table.rows(ids, dtype)
-        # Rows first, then the cast: the gradient adds up in float32. In bfloat16 a token seen 4096 times counts 256.
-        return self.table[...][ids].astype(dtype)
+        return take_rows(self.table[...], jnp.asarray(ids), dtype)
 
 
 class Llama(nnx.Module):

@@ -3,8 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -63,3 +65,41 @@ def weights_are_spread() -> bool:
     """Whether `gathered` does anything."""
     mesh = _MESH.get()
     return mesh is not None and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
+
+
+def take_rows(table: Array, ids: Array, dtype) -> Array:
+    """Rows [B, T, D] of a table [V, D], in `dtype`.
+
+    Rows first, then the cast: a chip's gradient adds up in float32, as in bfloat16 a token seen 4096 times counts 256.
+    Between chips it goes in `dtype`, as those of products do, and each gets its part of the table only. The compiler
+    alone sends all of it to all in float32.
+    """
+    mesh = _MESH.get()
+    if mesh is None or not weights_are_spread() or table.shape[1] % mesh.shape["fsdp"]:
+        return table[ids].astype(dtype)
+    return _take_rows(mesh, jnp.dtype(dtype), table, ids)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take_rows(mesh: Mesh, dtype, table: Array, ids: Array) -> Array:
+    return table[ids].astype(dtype)
+
+
+def _take_rows_forward(mesh: Mesh, dtype, table: Array, ids: Array) -> tuple[Array, tuple[Array, int]]:
+    return _take_rows(mesh, dtype, table, ids), (ids, table.shape[0])
+
+
+def _take_rows_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
+    ids, size = residuals
+
+    def on_each_chip(ids: Array, gradient: Array) -> Array:
+        rows = jnp.zeros((size, gradient.shape[-1]), jnp.float32).at[ids].add(gradient.astype(jnp.float32))
+        part = jax.lax.psum_scatter(rows.astype(dtype), "fsdp", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(part.astype(jnp.float32), "data")
+
+    split = PartitionSpec(ROWS)
+    summed = jax.shard_map(on_each_chip, mesh=mesh, in_specs=(split, split), out_specs=PartitionSpec(None, "fsdp"))
+    return summed(ids, gradient), None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)

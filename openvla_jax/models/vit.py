@@ -17,6 +17,7 @@ from openvla_jax.models.layers import (
     Linear,
     attention,
     attention_kernel,
+    by_row,
     make_param,
     matmul,
     matmul_precision,
@@ -117,9 +118,9 @@ class ViTBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         y = self.attention(self.norm1(x))
-        x = x + (y if self.scale1 is None else y * self.scale1[...].astype(y.dtype))
+        x = x + (y if self.scale1 is None else by_row(jnp.multiply, y, self.scale1))
         y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else save_name(y, "o") * self.scale2[...].astype(y.dtype))
+        return x + (y if self.scale2 is None else by_row(jnp.multiply, save_name(y, "o"), self.scale2))
 
 
 class ViT(nnx.Module):

@@ -146,7 +146,10 @@ def planning_environment(environment: Mapping[str, str], dump: Path) -> dict[str
     text into `dump`, and into `schedules(dump)` what it schedules, a line for each cycle.
     """
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=nothing"
-    of_tpus = f"--xla_jf_dump_to={schedules(dump)} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=pre-delay"
+    of_tpus = (
+        f"--xla_jf_dump_to={schedules(dump)} --xla_jf_dump_category_filter=utilization "
+        "--xla_jf_dump_llo_pass_label_regex=pre-delay"
+    )
     return {
         "LIBTPU_INIT_ARGS": f"{environment.get('LIBTPU_INIT_ARGS', '')} {of_tpus}".strip(),
         "JAX_PLATFORMS": "cpu",
