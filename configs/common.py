@@ -111,16 +111,16 @@ def finetune(trainable: str) -> ConfigDict:
 # in which v4 and v5p count two cores a chip. Other slices: --plan_search, and the settings that it proposes.
 # `mesh.data` of 2 where gradients become real reduce-scatters over half of the slice, but not over the whole.
 SLICES: dict[str, dict[str, Any]] = {
-    "v4-128": {"topology": "v4:4x4x4", "train.remat": "q,k,o,gate", "mesh.data": 2},
+    "v4-128": {"topology": "v4:4x4x4", "train.remat": "attention,gate,up", "mesh.data": 2},
     "v5p-128": {"topology": "v5p:4x4x4", "train.remat": "save_dots"},
     "v5p-256": {"topology": "v5p:4x4x8", "train.remat": "save_dots"},
-    "v5e-64": {"topology": "v5e:8x8", "train.remat": "o", "mesh.data": 2},
+    "v5e-64": {"topology": "v5e:8x8", "train.remat": "attention", "mesh.data": 2},
     "v5e-256": {
         "topology": "v5e:16x16",
         "train.remat": "q,k,v,attention,o,gate,up,activation",
         "mesh.data": 2,  # 256 divides no width of SigLIP
     },
-    "v6e-64": {"topology": "v6e:8x8", "train.remat": "q,k,o,gate"},
+    "v6e-64": {"topology": "v6e:8x8", "train.remat": "attention,gate,up", "mesh.data": 2},
 }
 
 

@@ -104,7 +104,9 @@ def _round_up(x: int, to: int) -> int:
 
 def _program(x: Array, heads: int, dim: int, causal: bool, device_kind: str) -> _Shape | None:
     """What one program works on; None where no whole number of heads fills lanes and fits the memory."""
-    shapes = [_Shape(x.shape[1], n, dim, causal) for n in range(1, heads + 1) if heads % n == 0 and n * dim % LANES == 0]
+    shapes = [
+        _Shape(x.shape[1], n, dim, causal) for n in range(1, heads + 1) if heads % n == 0 and n * dim % LANES == 0
+    ]
     fitting = [shape for shape in shapes if shape.vmem_bytes <= _VMEM.get(device_kind, _VMEM_ELSEWHERE)]
     # More heads together than eight registers hold gain nothing and take long to compile.
     return max((s for s in fitting if s.heads * dim <= 8 * LANES), default=min(fitting, default=None))
@@ -158,6 +160,7 @@ def _call(kernel, name: str, x: Array, angles: Angles | None, heads: int, causal
     device = mesh.devices.flat[0]
     dim = x.shape[-1] // heads
     shape = _program(x, heads, dim, causal, device.device_kind)
+    assert shape is not None, "ask `fits` first"
     backward = kernel is _backward_kernel
     row = pl.BlockSpec((1, shape.queries, shape.heads * dim), lambda b, n: (b, 0, n))
     sums = pl.BlockSpec((1, shape.heads, 1, shape.queries), lambda b, n: (b, n, 0, 0))
@@ -176,9 +179,7 @@ def _call(kernel, name: str, x: Array, angles: Angles | None, heads: int, causal
             out_specs=[row] * 3 if backward else [row, sums],
             out_shape=[like] * 3 if backward else [like, logarithms],
             scratch_shapes=shape.scratch(x.dtype, backward),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
             interpret=device.platform != "tpu",
             name=name,
             metadata={"programs": str(math.prod(grid))},  # the compiler's text does not say (training/hlo.py)
@@ -270,12 +271,12 @@ def _backward_kernel(*refs, shape: _Shape):
 
 def _load_rotated(q_ref, k_ref, angles, q, k, shape: _Shape) -> None:
     """Queries and keys by heads, zeros behind the last position."""
-    cos, sin = (ref[...].astype(jnp.float32) for ref in angles) if angles else (None, None)
+    cos_and_sin = [ref[...].astype(jnp.float32) for ref in angles]
     for head in range(shape.heads):
         for ref, to in ((q_ref, q), (k_ref, k)):
             x = ref[0, : shape.keys, shape.lanes(head)]
-            if cos is not None:
-                x = _rotate(x.astype(jnp.float32), cos, sin).astype(to.dtype)
+            if cos_and_sin:
+                x = _rotate(x.astype(jnp.float32), *cos_and_sin).astype(to.dtype)
             to[head, : shape.keys] = _real(x, 0, shape.length)
         if shape.queries > shape.keys:
             q[head, shape.keys :] = jnp.zeros((shape.queries - shape.keys, shape.dim), q.dtype)

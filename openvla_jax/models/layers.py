@@ -99,10 +99,11 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
 
 def by_row(function: Callable[[Array, Array], Array], x: Float[Array, "... D"], row: nnx.Param) -> Array:
     """`function` of x and a parameter [D], both in the dtype of x. Written in float32 the result is the same, and the
-    row's gradient is summed up in float32: in bfloat16 a sum of thousands loses most of them.
+    row's gradient is summed up and stays in float32: in bfloat16 a sum of thousands loses most of them.
     """
-    row = row[...].astype(x.dtype).astype(jnp.float32)
-    return function(x.astype(jnp.float32), row).astype(x.dtype)
+    exact = row[...].astype(jnp.float32)
+    rounded = exact + jax.lax.stop_gradient(exact.astype(x.dtype).astype(jnp.float32) - exact)
+    return function(x.astype(jnp.float32), rounded).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -32,9 +32,10 @@ from openvla_jax.training.tpu import Slice, compiler_options, parse_slice, sched
 
 ACTION_DIM = 7
 ASSUMPTIONS = (
-    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock, of kernels from the "
-    "schedules that it made of them; communication from bytes over published link rates, overlapped as scheduled; no data loading, checkpoints or restarts. MFU counts "
-    "model FLOPs (no recomputation, causal attention halved) against the published bf16 peak."
+    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock, of kernels from "
+    "the schedules that it made of them; communication from bytes over published link rates, overlapped as scheduled; "
+    "no data loading, checkpoints or restarts. MFU counts model FLOPs (no recomputation, causal attention halved) "
+    "against the published bf16 peak."
 )
 _OUT_OF_MEMORY = re.compile(r"(?:Used |\()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -49,10 +50,10 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
 
     `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, hosts,
     global_batch, per_chip_batch, accumulation, remat, params, trained_params, fits, hbm_capacity_bytes,
-    hbm_peak_bytes, args_bytes, temp_bytes, model_flops_per_step, compute_seconds, kernel_seconds,
-    comm_seconds, exposed_comm_seconds, step_seconds, mfu, examples_per_second, days, collectives {kind: {count, bytes}},
-    compiler_options, compile_seconds. Times, MFU and collectives are None where the program does not fit. ValueError
-    for a topology that does not exist or a batch that it does not divide.
+    hbm_peak_bytes, args_bytes, temp_bytes, model_flops_per_step, compute_seconds, kernel_seconds (a part of it),
+    comm_seconds, exposed_comm_seconds, step_seconds, mfu, examples_per_second, days, collectives {kind: {count,
+    bytes}}, compiler_options, compile_seconds. Times, MFU and collectives are None where the program does not fit.
+    ValueError for a topology that does not exist or a batch that it does not divide.
     """
     tpu = parse_slice(topology)
     train = config.train

@@ -1,16 +1,23 @@
 """The attention kernel, interpreted on a CPU, against attention in float64; and in a whole training step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from training.batches import ONE_TOWER, random_batch
 
 from openvla_jax.models import flash_attention as flash
 from openvla_jax.models.layers import attention, attention_kernel, rope
 from openvla_jax.models.placement import activations_sharded
-from openvla_jax.training.sharding import make_mesh
+from openvla_jax.training.optimizer import make_optimizer, make_schedule
+from openvla_jax.training.sharding import global_batch, make_mesh
+from openvla_jax.training.state import abstract_state, init_state
+from openvla_jax.training.step import make_train_step
 
 THETA = 10000.0
 CASES = {  # length, heads, head dim, causal (then rotated as well)
@@ -109,9 +116,7 @@ def test_what_no_position_holds_does_not_matter():
 def test_rows_stay_on_their_chips():
     arrays = inputs(40, 2, 64, rows=8)
     spread = lambda q, k, v, causal: by_kernel(q, k, v, causal, make_mesh({"data": 2, "fsdp": 4}))
-    for one, many in zip(
-        with_gradients(by_kernel, arrays, False), with_gradients(spread, arrays, False), strict=True
-    ):
+    for one, many in zip(with_gradients(by_kernel, arrays, False), with_gradients(spread, arrays, False), strict=True):
         np.testing.assert_array_equal(one, many)
 
 
@@ -128,3 +133,37 @@ def test_what_a_kernel_does_not_take():
     with activations_sharded(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), kernels=True):
         assert attention_kernel(x, 2, causal=True) is None
     assert attention_kernel(x, 2, causal=True) is None
+
+
+def test_a_training_step_with_kernels_is_one_without(monkeypatch):
+    """The tower and the language model both run as kernels, over eight devices, recomputing what is not kept."""
+    tower, llama = ONE_TOWER.towers[0], ONE_TOWER.llama
+    tower = dataclasses.replace(tower, width=128, heads=2, depth=3)
+    llama = dataclasses.replace(llama, width=256, heads=2, kv_heads=2, depth=2)
+    model = dataclasses.replace(ONE_TOWER, towers=(tower,), llama=llama)
+    settings = ConfigDict(
+        dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
+             b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)
+    )  # fmt: skip
+    schedule = make_schedule(settings, 10)
+    optimizer, mesh = make_optimizer(settings, schedule), make_mesh({"data": 2, "fsdp": 4})
+    _, placed = abstract_state(model, jnp.bfloat16, optimizer, mesh)
+    state = init_state(model, jnp.bfloat16, optimizer, mesh, seed=3)
+    batch = global_batch(random_batch(8, model=model), mesh)
+    called, call = [], flash.flash_attention
+    monkeypatch.setattr(flash, "flash_attention", lambda *arguments: called.append(1) or call(*arguments))
+
+    def run(kernels):
+        step = make_train_step(
+            model, optimizer, schedule, mesh, dtype=jnp.bfloat16, datasets=2, remat="attention,gate,up", kernels=kernels
+        )
+        after, metrics = jax.jit(step, out_shardings=(placed, None))(state, batch)
+        return jax.device_get((after.opt_state, metrics["loss"], metrics["grad_norm"]))
+
+    without = run(False)
+    assert not called
+    with_kernels = run(True)
+    assert len(called) == 2, "one in the tower's layers, one in the language model's"
+    np.testing.assert_allclose(with_kernels[1:], without[1:], rtol=5e-3)
+    for one, other in zip(jax.tree.leaves(with_kernels[0]), jax.tree.leaves(without[0]), strict=True):
+        assert np.linalg.norm(one - other) <= 0.1 * np.linalg.norm(other) + 1e-6

@@ -88,6 +88,17 @@ def test_rms_norm_rounds_as_llama():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("function", [jnp.add, jnp.multiply])
+def test_a_parameter_of_a_row_counts_every_row(function):
+    x = jnp.asarray(normal(0, 5000, 4), jnp.bfloat16)
+    row = nnx.Param(jnp.asarray(normal(1, 4)))
+    plainly = function(x, row[...].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(layers.by_row(function, x, row), plainly)
+    gradient = jax.jit(jax.grad(lambda row: layers.by_row(function, x, nnx.Param(row)).astype(jnp.float32).sum()))
+    exact = np.asarray(x, np.float64).sum(0) if function is jnp.multiply else np.full(4, 5000.0)
+    np.testing.assert_allclose(gradient(row[...]), exact, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("theta", [100.0, 10_000.0, 1_000_000.0])
 def test_rope(theta):
     x = normal(0, 2, 40, 3, 16)

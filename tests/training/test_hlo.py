@@ -155,3 +155,34 @@ def test_a_slice_of_an_all_reduce_that_is_run_as_a_reduce_scatter_is_one(emitter
     assert cost.exposed_seconds == 32 * 8 * 2 * 31
     other = Program(SCATTERED.replace("EMITTER", "")).cost(clock=1000.0, seconds=lambda kind, size, group: size)
     assert dict(other.collectives) == {"all-reduce": pytest.approx(2 * 1024 * 8 * 2 * 31 / 32)}
+
+
+KERNEL = """
+%f (p: s32[]) -> s32[] {
+  ROOT %inner = s32[] add(%p, %p)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %first = s32[] fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1000"}
+  %kernel.3 = (bf16[2,8,128]{2,1,0:T(8,128)(2,1)}, f32[2,8]{1,0}) custom-call(%first, %p), TARGET, LAYOUTS={
+"programs":"48"
+}}, metadata={op_name="attention"}, backend_config={"flag_configs":[]}
+  ROOT %part = f32[2,8]{1,0} get-tuple-element(%kernel.3), index=1, frontend_attributes={kernel_metadata={
+"programs":"48"
+}}
+}
+""".replace("TARGET", 'custom_call_target="tpu_custom_call"').replace(
+    "LAYOUTS",
+    "operand_layout_constraints={bf16[2,8,128]{2,1,0}, f32[100]{0}}, frontend_attributes={kernel_metadata=",
+)
+
+
+def test_kernels_take_what_they_are_said_to():
+    program = Program(KERNEL)
+    (kernel,) = [i for i in program.computations["main"] if i.is_kernel]
+    assert (kernel.name, kernel.programs, kernel.cycles) == ("kernel.3", 48, 0)
+    assert kernel.kernel_bytes == 2 * (2 * 8 * 128 * 2) + 2 * 8 * 4 + 100 * 4
+    cost = program.cost(clock=1000.0, seconds=lambda *_: 0.0, kernel_seconds=lambda kernel: kernel.programs / 4)
+    assert (cost.compute_seconds, cost.kernel_seconds) == (13.0, 12.0)
+    with pytest.raises(ValueError, match=r"kernel\.3: nothing tells how long"):
+        program.cost(clock=1000.0, seconds=lambda *_: 0.0)

@@ -158,6 +158,63 @@ def test_peak_of_a_donated_state_is_the_compilers_total(tmp_path):
     assert peak == pytest.approx(total, rel=0.02)
 
 
+ATTENTION = """
+import os, sys
+from pathlib import Path
+
+from openvla_jax.training.tpu import parse_slice, planning_environment
+
+dump, topology = Path(sys.argv[1]), sys.argv[2]
+environment = planning_environment(os.environ, dump)
+profile = dump / "profile"
+profile.mkdir()
+environment["LIBTPU_INIT_ARGS"] += f" --xla_jf_dump_static_llo_profile_to={profile}"
+os.environ.update(environment)
+import re
+
+import jax
+import jax.numpy as jnp
+
+from openvla_jax.models.layers import attention_kernel
+from openvla_jax.models.placement import activations_sharded
+from openvla_jax.training.plan import compile_for, topology_devices
+from openvla_jax.training.sharding import make_mesh
+
+tpu = parse_slice(topology)
+mesh = make_mesh({"fsdp": 1}, topology_devices(tpu)[:1])
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+x = jax.ShapeDtypeStruct((8, 256, 512), jnp.bfloat16, sharding=place)
+
+
+def mixed(q, k, v):
+    with activations_sharded(mesh, kernels=True):
+        return attention_kernel(q, 4, causal=True, theta=1e4)(q, k, v)
+
+
+def backward(q, k, v, gradient):
+    return jax.vjp(mixed, q, k, v)[1](gradient)
+
+
+compiled = compile_for(jax.jit(backward).lower(x, x, x, x), "backward", tpu, dump)
+cycles = [int(re.search(r"cycles: (\\d+)", p.read_text())[1]) for p in profile.glob("*flash_attention*")]
+print(len(cycles), compiled.cost.kernel_seconds * tpu.facts.clock, sum(cycles))
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("v4:2x2x1", marks=pytest.mark.long)])
+def test_kernels_cost_what_the_compiler_says_of_them_alone(tmp_path, topology):
+    """It says so of small programs only: of a whole step that takes more memory than a laptop has."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", ATTENTION, str(tmp_path), topology]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels, ours, theirs = map(float, result.stdout.split()[-3:])
+    assert kernels == 2, "forward for its sums, and backward"
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

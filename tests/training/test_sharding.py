@@ -12,6 +12,7 @@ from training.batches import MODEL, random_batch
 
 from openvla_jax.config import preset
 from openvla_jax.models.openvla import abstract_model
+from openvla_jax.models.placement import activations_sharded, take_rows
 from openvla_jax.training import sharding
 
 
@@ -121,3 +122,26 @@ def test_batch_is_split_over_data_and_fsdp():
 def test_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(ValueError, match=r"batch_size 20 is not a multiple .* nearest that is: 16"):
         sharding.check_batch(20, 1, sharding.make_mesh({"fsdp": -1}))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_a_tables_gradient_is_summed_where_it_lies(dtype, tolerance):
+    """As that of one device, in which a token that is everywhere counts each time."""
+    table = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    ids = np.random.default_rng(1).integers(0, 50, (16, 40)) * (np.arange(40) % 2)  # half of them 0
+    weights = jnp.asarray(1 + np.random.default_rng(2).random((16, 40, 16)), dtype)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    placed = jax.sharding.NamedSharding(mesh, P(None, "fsdp"))
+
+    @jax.jit
+    def gradient(table, ids):
+        with activations_sharded(mesh):
+            return jax.grad(lambda table: (take_rows(table, ids, dtype) * weights).astype(jnp.float32).sum())(table)
+
+    ours = gradient(
+        jax.device_put(table, placed), jax.device_put(ids, jax.sharding.NamedSharding(mesh, P(("data", "fsdp"))))
+    )
+    exact = np.zeros_like(table)
+    np.add.at(exact, ids, np.asarray(weights, np.float32))
+    assert ours.sharding.is_equivalent_to(placed, 2) and ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, exact, rtol=tolerance)
