@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from openvla_jax.models import flash_attention
+from openvla_jax.models import flash_attention, placement
 from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
 from openvla_jax.models.placement import gathered, kernel_mesh, shard_rows, weights_are_spread
 from openvla_jax.models.quantize import QTensor
@@ -90,7 +90,10 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
     stored = kernel[...]
     product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
     if stored.dtype != x.dtype:
-        return product(x, stored.astype(x.dtype))
+        weights = stored.astype(x.dtype)
+        if kernel.axes[-1] == "embed" and precision is None and preferred_element_type is None:
+            return placement.product(x, weights)
+        return product(x, weights)
     if weights_are_spread():
         # Kept for the backward pass is this chip's part, not what was gathered.
         return jax.checkpoint(lambda x, weights: product(x, gathered(weights)), prevent_cse=False)(x, stored)

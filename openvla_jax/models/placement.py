@@ -103,3 +103,34 @@ def _take_rows_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradien
 
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+def product(x: Array, weights: Array) -> Array:
+    """`x @ weights`, of weights [in, out] that are spread over chips by `out`.
+
+    Their gradient is made as [out, in], in which a chip's part lies in one piece: of parts of every row some compilers
+    make no reduce-scatter, but send the whole to all.
+    """
+    mesh = _MESH.get()
+    if mesh is None or not weights_are_spread() or weights.shape[1] % mesh.shape["fsdp"]:
+        return jnp.matmul(x, weights)
+    return _product(mesh, x, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(mesh: Mesh, x: Array, weights: Array) -> Array:
+    return jnp.matmul(x, weights)
+
+
+def _product_forward(mesh: Mesh, x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(mesh, x, weights), (x, weights)
+
+
+def _product_backward(mesh: Mesh, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weights = residuals
+    to_weights = jnp.einsum("...o,...i->oi", gradient, x)
+    to_weights = jax.lax.with_sharding_constraint(to_weights, NamedSharding(mesh, PartitionSpec("fsdp")))
+    return jnp.matmul(gradient, weights.T), to_weights.T
+
+
+_product.defvjp(_product_forward, _product_backward)
