@@ -91,8 +91,9 @@ def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_elem
     product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
     if stored.dtype != x.dtype:
         weights = stored.astype(x.dtype)
-        if kernel.axes[-1] == "embed" and precision is None and preferred_element_type is None:
-            return placement.product(x, weights)
+        by_outputs = kernel.axes[-1] == "embed"
+        if precision is None and (by_outputs or preferred_element_type is not None):
+            return placement.product(x, weights, by_outputs, preferred_element_type)
         return product(x, weights)
     if weights_are_spread():
         # Kept for the backward pass is this chip's part, not what was gathered.

@@ -94,8 +94,8 @@ def _take_rows_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradien
 
     def on_each_chip(ids: Array, gradient: Array) -> Array:
         rows = jnp.zeros((size, gradient.shape[-1]), jnp.float32).at[ids].add(gradient.astype(jnp.float32))
-        part = jax.lax.psum_scatter(rows.astype(dtype), "fsdp", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(part.astype(jnp.float32), "data")
+        part = jax.lax.psum_scatter(rows.astype(dtype).T, "fsdp", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(part.astype(jnp.float32), "data").T
 
     split = PartitionSpec(ROWS)
     summed = jax.shard_map(on_each_chip, mesh=mesh, in_specs=(split, split), out_specs=PartitionSpec(None, "fsdp"))
@@ -105,32 +105,34 @@ def _take_rows_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradien
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-def product(x: Array, weights: Array) -> Array:
-    """`x @ weights`, of weights [in, out] that are spread over chips by `out`.
+def product(x: Array, weights: Array, by_outputs: bool, result_dtype=None) -> Array:
+    """`x @ weights`, of weights [in, out] that are spread over chips by what goes in or by what comes out.
 
-    Their gradient is made as [out, in], in which a chip's part lies in one piece: of parts of every row some compilers
-    make no reduce-scatter, but send the whole to all.
+    Their gradient goes between chips in their own dtype, and is made with the dimension first by which they are spread:
+    a chip's part then lies in one piece. Of parts of every row some compilers make no reduce-scatter, but send the
+    whole to all.
     """
     mesh = _MESH.get()
-    if mesh is None or not weights_are_spread() or weights.shape[1] % mesh.shape["fsdp"]:
-        return jnp.matmul(x, weights)
-    return _product(mesh, x, weights)
+    if mesh is None or not weights_are_spread() or weights.shape[by_outputs] % mesh.shape["fsdp"]:
+        return jnp.matmul(x, weights, preferred_element_type=result_dtype)
+    return _product(mesh, by_outputs, result_dtype, x, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(mesh: Mesh, x: Array, weights: Array) -> Array:
-    return jnp.matmul(x, weights)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(mesh: Mesh, by_outputs: bool, result_dtype, x: Array, weights: Array) -> Array:
+    return jnp.matmul(x, weights, preferred_element_type=result_dtype)
 
 
-def _product_forward(mesh: Mesh, x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(mesh, x, weights), (x, weights)
+def _product_forward(mesh: Mesh, by_outputs: bool, result_dtype, x: Array, weights: Array):
+    return _product(mesh, by_outputs, result_dtype, x, weights), (x, weights)
 
 
-def _product_backward(mesh: Mesh, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _product_backward(mesh: Mesh, by_outputs: bool, result_dtype, residuals: tuple[Array, Array], gradient: Array):
     x, weights = residuals
-    to_weights = jnp.einsum("...o,...i->oi", gradient, x)
+    gradient = gradient.astype(weights.dtype)  # as a TPU's product takes it in any case
+    to_weights = jnp.einsum("...o,...i->oi" if by_outputs else "...o,...i->io", gradient, x)
     to_weights = jax.lax.with_sharding_constraint(to_weights, NamedSharding(mesh, PartitionSpec("fsdp")))
-    return jnp.matmul(gradient, weights.T), to_weights.T
+    return jnp.matmul(gradient, weights.T), to_weights.T if by_outputs else to_weights
 
 
 _product.defvjp(_product_forward, _product_backward)
