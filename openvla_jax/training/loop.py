@@ -39,6 +39,7 @@ from openvla_jax.training.checkpoint import (
     restore_state,
     steps_in,
 )
+from openvla_jax.training.kernels import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, retry, use_compilation_cache
 from openvla_jax.training.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.training.state import TrainState, init_state
@@ -189,6 +190,8 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     )
 
     # -- Step ---------------------------------------------------------------------------------------------------------
+    if job.kernels:
+        check_kernels(model, config.data.text_length, jax.local_devices()[0])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     eval_step = make_eval_step(model, dtype=dtype, datasets=datasets, tuning=tuning)
     eval_fn = jax.jit(eval_step, out_shardings=everywhere)

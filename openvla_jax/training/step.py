@@ -184,6 +184,7 @@ class Job:
     optimizer: optax.GradientTransformation
     abstract: TrainState
     placed: TrainState
+    kernels: bool  # whether the step may run kernels of its own
     step: Any  # a jitted `(state, batch) -> (state, metrics)` that takes the state's memory
 
 
@@ -199,14 +200,15 @@ def make_job(
     schedule = make_schedule(config.optimizer, train.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
+    kernels = train.kernels and mesh.devices.flat[0].platform == "tpu"
     step = make_train_step(
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
         remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
-        kernels=train.kernels and mesh.devices.flat[0].platform == "tpu",
+        kernels=kernels,
     )  # fmt: skip
     everywhere = NamedSharding(mesh, P())  # every host reads the metrics
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)
-    return Job(tuning, optimizer, abstract, placed, step)
+    return Job(tuning, optimizer, abstract, placed, kernels, step)
 
 
 def make_augment(settings: ml_collections.ConfigDict):

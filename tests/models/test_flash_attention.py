@@ -165,5 +165,7 @@ def test_a_training_step_with_kernels_is_one_without(monkeypatch):
     with_kernels = run(True)
     assert len(called) == 2, "one in the tower's layers, one in the language model's"
     np.testing.assert_allclose(with_kernels[1:], without[1:], rtol=5e-3)
-    for one, other in zip(jax.tree.leaves(with_kernels[0]), jax.tree.leaves(without[0]), strict=True):
-        assert np.linalg.norm(one - other) <= 0.1 * np.linalg.norm(other) + 1e-6
+    pairs = list(zip(jax.tree.leaves(with_kernels[0]), jax.tree.leaves(without[0]), strict=True))
+    largest = max(np.linalg.norm(other) for _, other in pairs)
+    for one, other in pairs:  # the key biases' gradients are rounding errors of much larger terms
+        assert np.linalg.norm(one - other) <= 0.1 * np.linalg.norm(other) + 1e-3 * largest
