@@ -62,7 +62,7 @@ def count(jaxpr, positions, times=1):
     ("capacity", "fastest", "planned"),
     [
         (100, ("save_dots", 1), len(planner.SEARCHED)),
-        (35, ("save_qkv", 1), len(planner.SEARCHED)),
+        (35, ("q,k,v,attention", 1), len(planner.SEARCHED)),
         (9, ("full", 2), 1 + len(planner.SEARCHED)),  # at first not even the one that keeps nothing
         (0, ("full", 8), 4),
     ],
