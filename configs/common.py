@@ -109,7 +109,7 @@ def finetune(trainable: str) -> ConfigDict:
 
 # What a run of batch 2048 needs on a slice, as `configs/openvla_7b.py:v5p-128`: the names are Google's types of slices,
 # in which v4 and v5p count two cores a chip. Other slices: --plan_search, and the settings that it proposes.
-# `mesh.data` of 2 where gradients become real reduce-scatters over half of the slice, but not over the whole.
+# `mesh.data` where gradients become real reduce-scatters over 32 chips, but not over more.
 SLICES: dict[str, dict[str, Any]] = {
     "v4-128": {"topology": "v4:4x4x4", "train.remat": "attention,gate,up", "mesh.data": 2},
     "v5p-128": {"topology": "v5p:4x4x4", "train.remat": "save_dots"},
@@ -118,7 +118,7 @@ SLICES: dict[str, dict[str, Any]] = {
     "v5e-256": {
         "topology": "v5e:16x16",
         "train.remat": "q,k,v,attention,o,gate,up,activation",
-        "mesh.data": 2,  # 256 divides no width of SigLIP
+        "mesh.data": 8,
     },
     "v6e-64": {"topology": "v6e:8x8", "train.remat": "attention,gate,up", "mesh.data": 2},
 }

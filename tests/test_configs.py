@@ -35,7 +35,7 @@ def test_unknown_runs_and_slices_are_refused():
         registered.get_config("bridge")
     with pytest.raises(ValueError, match="unknown slice 'v5p'"):
         openvla_7b.get_config("v5p")
-    assert registered.get_config("siglip-224px+mx-oxe-magic-soup,v5e-256").mesh.data == 2
+    assert registered.get_config("siglip-224px+mx-oxe-magic-soup,v5e-256").mesh.data == 8
 
 
 @pytest.mark.parametrize("name", SLICES)
