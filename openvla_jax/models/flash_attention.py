@@ -46,6 +46,7 @@ class _Shape(NamedTuple):
     heads: int
     dim: int
     causal: bool
+    interpreted: bool
 
     @property
     def keys(self) -> int:
@@ -72,6 +73,12 @@ class _Shape(NamedTuple):
         for first in range(0, self.queries, LANES):
             seen = min(first + LANES, self.keys) if self.causal else self.keys
             yield slice(first, first + LANES), [slice(i, min(i + LANES, seen)) for i in range(0, seen, LANES)]
+
+    def product(self, a: Array, b: Array, dimensions: Any = (((1,), (0,)), ((), ()))) -> Array:
+        """In float32."""
+        if self.interpreted:  # not every version of a CPU's compiler has the product of bfloat16 in float32
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
     def scratch(self, dtype, backward: bool) -> list[Any]:
         """Queries and keys by heads, rotated; values; in a backward pass the gradient and keys transposed; weights; and
@@ -102,12 +109,14 @@ def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def _program(x: Array, heads: int, dim: int, causal: bool, device_kind: str) -> _Shape | None:
+def _program(x: Array, heads: int, dim: int, causal: bool, device: jax.Device) -> _Shape | None:
     """What one program works on; None where no whole number of heads fills lanes and fits the memory."""
     shapes = [
-        _Shape(x.shape[1], n, dim, causal) for n in range(1, heads + 1) if heads % n == 0 and n * dim % LANES == 0
+        _Shape(x.shape[1], n, dim, causal, device.platform != "tpu")
+        for n in range(1, heads + 1)
+        if heads % n == 0 and n * dim % LANES == 0
     ]
-    fitting = [shape for shape in shapes if shape.vmem_bytes <= _VMEM.get(device_kind, _VMEM_ELSEWHERE)]
+    fitting = [shape for shape in shapes if shape.vmem_bytes <= _VMEM.get(device.device_kind, _VMEM_ELSEWHERE)]
     # More heads together than eight registers hold gain nothing and take long to compile.
     return max((s for s in fitting if s.heads * dim <= 8 * LANES), default=min(fitting, default=None))
 
@@ -117,7 +126,7 @@ def fits(x: Float[Array, "B T D"], heads: int, rotated: bool, mesh: Mesh) -> boo
     dim = x.shape[-1] // heads
     if x.dtype != jnp.bfloat16 or (rotated and dim != LANES):
         return False
-    return _program(x, heads, dim, False, mesh.devices.flat[0].device_kind) is not None
+    return _program(x, heads, dim, False, mesh.devices.flat[0]) is not None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -159,7 +168,7 @@ def _call(kernel, name: str, x: Array, angles: Angles | None, heads: int, causal
     """The kernel as a function of (rows, sums, angles), run by each chip on its own rows."""
     device = mesh.devices.flat[0]
     dim = x.shape[-1] // heads
-    shape = _program(x, heads, dim, causal, device.device_kind)
+    shape = _program(x, heads, dim, causal, device)
     assert shape is not None, "ask `fits` first"
     backward = kernel is _backward_kernel
     row = pl.BlockSpec((1, shape.queries, shape.heads * dim), lambda b, n: (b, 0, n))
@@ -180,7 +189,7 @@ def _call(kernel, name: str, x: Array, angles: Angles | None, heads: int, causal
             out_shape=[like] * 3 if backward else [like, logarithms],
             scratch_shapes=shape.scratch(x.dtype, backward),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
-            interpret=device.platform != "tpu",
+            interpret=shape.interpreted,
             name=name,
             metadata={"programs": str(math.prod(grid))},  # the compiler's text does not say (training/hlo.py)
         )(*rows, *given, *angles)
@@ -203,7 +212,7 @@ def _forward_kernel(*refs, shape: _Shape):
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
-            scores = _product(k[head, keys], q[head, queries], _TRANSPOSED)  # [S, T]
+            scores = shape.product(k[head, keys], q[head, queries], _TRANSPOSED)  # [S, T]
             scores = jnp.concatenate([_hide(scores[part], part, queries, shape, _LOWEST) for part in seen])
             largest = scores.max(axis=0, keepdims=True)
             weights = jnp.exp2((scores - largest) * shape.exponent)
@@ -214,7 +223,7 @@ def _forward_kernel(*refs, shape: _Shape):
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
-            mixed = _product(v_across[head, :, keys], weights_ref[head, keys, queries])  # [H, T]
+            mixed = shape.product(v_across[head, :, keys], weights_ref[head, keys, queries])  # [H, T]
             mixed = mixed * inverse_ref[head, :, queries]
             out_ref[0, queries, shape.lanes(head)] = mixed.T.astype(out_ref.dtype)
 
@@ -246,9 +255,9 @@ def _backward_kernel(*refs, shape: _Shape):
             to_weights_buffer = to_weights_ref.at[head % _BUFFERS]
             through_sum = jnp.zeros_like(sums)
             for part in seen:
-                scores = _product(k[head, part], q[head, queries], _TRANSPOSED)  # [S, T]
+                scores = shape.product(k[head, part], q[head, queries], _TRANSPOSED)  # [S, T]
                 weights = _hide(jnp.exp2(scores * shape.exponent - sums), part, queries, shape, 0.0)
-                to_weights = _product(v[head, part], gradient[head, queries], _TRANSPOSED)
+                to_weights = shape.product(v[head, part], gradient[head, queries], _TRANSPOSED)
                 through_sum += (weights * to_weights).sum(axis=0, keepdims=True)
                 weights_ref[head, part, queries] = weights.astype(dtype)
                 to_weights_buffer[part] = to_weights
@@ -257,15 +266,15 @@ def _backward_kernel(*refs, shape: _Shape):
                 to_scores_ref[head, part, queries] = (weights * (to_weights_buffer[part] - through_sum)).astype(dtype)
         there = slice(queries.start, min(queries.stop, shape.keys))
         for head in range(shape.heads):
-            to_q = _product(k_across[head, :, keys], to_scores_ref[head, keys, queries]) * shape.scale  # [H, T]
+            to_q = shape.product(k_across[head, :, keys], to_scores_ref[head, keys, queries]) * shape.scale  # [H, T]
             to_q_ref[0, there, shape.lanes(head)] = rotated_back(to_q.T[: there.stop - there.start], there)
     for first in range(0, shape.keys, LANES):
         keys = slice(first, min(first + LANES, shape.keys))
         seeing = slice(first if shape.causal else 0, shape.queries)
         for head in range(shape.heads):
-            to_v = _product(weights_ref[head, keys, seeing], gradient[head, seeing])
+            to_v = shape.product(weights_ref[head, keys, seeing], gradient[head, seeing])
             to_v_ref[0, keys, shape.lanes(head)] = to_v.astype(dtype)
-            to_k = _product(to_scores_ref[head, keys, seeing], q[head, seeing]) * shape.scale
+            to_k = shape.product(to_scores_ref[head, keys, seeing], q[head, seeing]) * shape.scale
             to_k_ref[0, keys, shape.lanes(head)] = rotated_back(to_k, keys)
 
 
@@ -309,7 +318,3 @@ def _hide(x: Array, keys: slice, queries: slice, shape: _Shape, value: float) ->
 def _transposed(x: Array) -> Array:
     """Through float32, which every generation transposes."""
     return x.astype(jnp.float32).T.astype(x.dtype)
-
-
-def _product(a: Array, b: Array, dimensions=(((1,), (0,)), ((), ()))) -> Array:
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
