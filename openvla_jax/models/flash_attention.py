@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
@@ -129,7 +130,7 @@ def fits(x: Float[Array, "B T D"], heads: int, rotated: bool, mesh: Mesh) -> boo
     return _program(x, heads, dim, False, mesh.devices.flat[0]) is not None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def flash_attention(
     q: Float[Array, "B T D"],
     k: Float[Array, "B T D"],
@@ -138,24 +139,23 @@ def flash_attention(
     heads: int,
     causal: bool,
     mesh: Mesh,
-    name: Callable[[Array, str], Array],
 ) -> Float[Array, "B T D"]:
     """Attention of projections D = N H of a whole sequence, each row of the batch on the chip that holds it.
 
     `angles`: cosine and sine [T, H] by which queries and keys are rotated, the sine negative in its first half; None
-    for none. Softmax and sums are float32. `name` marks what a remat policy may keep: the result as "attention", the
-    logarithms of the sums as "statistics". Only where `fits` says so.
+    for none. Softmax and sums are float32. A remat policy may keep the result, named "attention", and the logarithms of
+    the sums, "statistics". Only where `fits` says so.
     """
-    return _forward(q, k, v, angles, heads, causal, mesh, name)[0]
+    return _forward(q, k, v, angles, heads, causal, mesh)[0]
 
 
-def _forward(q, k, v, angles, heads, causal, mesh, name):
+def _forward(q, k, v, angles, heads, causal, mesh):
     run = _call(_forward_kernel, "flash_attention", q, angles, heads, causal, mesh)
     mixed, sums = run((q, k, v), (), angles or ())
-    return name(mixed, "attention"), (q, k, v, angles, name(sums, "statistics"))
+    return checkpoint_name(mixed, "attention"), (q, k, v, angles, checkpoint_name(sums, "statistics"))
 
 
-def _backward(heads, causal, mesh, name, residuals, gradient):
+def _backward(heads, causal, mesh, residuals, gradient):
     q, k, v, angles, sums = residuals
     run = _call(_backward_kernel, "flash_attention_backward", q, angles, heads, causal, mesh)
     return *run((q, k, v, gradient), (sums,), angles or ()), None

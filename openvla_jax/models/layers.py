@@ -222,7 +222,7 @@ def attention_kernel(
     if theta is not None:
         cos, sin = rope_angles(jnp.arange(x.shape[1]), x.shape[-1] // heads, theta, x.dtype)
         angles = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return lambda q, k, v: flash_attention.flash_attention(q, k, v, angles, heads, causal, mesh, save_name)
+    return lambda q, k, v: flash_attention.flash_attention(q, k, v, angles, heads, causal, mesh)
 
 
 def attention(

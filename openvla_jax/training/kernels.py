@@ -12,8 +12,12 @@ from openvla_jax.training.sharding import make_mesh
 TOLERANCE = 0.03  # of a norm; both round to bfloat16
 
 
+class KernelError(ValueError):
+    """A kernel that a run must not trust, in one line."""
+
+
 def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> None:
-    """RuntimeError with the mend where a kernel that the model would use on `device` disagrees with the attention that
+    """KernelError with the mend where a kernel that the model would use on `device` disagrees with the attention that
     the compiler makes, in its result or a gradient.
     """
     llama = model.llama
@@ -31,7 +35,7 @@ def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> Non
             if difference is None or difference < TOLERANCE:  # not so where it is NaN
                 continue
             what = f"differs from the compiler's attention by {difference:.1%}"
-        raise RuntimeError(
+        raise KernelError(
             f"on {device.device_kind} the attention kernel of {name} {what}; go on with --config.train.kernels=False"
         )
 

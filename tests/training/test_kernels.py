@@ -8,7 +8,7 @@ import pytest
 from training.batches import ONE_TOWER
 
 from openvla_jax.models import flash_attention
-from openvla_jax.training.kernels import check_kernels, disagreement
+from openvla_jax.training.kernels import KernelError, check_kernels, disagreement
 
 TOWER = dataclasses.replace(ONE_TOWER.towers[0], width=128, heads=2)
 MODEL = dataclasses.replace(
@@ -26,6 +26,6 @@ def test_right_kernels_pass():
 def test_a_wrong_kernel_stops_the_run(monkeypatch, wrong):
     monkeypatch.setattr(flash_attention, "_hide", wrong)
     with pytest.raises(
-        RuntimeError, match=r"kernel of (\w+) differs from the compiler's .*--config\.train\.kernels=False"
+        KernelError, match=r"kernel of (\w+) differs from the compiler's .*--config\.train\.kernels=False"
     ):
         check_kernels(MODEL, 20, jax.devices()[0])
