@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--base", help="of an adapter's checkpoint, where that lies elsewhere now")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers, made while loading")
+    parser.add_argument("--exclude", nargs="*", help="paths that keep full precision; default: towers, tables")
+    parser.add_argument("--tensor", type=int, default=1, help="chips of this host that share every layer")
     parser.add_argument(
         "--unconstrained", action="store_true", help="tokens from the whole vocabulary, as the reference"
     )
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
         from openvla_jax.inference.policy import Policy
         from openvla_jax.inference.server import Settings, make_app, warm_up
+        from openvla_jax.models.quantize import EXCLUDE
     except ImportError as error:
         parser.exit(2, f"error: {error}: pip install 'openvla_jax[serve]'\n")
     set_compilation_cache(args.compilation_cache)
@@ -79,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
             constrained=not args.unconstrained,
             preprocessing={name: value for name, value in changes.items() if value is not None},
             base=args.base,
+            exclude=EXCLUDE if args.exclude is None else args.exclude,
+            tensor=args.tensor,
         )
         app = make_app(policy, settings)
     except (ValueError, OSError) as error:
@@ -101,6 +106,7 @@ def run_plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         os.environ.update(planning_environment(os.environ, Path(dump)))
         from openvla_jax.config import preset
         from openvla_jax.inference.plan import run_plans
+        from openvla_jax.models.quantize import EXCLUDE
         from openvla_jax.training.checkpoint import load_contract
 
         try:
@@ -108,7 +114,13 @@ def run_plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 raise ValueError(f"--plan_batch {args.plan_batch}: 1 at least")
             model = load_contract(args.checkpoint).model if args.checkpoint else preset(args.plan_model)
             fits = run_plans(
-                model, args.plan.split(","), Path(dump), args.plan_out, batch=args.plan_batch, quantize=args.quantize
+                model,
+                args.plan.split(","),
+                Path(dump),
+                args.plan_out,
+                batch=args.plan_batch,
+                quantize=args.quantize,
+                exclude=EXCLUDE if args.exclude is None else args.exclude,
             )
         except (ValueError, OSError) as error:
             parser.exit(2, f"error: {' '.join(str(error).split())}\n")

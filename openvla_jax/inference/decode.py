@@ -43,7 +43,7 @@ def decode_actions(
     allowed = (vocabulary >= tokenizer.first_token) & (vocabulary <= tokenizer.last_token)
 
     def choose(logits, index):
-        outside = ~allowed[logits.argmax(axis=-1)]
+        outside = ~allowed[first_largest(logits)]
         if constrained:
             logits = jnp.where(allowed, logits, -jnp.inf)
         if sampling is not None:
@@ -51,7 +51,7 @@ def decode_actions(
             hot = sampling.temperature[:, None] > 0
             noisy = logits / jnp.where(hot, sampling.temperature[:, None], 1) + jax.vmap(draw)(sampling.seed)
             logits = jnp.where(hot, noisy, logits)
-        return logits.argmax(axis=-1).astype(jnp.int32), outside
+        return first_largest(logits), outside
 
     def step(carry, index):
         token, cache = carry
@@ -67,3 +67,9 @@ def decode_actions(
         jnp.concatenate([first_outside[:, None], outside.T], axis=1),
         first_logits,
     )
+
+
+def first_largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """`argmax` as two passes that CPUs vectorise, which over a vocabulary is several times faster; of NaNs the last."""
+    last = logits.shape[-1] - 1
+    return jnp.where(logits == logits.max(axis=-1, keepdims=True), jnp.arange(last + 1), last).min(axis=-1)

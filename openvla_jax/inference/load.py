@@ -1,4 +1,4 @@
-"""A checkpoint's model on the default device: in full precision, or as integers that are made while it is read."""
+"""A checkpoint's model on one device or several: in full precision, or as integers that are made while it is read."""
 
 import dataclasses
 import os
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from openvla_jax.config import VLAConfig
@@ -31,7 +32,7 @@ from openvla_jax.training.checkpoint import (
     read_leaves,
     with_shardings,
 )
-from openvla_jax.training.sharding import make_mesh
+from openvla_jax.training.sharding import make_mesh, shardings
 from openvla_jax.training.state import abstract_state
 from openvla_jax.training.step import make_graph
 
@@ -44,8 +45,9 @@ def load_model(
     quantize: str | None = None,
     exclude: Sequence[str] = EXCLUDE,
     base: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[OpenVLA, VLAConfig]:
-    """A checkpoint's model on the default device, parameters and computation in `dtype`.
+    """A checkpoint's model, parameters and computation in `dtype`, spread over `mesh` or on the default device.
 
     `quantize` ("int8", "int4") stores all kernels but those below the paths in `exclude` as integers: one is read and
     quantised after the other, largest first, so that the full-precision model is never in memory. A checkpoint that
@@ -54,7 +56,7 @@ def load_model(
     do not fit its own config, or it is quantised otherwise.
     """
     contract = load_contract(path)
-    return load_weights(open_checkpoint(path), contract, dtype, quantize, exclude, base), contract.model
+    return load_weights(open_checkpoint(path), contract, dtype, quantize, exclude, base, mesh), contract.model
 
 
 def load_weights(
@@ -64,55 +66,65 @@ def load_weights(
     quantize: str | None = None,
     exclude: Sequence[str] = EXCLUDE,
     base: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> OpenVLA:
     """`load_model` of an open checkpoint whose contract was read."""
     if quantize is not None:
         check_kind(quantize)
+    mesh = mesh or make_mesh({}, jax.local_devices()[:1])
     if contract.adapter is not None:
-        model = load_adapted(path, contract, dtype, base)
-        if quantize is not None:
-            quantize_model(model, quantize, choose_paths(model, exclude))
-        return model
+        model = load_adapted(path, contract, dtype, base, mesh=mesh)
+        if quantize is None:
+            return model
+        quantize_model(model, quantize, choose_paths(model, exclude))
+        graph, state = nnx.split(model, nnx.Param)
+        return nnx.merge(graph, jax.device_put(state, shardings(state, mesh)))
     stored = stored_quantization(path)
     if stored is not None:
         kind, paths = stored
         if quantize not in (None, kind):
             raise CheckpointError(f"{path} is {kind} already: quantise the original checkpoint to {quantize}")
         graph, abstract = nnx.split(abstract_quantized(contract.model, kind, paths, dtype), nnx.Param)
-        return nnx.merge(graph, load_params(path, _placed(abstract, dtype)))
+        return nnx.merge(graph, load_params(path, placed(abstract, mesh, dtype)))
     model = abstract_model(contract.model, dtype)
     graph, abstract = nnx.split(model, nnx.Param)
     if quantize is None:
-        return nnx.merge(graph, load_params(path, _placed(abstract, dtype)))
+        return nnx.merge(graph, load_params(path, placed(abstract, mesh, dtype)))
     check_tree(path, abstract)
     paths = choose_paths(model, exclude)
-    arrays = _read_quantizing(path, nnx.to_pure_dict(nnx.as_pure(_placed(abstract, dtype))), paths, quantize)
     graph, state = nnx.split(abstract_quantized(contract.model, quantize, paths, dtype), nnx.Param)
-    nnx.replace_by_pure_dict(state, arrays)
+    leaves, made = (flat(nnx.to_pure_dict(nnx.as_pure(placed(tree, mesh, dtype)))) for tree in (abstract, state))
+    nnx.replace_by_pure_dict(state, _read_quantizing(path, leaves, made, paths, quantize))
     return nnx.merge(graph, state)
 
 
 def load_adapted(
-    path: epath.Path, contract: Contract, dtype: str, base: str | os.PathLike | None = None, merge: bool = True
+    path: epath.Path,
+    contract: Contract,
+    dtype: str,
+    base: str | os.PathLike | None = None,
+    merge: bool = True,
+    mesh: Mesh | None = None,
 ) -> OpenVLA:
     """An adapter on its base: merged in float32 and cast to `dtype`, or as it was trained, with the base in `dtype`."""
     assert contract.adapter is not None
     tuning = Tuning.from_dict(contract.adapter["tuning"])
     tuning = dataclasses.replace(tuning, frozen_dtype=dtype, quantize=None)
     source = open_base(contract.adapter, path, base)
-    mesh = make_mesh({}, jax.local_devices()[:1])
-    abstract, placed = abstract_state(contract.model, dtype, optax.identity(), mesh, tuning)
-    _, frozen, found = read_base(source, contract.model, tuning, abstract, placed, mesh, seed=None)
+    mesh = mesh or make_mesh({}, jax.local_devices()[:1])
+    abstract, places = abstract_state(contract.model, dtype, optax.identity(), mesh, tuning)
+    _, frozen, found = read_base(source, contract.model, tuning, abstract, places, mesh, seed=None)
     check_fingerprint(found, contract.adapter, source, path)
-    trained = load_params(path, with_shardings(abstract.params, placed.params))
+    trained = load_params(path, with_shardings(abstract.params, places.params))
     check_finite(trained, path)
     graph = make_graph(contract.model, dtype, tuning)
     if not merge:
         return cast(OpenVLA, nnx.merge(graph, trained, frozen))
 
     def merged(trained: nnx.State, frozen: nnx.State) -> OpenVLA:
-        model = merge_tuned(cast(OpenVLA, nnx.merge(graph, trained, frozen)))
-        return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), model)
+        whole, state = nnx.split(merge_tuned(cast(OpenVLA, nnx.merge(graph, trained, frozen))), nnx.Param)
+        state = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), state)
+        return nnx.merge(whole, jax.lax.with_sharding_constraint(state, shardings(state, mesh)))
 
     # A stack that a last layer joins is made anew; all else is changed where it lies.
     return jax.jit(merged, donate_argnums=() if tuning.splits_last else 1)(trained, frozen)
@@ -137,6 +149,27 @@ def abstract_quantized(config: VLAConfig, kind: str, paths: Sequence[str], dtype
     return jax.eval_shape(make, jax.random.key(0))
 
 
+def tensor_mesh(model: VLAConfig, devices: Sequence[Any]) -> Mesh:
+    """A mesh on which `devices` share every layer, by heads and MLP columns. ValueError where heads are left."""
+    for name, heads in [(tower.name, tower.heads) for tower in model.towers] + [("llama", model.llama.kv_heads)]:
+        if heads % len(devices):
+            raise ValueError(f"{len(devices)} chips do not divide the {heads} heads of {name}; take fewer")
+    return make_mesh({"data": 1, "fsdp": 1, "tensor": len(devices)}, devices)
+
+
+def placed(abstract: nnx.State, mesh: Mesh, dtype: Any) -> nnx.State:
+    """Parameters' shapes with their places on `mesh`: floats as `dtype`, integers and their bfloat16 scales as they
+    are.
+    """
+
+    def place(keys, leaf, sharding):
+        names = [str(getattr(key, "key", key)) for key in keys]
+        kept = jnp.issubdtype(leaf.dtype, jnp.integer) or (SCALE in names and leaf.dtype == jnp.bfloat16)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else jnp.dtype(dtype), sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, abstract, shardings(abstract, mesh))
+
+
 def stored_quantization(path: str | os.PathLike) -> tuple[str, list[str]] | None:
     """(kind, paths) of a checkpoint that was saved quantised, else None."""
     path, found = open_checkpoint(path), {}
@@ -152,23 +185,11 @@ def stored_quantization(path: str | os.PathLike) -> tuple[str, list[str]] | None
     return kinds[0], list(found)
 
 
-def _placed(abstract: nnx.State, dtype: Any) -> nnx.State:
-    """Shapes to read: floats as `dtype`, integers and their bfloat16 scales as they are, on the default device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def place(keys, leaf):
-        names = [str(getattr(key, "key", key)) for key in keys]
-        kept = jnp.issubdtype(leaf.dtype, jnp.integer) or (SCALE in names and leaf.dtype == jnp.bfloat16)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else jnp.dtype(dtype), sharding=device)
-
-    return jax.tree_util.tree_map_with_path(place, abstract)
-
-
-def _read_quantizing(path: epath.Path, tree: Mapping[str, Any], paths: Sequence[str], kind: str) -> dict[str, Any]:
-    """The arrays of `tree` (shapes), those at `paths` as {values, scale}."""
-    leaves = flat(tree)
+def _read_quantizing(
+    path: epath.Path, leaves: Mapping[str, Any], made: Mapping[str, Any], paths: Sequence[str], kind: str
+) -> dict[str, Any]:
+    """The tree of `made` (shapes with places), from a checkpoint of `leaves`: those at `paths` as {values, scale}."""
     stored = flat(ocp.metadata(path, "params").metadata)
-    quantize = jax.jit(quantize_array, static_argnums=1)
 
     def read(names: Sequence[str], as_stored: bool) -> dict[str, jax.Array]:
         """Quantisation rounds what is stored, not what a cast has rounded before."""
@@ -181,8 +202,9 @@ def _read_quantizing(path: epath.Path, tree: Mapping[str, Any], paths: Sequence[
 
     arrays: dict[str, Any] = {}
     for name in sorted(paths, key=lambda name: -leaves[name].size):
-        values, scale = quantize(read([name], as_stored=True)[name], kind)
-        arrays |= {f"{name}/{VALUES}": values, f"{name}/{SCALE}": scale}
-        jax.block_until_ready(values)  # or the next kernel would be read while this one is still there
+        parts = f"{name}/{VALUES}", f"{name}/{SCALE}"
+        quantize = jax.jit(quantize_array, static_argnums=1, out_shardings=tuple(made[part].sharding for part in parts))
+        arrays |= dict(zip(parts, quantize(read([name], as_stored=True)[name], kind), strict=True))
+        jax.block_until_ready(arrays[parts[0]])  # or the next kernel would be read while this one is still there
     arrays |= read([name for name in leaves if name not in set(paths)], as_stored=False)
     return nested(arrays)

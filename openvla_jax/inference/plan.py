@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.inference.decode import decode_actions
+from openvla_jax.inference.load import abstract_quantized, placed, tensor_mesh
 from openvla_jax.models.llama import Cache
 from openvla_jax.models.openvla import OpenVLA, abstract_model
-from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes, quantize_model
+from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes
 from openvla_jax.training.plan import ACTION_DIM, PlanError, compile_for, topology_devices, write_json
-from openvla_jax.training.sharding import make_mesh, shardings
 from openvla_jax.training.tpu import Slice, parse_slice
 
 TEXT_LENGTH = 32  # the policy's bucket of a usual instruction
@@ -53,11 +53,15 @@ def plan(
     tpu = parse_slice(topology)
     if tpu.slices > 1:
         raise PlanError(f"{topology}: one action is decoded within one slice")
-    for name, heads in [(t.name, t.heads) for t in model.towers] + [("llama", model.llama.kv_heads)]:
-        if heads % tpu.chips:
-            raise PlanError(f"{topology}: {tpu.chips} chips do not divide the {heads} heads of {name}; take fewer")
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": tpu.chips}, topology_devices(tpu))
-    params, graph = _placed_parameters(model, mesh, quantize, exclude)
+    try:
+        mesh = tensor_mesh(model, topology_devices(tpu))
+    except ValueError as error:
+        raise PlanError(f"{topology}: {error}") from None
+    network = abstract_model(model, jnp.bfloat16)
+    if quantize is not None:
+        network = abstract_quantized(model, quantize, choose_paths(network, exclude), jnp.bfloat16)
+    graph, params = nnx.split(network, nnx.Param)
+    params = placed(params, mesh, jnp.bfloat16)
     weights = sum(count_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
                   for leaf in jax.tree.leaves(params))  # fmt: skip
     entry: dict[str, Any] = {
@@ -158,24 +162,6 @@ def lines(entry: Mapping[str, Any]) -> list[str]:
     rows.append(f"  {'whole action':<14}{'':>16}{1e3 * seconds:>9.2f}         {entry['batch'] / seconds:.1f} actions/s")
     rows.append(f"  reading the weights once takes {1e3 * entry['floor_seconds']:.2f} ms at the published bandwidth")
     return rows
-
-
-def _placed_parameters(
-    config: VLAConfig, mesh: Mesh, quantize: str | None, exclude: Sequence[str]
-) -> tuple[nnx.State, Any]:
-    """(bfloat16 parameters as shapes with shardings, the model's structure)."""
-    model = abstract_model(config, jnp.bfloat16)
-    if quantize is not None:
-        paths = choose_paths(model, exclude)
-        make = lambda key: quantize_model(OpenVLA(config, key, jnp.bfloat16), quantize, paths)
-        model = jax.eval_shape(make, jax.random.key(0))
-    graph, state = nnx.split(model, nnx.Param)
-
-    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-
-    return jax.tree.map(place, state, shardings(state, mesh)), graph
 
 
 def _compile(stage: Stage, tpu: Slice, dump: Path) -> dict[str, Any]:

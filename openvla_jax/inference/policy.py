@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openvla_jax.inference.decode import Decoded, Sampling, decode_actions
-from openvla_jax.inference.load import load_weights
+from openvla_jax.inference.load import load_weights, tensor_mesh
 from openvla_jax.inference.preprocess import check_preprocessing, prepare_image
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
@@ -69,19 +69,25 @@ class Policy:
         preprocessing: Mapping[str, Any] | None = None,
         check_images: bool = True,
         base: str | os.PathLike | None = None,
+        tensor: int = 1,
     ) -> "Policy":
         """Loads a training run's workdir (its latest step), one of its checkpoints, or an imported checkpoint.
 
         `dtype` defaults to bfloat16 on accelerators and to float32 on CPU, where XLA's bfloat16 products are slower.
         `quantize` ("int8", "int4") and `exclude` are those of `load_model`. `preprocessing` replaces settings of the
         checkpoint (resize_kernel, center_crop, jpeg). `check_images` refuses a model that ignores its images. `base`
-        is where an adapter's base lies now, if no longer where it was trained.
+        is where an adapter's base lies now, if no longer where it was trained. `tensor` devices of this host share
+        every layer, for a model that one does not hold, or to act sooner.
         """
         path = open_checkpoint(path)
         contract = load_contract(path)
         contract = dataclasses.replace(contract, preprocessing=contract.preprocessing | dict(preprocessing or {}))
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        model = load_weights(path, contract, dtype, quantize, exclude, base)
+        devices = jax.local_devices()
+        if not 1 <= tensor <= len(devices):
+            raise ValueError(f"tensor {tensor}: from 1 to the {len(devices)} devices of this host")
+        mesh = tensor_mesh(contract.model, devices[:tensor])
+        model = load_weights(path, contract, dtype, quantize, exclude, base, mesh)
         if jax.default_backend() == "cpu":
             model.unstack()
         policy = cls(model, contract, constrained)

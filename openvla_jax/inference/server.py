@@ -287,6 +287,7 @@ def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
         },
         "training": json.loads(json.dumps(dict(contract.training), default=str)),
         "device": f"{device.platform}: {device.device_kind}",
+        "devices": len(jax.tree.leaves(policy.model)[0].devices()),
         "dtype": str(policy.model.dtype),
         "quantization": kinds.pop() if kinds else None,
         "weight_bytes": count_bytes(policy.model),

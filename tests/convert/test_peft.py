@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import golden
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from openvla_jax.convert import ConversionError, export_adapter, import_adapter, import_weights, merge_weights
 from openvla_jax.convert.peft import CONFIG, WEIGHTS, modules
 from openvla_jax.convert.sources import open_source
 from openvla_jax.convert.torch_io import fill, read_safetensors
-from openvla_jax.inference.load import load_adapted, load_model
+from openvla_jax.inference.load import load_adapted, load_model, tensor_mesh
 from openvla_jax.training.checkpoint import CheckpointError, load_contract, open_checkpoint
 
 BOUND = 2e-4
@@ -59,8 +60,12 @@ def test_logits_are_those_of_peft_beside_the_base_and_merged(folders, merged, lo
     path, report = merged
     assert report.passed and 0 < report.max_logit_difference <= 1e-4
     assert np.abs(logits(load_model(path)[0]) - unmerged).max() <= 1e-4
-    kernels = [nnx.state(load_model(p)[0]) for p in (path, adapter)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *kernels)
+    mesh = tensor_mesh(load_contract(base).model, jax.devices()[:2])
+    spread = load_model(adapter, mesh=mesh)[0]
+    assert spread.llama.blocks.mlp.down.kernel[...].sharding.spec == P(None, "tensor")
+    kernels = [nnx.state(model) for model in (load_model(path)[0], load_model(adapter)[0], spread)]
+    for state in kernels[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kernels[0], state)
     with pytest.raises(ConversionError, match="beyond 1e-09: raise --threshold") as caught:
         merge_weights(base, adapter, tmp_path / "strict", threshold=1e-9)
     assert "\n" not in str(caught.value) and not (tmp_path / "strict").exists()

@@ -178,6 +178,22 @@ def test_a_loaded_policy_acts_alike_with_its_layers_apart(policy, tmp_path):
         Policy.from_checkpoint(tmp_path / "checkpoint", preprocessing={"resize_kernel": "lanczos"})
 
 
+@pytest.mark.parametrize("quantize", [None, "int4", pytest.param("int8", marks=pytest.mark.long)])
+def test_several_devices_that_share_every_layer_act_as_one(policy, tmp_path, quantize):
+    save_model(policy.model, policy.contract, tmp_path / "checkpoint")
+    load = functools.partial(Policy.from_checkpoint, tmp_path / "checkpoint", quantize=quantize, exclude=())
+    one, four = load(), load(tensor=4)
+    held = lambda policy: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(policy.model.llama))
+    assert held(four) < 0.26 * held(one), "only norms are whole on each"
+    rows = [one.prepare(pixels, text, "arm") for pixels, text in zip(images(3, seed=6), INSTRUCTIONS, strict=True)]
+    np.testing.assert_allclose(four._run(rows).logits, one._run(rows).logits, atol=1e-4)
+    np.testing.assert_array_equal(four.decode(rows), one.decode(rows))
+    wrong = {3: "3 chips do not divide the 4 heads", 99: "from 1 to the 8 devices", 0: "from 1"}
+    for number, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            load(tensor=number)
+
+
 @pytest.mark.long
 def test_200_mixed_batches_of_the_golden_equal_single_calls(tmp_path, shared, monkeypatch):
     from openvla_jax.convert import import_weights
