@@ -3,8 +3,9 @@
   python benchmarks/serving.py --seconds 60 --clients 32
 
 Serves a model of random weights (or --checkpoint) in two processes, one with batches of 1 and one with batches; lets
-clients ask them in turns without pause, and compares each answer with the local policy's. Also prints the time from the
-start of the process to the first action with a warm compilation cache. Fails if a request fails or an answer differs.
+clients ask them in turns without pause, and compares each answer with the local policy's. Also prints what the policy
+alone gains from batches, and the time from the start of the process to the first action with a warm compilation cache.
+Fails if a request fails or an answer differs.
 
 The clients share the machine with the server. They are threads of this process that send requests which were encoded
 before, each over a connection of its own, and take as little time as they can.
@@ -150,6 +151,20 @@ def load(url: str, cases: list[tuple], clients: int, seconds: float) -> tuple[li
     return latencies, sum(failed), sum(wrong)
 
 
+def alone(policy: Policy, batch: int) -> float:
+    """Best seconds of one action in batches of that size, without a server."""
+    rng, size = np.random.default_rng(0), policy.contract.model.image_size
+    pixels = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    requests = [policy.prepare(image, INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i, image in enumerate(pixels)]
+    took = []
+    for _ in range(TURNS + 1):  # the first one compiles
+        began = time.perf_counter()
+        for _ in range(-(-512 // batch)):
+            policy.act(requests)
+        took.append((time.perf_counter() - began) / -(-512 // batch) / batch)
+    return min(took)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="default: the tiny model with random weights")
@@ -168,6 +183,12 @@ def main() -> None:
             image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
             instruction = INSTRUCTIONS[i % len(INSTRUCTIONS)]
             cases.append((encoded(image, instruction), policy.predict_action(image, instruction)))
+        one, many = alone(policy, 1), alone(policy, args.max_batch)
+        print(
+            f"the policy alone: {1e3 * one:.2f} ms an action one by one, {1e3 * many:.2f} ms in batches of "
+            f"{args.max_batch}: {one / many:.1f}x",
+            flush=True,
+        )
         cache, sizes = Path(folder) / "cache", (1, args.max_batch)
         latencies: dict[int, list[float]] = {size: [] for size in sizes}
         cpu, failed, wrong = (dict.fromkeys(sizes, 0) for _ in range(3))

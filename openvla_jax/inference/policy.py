@@ -88,7 +88,7 @@ class Policy:
             raise ValueError(f"tensor {tensor}: from 1 to the {len(devices)} devices of this host")
         mesh = tensor_mesh(contract.model, devices[:tensor])
         model = load_weights(path, contract, dtype, quantize, exclude, base, mesh)
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and tensor == 1:
             model.unstack()
         policy = cls(model, contract, constrained)
         if check_images:

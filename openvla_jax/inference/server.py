@@ -26,7 +26,7 @@ from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
 from openvla_jax.inference.policy import Policy, Request
 from openvla_jax.inference.wire import BadRequestError
-from openvla_jax.models.quantize import QTensor, count_bytes
+from openvla_jax.models.quantize import BlockedQTensor, QTensor, count_bytes
 
 MAX_REASON = 500  # characters: reasons quote what was sent
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -277,7 +277,8 @@ def warm_up(policy: Policy, max_batch: int, log: Callable[[str], None] = print) 
 def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
     """What `/info` says: the contract, and how it is served."""
     contract, device = policy.contract, jax.local_devices()[0]
-    kinds = {str(module.values.dtype) for _, module in nnx.iter_modules(policy.model) if isinstance(module, QTensor)}
+    modules = (module for _, module in nnx.iter_modules(policy.model))
+    kinds = {module.kind for module in modules if isinstance(module, QTensor | BlockedQTensor)}
     return {
         "model": contract.model.to_dict(),
         "preprocessing": dict(contract.preprocessing),

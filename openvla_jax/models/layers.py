@@ -23,7 +23,9 @@ from jaxtyping import Array, Float, Int
 from openvla_jax.models import flash_attention, placement
 from openvla_jax.models.lora import LoRA, dropout_key, layer_keys
 from openvla_jax.models.placement import gathered, kernel_mesh, shard_rows, weights_are_spread
-from openvla_jax.models.quantize import QTensor
+from openvla_jax.models.quantize import BlockedQTensor, QTensor
+
+Kernel = nnx.Param | QTensor | BlockedQTensor
 
 # Activations that the backward pass may keep instead of recomputing them; marked by `save_name` where they are made.
 SAVEABLE = ("q", "k", "v", "attention", "o", "gate", "up", "activation", "weights")
@@ -82,10 +84,10 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def matmul(x: Float[Array, "... i"], kernel: nnx.Param | QTensor, preferred_element_type=None) -> Float[Array, "... o"]:
+def matmul(x: Float[Array, "... i"], kernel: Kernel, preferred_element_type=None) -> Float[Array, "... o"]:
     """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as."""
     precision = matmul_precision(x.dtype)
-    if isinstance(kernel, QTensor):
+    if isinstance(kernel, QTensor | BlockedQTensor):
         return kernel.matmul(x, precision, preferred_element_type)
     stored = kernel[...]
     product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
@@ -116,7 +118,7 @@ class Linear(nnx.Module):
     `lora` is an adapter beside the kernel, where there is one (`models/tuning.py`).
     """
 
-    kernel: nnx.Param | QTensor
+    kernel: Kernel
     lora: LoRA | None
 
     def __init__(self, key, in_features: int, out_features: int, axes, *, bias: bool, layers: int | None = None):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.layers import ACTIVATIONS, Linear, matmul_precision, unstack
 from openvla_jax.models.llama import Cache, Llama
+from openvla_jax.models.quantize import QTensor
 from openvla_jax.models.vit import UnusedViT, ViT
 
 HostOrDevice = Array | np.ndarray
@@ -151,10 +152,15 @@ class OpenVLA(nnx.Module):
         return self.llama.logits(hidden[:, 0]), cache
 
     def unstack(self) -> None:
-        """Gives every layer arrays of its own, in place: what is fastest on a CPU (see `layers.unstack`)."""
+        """Gives every layer arrays of its own, and integers the form of `BlockedQTensor`, in place: what is fastest on
+        a CPU (see `layers.unstack`).
+        """
         self.llama.blocks = unstack(self.llama.blocks)
         for tower in self.vision.values():
             tower.blocks = unstack(tower.blocks)
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear) and isinstance(module.kernel, QTensor):
+                module.kernel = module.kernel.blocked()
 
 
 def abstract_model(config: VLAConfig, dtype=jnp.float32) -> OpenVLA:

@@ -1,7 +1,8 @@
 """Weight-only quantisation: kernels as int8 per output channel, or as int4 in groups of input rows.
 
-A `QTensor` stands where a `Linear` has its kernel, or an `Embedding` its table. Activations, norms and biases stay as
-they are. Scales are symmetric (no zero point) and bfloat16; the integers are rounded against the rounded scales.
+A `QTensor` stands where a `Linear` has its kernel, or an `Embedding` its table; on a CPU a `BlockedQTensor` takes its
+place in a `Linear`. Activations, norms and biases stay as they are. Scales are symmetric (no zero point) and bfloat16;
+the integers are rounded against the rounded scales.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ KINDS: dict[str, tuple[Any, int, int | None]] = {"int8": (jnp.int8, 127, None), 
 # Path prefixes that keep full precision: the towers, whose activations have outliers, and the two vocabulary tables.
 EXCLUDE = ("vision", "llama/embed", "llama/head")
 _NAMES = ("kernel", "table")
+MAX_BLOCK = 256  # input rows that a CPU converts at a time
 
 
 class QTensor(nnx.Module):
@@ -44,10 +46,64 @@ class QTensor(nnx.Module):
     def dequantize(self, dtype) -> Float[Array, "... i o"]:
         return scaled(self.values[...], self.scale[...], dtype)
 
+    @property
+    def kind(self) -> str:
+        return str(self.values.dtype)
+
+    def blocked(self) -> "QTensor | BlockedQTensor":
+        """For products on a CPU; itself where its rows do not make up blocks."""
+        values, groups = self.values[...], self.scale.shape[-2]
+        size = values.shape[0] // groups
+        if values.dtype == jnp.int4:
+            if size % 2:
+                return self
+            halves = values.astype(jnp.uint8).reshape(groups, 2, size // 2, -1)
+            packed = (halves[:, 0] & 15) | (halves[:, 1] << 4)
+            return BlockedQTensor(nnx.Param(packed.reshape(-1, values.shape[1])), self.scale, size)
+        rows = next(n for n in range(min(MAX_BLOCK, size), 0, -1) if size % n == 0)
+        return BlockedQTensor(self.values, self.scale, rows) if 8 * rows >= min(MAX_BLOCK, size) else self
+
     def rows(self, ids: Int[Any, "..."], dtype) -> Float[Array, "... o"]:
         """`kernel[ids]` without the other rows."""
         group_size = self.values.shape[-2] // self.scale.shape[-2]
         return self.values[...][ids].astype(dtype) * self.scale[...][ids // group_size].astype(dtype)
+
+
+class BlockedQTensor(nnx.Module):
+    """A QTensor's kernel [in, out] for a CPU, whose product converts one block of input rows after the other.
+
+    A CPU's compiler writes a whole converted kernel to fresh memory first, which takes longer than reading it and
+    multiplying with few rows. `values` are int8 [in, out], or the int4 of two rows in a uint8 [in / 2, out]: a block is
+    then a group, the low bits are its first half.
+    """
+
+    def __init__(self, values: nnx.Param, scale: nnx.Param, rows: int):
+        self.values, self.scale, self.rows = values, scale, rows
+
+    @property
+    def kind(self) -> str:
+        return "int4" if self.values.dtype == jnp.uint8 else "int8"
+
+    def matmul(self, x: Float[Array, "... i"], precision=None, preferred_element_type=None) -> Array:
+        """`x @ kernel` in the dtype of `x`, multiplied and added up in float32."""
+        values, scale, rows = self.values[...], self.scale[...].astype(jnp.float32), self.rows
+        packed = values.dtype == jnp.uint8
+        stored = rows // 2 if packed else rows
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        dot = lambda x, w: jnp.matmul(x, w.astype(jnp.float32), precision=precision)
+
+        def add(block: Array, total: Array) -> Array:
+            inputs = jax.lax.dynamic_slice_in_dim(flat, block * rows, rows, axis=1)
+            part = jax.lax.dynamic_slice_in_dim(values, block * stored, stored)
+            if not packed:
+                return total + dot(inputs, part)
+            low, high = (jax.lax.bitcast_convert_type(nibble, jnp.int8) >> 4 for nibble in (part << 4, part))
+            return total + (dot(inputs[:, :stored], low) + dot(inputs[:, stored:], high)) * scale[block]
+
+        total = jnp.zeros((flat.shape[0], values.shape[1]), jnp.float32)
+        total = jax.lax.fori_loop(0, flat.shape[1] // rows, add, total)
+        y = total if packed else total * scale[0]
+        return y.reshape(*x.shape[:-1], -1).astype(preferred_element_type or x.dtype)
 
 
 def scaled(values: Array, scale: Array, dtype) -> Array:

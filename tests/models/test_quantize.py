@@ -16,6 +16,7 @@ from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import (
     EXCLUDE,
     KINDS,
+    BlockedQTensor,
     QTensor,
     choose_paths,
     count_bytes,
@@ -67,6 +68,28 @@ def test_products_rows_and_stacks_equal_the_restored_kernel(kind):
         np.testing.assert_array_equal(tensor.rows(ids, jnp.float32), restored[ids].astype(np.float32))
         assert matmul(x.astype(jnp.bfloat16), tensor).dtype == jnp.bfloat16
     assert [group_size(n, "int4") for n in (64, 128, 2176, 4304, 11008)] == [64, 128, 128, 16, 128]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [512, 264, 24])
+def test_a_cpu_s_blocks_hold_the_same_numbers_in_no_more_memory(kind, rows):
+    tensor = QTensor(*map(nnx.Param, quantize_array(jnp.asarray(random_kernel(5, rows, 24, 1.0)), kind)))
+    blocks = tensor.blocked()
+    assert isinstance(blocks, BlockedQTensor) and blocks.kind == tensor.kind == kind
+    assert count_bytes(blocks) == count_bytes(tensor)
+    assert blocks.rows == {"int8": {512: 256, 264: 132, 24: 24}, "int4": {512: 128, 264: 88, 24: 24}}[kind][rows]
+    # A row of an identity reads a row of the kernel: int4 as it was quantised, int8 and its scale in float32.
+    np.testing.assert_array_equal(matmul(jnp.eye(rows), blocks), tensor.dequantize(jnp.float32))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, rows)), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(tensor.dequantize(jnp.float32), np.float64)
+    np.testing.assert_allclose(matmul(x, blocks), exact, rtol=1e-5, atol=1e-4)
+    assert matmul(x.astype(jnp.bfloat16), blocks).dtype == jnp.bfloat16
+
+
+def test_rows_that_make_no_blocks_stay_as_they_are():
+    for kind, rows in (("int4", 131), ("int8", 257)):
+        tensor = QTensor(*map(nnx.Param, quantize_array(jnp.ones((rows, 8)), kind)))
+        assert tensor.blocked() is tensor
 
 
 def test_exclusion_by_path_and_its_typing_errors():
