@@ -186,7 +186,7 @@ def test_several_devices_that_share_every_layer_act_as_one(policy, tmp_path, qua
     one, four = load(), load(tensor=4)  # on a CPU the one has its layers apart, the four run what accelerators run
     part = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
     held = lambda policy: count_bytes(jax.tree.map(part, jax.tree.leaves(policy.model.llama)))
-    assert held(four) < 0.26 * held(one), "only norms are whole on each"
+    assert held(four) < 0.28 * held(one), "only norms and scales of groups are whole on each"
     rows = [one.prepare(pixels, text, "arm") for pixels, text in zip(images(3, seed=6), INSTRUCTIONS, strict=True)]
     np.testing.assert_allclose(four._run(rows).logits, one._run(rows).logits, atol=1e-4)
     np.testing.assert_array_equal(four.decode(rows), one.decode(rows))
