@@ -38,6 +38,8 @@ def load(path: str, kind: str | None, exclude: tuple[str, ...]) -> None:
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, began = peak(), time.perf_counter()
     model, _ = load_model(path, "bfloat16", kind, exclude)
+    if jax.default_backend() == "cpu":  # as a policy does
+        model.unstack()
     arrays = jax.block_until_ready(jax.tree.leaves(model))
     held = sum(array.on_device_size_in_bytes() for array in arrays)
     took = time.perf_counter() - began

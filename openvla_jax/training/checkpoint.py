@@ -30,6 +30,7 @@ from openvla_jax.config import VLAConfig
 from openvla_jax.training.runtime import ATTEMPTS, StorageError, cause, pause, retry
 
 FORMAT = 1
+READ_BYTES = 2 * 2**30  # of parameters at a time
 CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics.json", "tokenizer"
 
 # What training does to an image and an action before the model sees them; inference repeats it from here.
@@ -168,16 +169,30 @@ def load_params(path: os.PathLike | str, abstract: nnx.State) -> nnx.State:
     """Parameters as `abstract` describes them: tree, shape, dtype (cast while reading) and sharding of each leaf."""
     path = open_checkpoint(path)
     check_tree(path, abstract)
-    pure = ocp.load_checkpointables(path, {"params": nnx.to_pure_dict(nnx.as_pure(abstract))})["params"]
-    return refill(abstract, pure)
+    return refill(abstract, nested(read_leaves(path, flat(nnx.to_pure_dict(nnx.as_pure(abstract))))))
 
 
 def read_leaves(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Some parameters by path, as `wanted` describes each (dtype, sharding)."""
+    """Some parameters by path, as `wanted` describes each (dtype, sharding).
+
+    They are read a few at a time: what is read is held twice, until it lies on its device.
+    """
+    arrays: dict[str, jax.Array] = {}
+    groups: list[dict[str, Any]] = []
+    free = 0
+    for name, leaf in wanted.items():
+        size = leaf.size * leaf.dtype.itemsize
+        if not groups or size > free:
+            groups.append({})
+            free = READ_BYTES
+        groups[-1][name] = leaf
+        free -= size
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return flat(ocp.load_checkpointables(path, {"params": nested(wanted)})["params"])
+        for group in groups:
+            arrays |= flat(ocp.load_checkpointables(path, {"params": nested(group)})["params"])
+    return arrays
 
 
 def check_tree(path: epath.Path, abstract: nnx.State) -> None:
