@@ -99,6 +99,20 @@ def test_model_loads_for_inference_in_another_dtype(saved):
     np.testing.assert_array_equal(kernel, saved[1].params.llama.head.kernel[...].astype(jnp.bfloat16))
 
 
+def test_what_is_read_at_a_time_is_bounded(saved, monkeypatch):
+    whole, asked, load = load_model(saved[0])[0], [], lib.ocp.load_checkpointables
+
+    def spy(path, items):
+        asked.append([leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)])
+        return load(path, items)
+
+    monkeypatch.setattr(lib.ocp, "load_checkpointables", spy)
+    monkeypatch.setattr(lib, "READ_BYTES", 2**16)
+    parts = load_model(saved[0])[0]
+    assert len(asked) > 3 and all(len(sizes) == 1 or sum(sizes) <= 2**16 for sizes in asked)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
 def test_unused_tensors_travel_along(saved):
     np.testing.assert_array_equal(lib.load_unused(saved[0])["dino"]["norm"]["scale"], np.arange(5.0))
 
