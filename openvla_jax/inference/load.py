@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -203,8 +204,27 @@ def _read_quantizing(
     arrays: dict[str, Any] = {}
     for name in sorted(paths, key=lambda name: -leaves[name].size):
         parts = f"{name}/{VALUES}", f"{name}/{SCALE}"
-        quantize = jax.jit(quantize_array, static_argnums=1, out_shardings=tuple(made[part].sharding for part in parts))
-        arrays |= dict(zip(parts, quantize(read([name], as_stored=True)[name], kind), strict=True))
-        jax.block_until_ready(arrays[parts[0]])  # or the next kernel would be read while this one is still there
+        quantized = _quantize(read([name], as_stored=True)[name], kind, *(made[part] for part in parts))
+        arrays |= dict(zip(parts, quantized, strict=True))
+        jax.block_until_ready(quantized)  # or the next kernel would be read while this one is still there
     arrays |= read([name for name in leaves if name not in set(paths)], as_stored=False)
     return nested(arrays)
+
+
+def _quantize(kernel: jax.Array, kind: str, *made: jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
+    """(values, scale) of one kernel or a stack, as `made` says. Each layer of a stack is a program's run of its own: in
+    one program a CPU's compiler may hold all of them in float32.
+    """
+    places = tuple(part.sharding for part in made)
+    if kernel.ndim == 2:
+        return jax.jit(quantize_array, static_argnums=1, out_shardings=places)(kernel, kind)
+
+    @partial(jax.jit, donate_argnums=1, out_shardings=places)
+    def put(kernel: jax.Array, stacks: tuple[jax.Array, ...], layer: int) -> tuple[jax.Array, ...]:
+        new = quantize_array(kernel[layer], kind)
+        return tuple(stack.at[layer].set(x) for stack, x in zip(stacks, new, strict=True))
+
+    stacks = tuple(jnp.zeros(part.shape, part.dtype, device=part.sharding) for part in made)
+    for layer in range(kernel.shape[0]):
+        stacks = put(kernel, stacks, layer)
+    return stacks
