@@ -8,10 +8,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Int
 from orbax.checkpoint import v1 as ocp
 
 from openvla_jax.config import VLAConfig
@@ -220,11 +222,11 @@ def _quantize(kernel: jax.Array, kind: str, *made: jax.ShapeDtypeStruct) -> tupl
         return jax.jit(quantize_array, static_argnums=1, out_shardings=places)(kernel, kind)
 
     @partial(jax.jit, donate_argnums=1, out_shardings=places)
-    def put(kernel: jax.Array, stacks: tuple[jax.Array, ...], layer: int) -> tuple[jax.Array, ...]:
+    def put(kernel: jax.Array, stacks: tuple[jax.Array, ...], layer: Int[Any, ""]) -> tuple[jax.Array, ...]:
         new = quantize_array(kernel[layer], kind)
         return tuple(stack.at[layer].set(x) for stack, x in zip(stacks, new, strict=True))
 
     stacks = tuple(jnp.zeros(part.shape, part.dtype, device=part.sharding) for part in made)
     for layer in range(kernel.shape[0]):
-        stacks = put(kernel, stacks, layer)
+        stacks = put(kernel, stacks, np.int32(layer))
     return stacks
