@@ -224,9 +224,12 @@ def _quantize(kernel: jax.Array, kind: str, *made: jax.ShapeDtypeStruct) -> tupl
     @partial(jax.jit, donate_argnums=1, out_shardings=places)
     def put(kernel: jax.Array, stacks: tuple[jax.Array, ...], layer: Int[Any, ""]) -> tuple[jax.Array, ...]:
         new = quantize_array(kernel[layer], kind)
-        return tuple(stack.at[layer].set(x) for stack, x in zip(stacks, new, strict=True))
+        return tuple(stack.at[layer].set(x.astype(stack.dtype)) for stack, x in zip(stacks, new, strict=True))
 
-    stacks = tuple(jnp.zeros(part.shape, part.dtype, device=part.sharding) for part in made)
+    # As int8 until all are there: a CPU writes all layers of int4 anew for each that is put there.
+    values, scale = (
+        jnp.zeros(part.shape, jnp.int8 if part.dtype == jnp.int4 else part.dtype, device=part.sharding) for part in made
+    )
     for layer in range(kernel.shape[0]):
-        stacks = put(kernel, stacks, np.int32(layer))
-    return stacks
+        values, scale = put(kernel, (values, scale), np.int32(layer))
+    return values.astype(made[0].dtype), scale
