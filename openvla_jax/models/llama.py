@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from openvla_jax.config import LlamaConfig
 from openvla_jax.models.layers import (
     ACTIVATIONS,
+    Kernel,
     Linear,
     RMSNorm,
     attention,
@@ -26,7 +27,7 @@ from openvla_jax.models.layers import (
     scan_stack,
 )
 from openvla_jax.models.placement import take_rows
-from openvla_jax.models.quantize import QTensor
+from openvla_jax.models.quantize import BlockedQTensor, QTensor
 
 
 class Cache(NamedTuple):
@@ -101,13 +102,13 @@ class LlamaBlock(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding table [V, D]."""
 
-    table: nnx.Param | QTensor
+    table: Kernel
 
     def __init__(self, key, config: LlamaConfig):
         self.table = make_param(key, (config.vocab_size, config.width), ("vocab", "embed"), scale=0.02)
 
     def __call__(self, ids: Int[Array | np.ndarray, "B T"], dtype) -> Float[Array, "B T D"]:
-        if isinstance(self.table, QTensor):
+        if isinstance(self.table, QTensor | BlockedQTensor):
             return self.table.rows(ids, dtype)
         return take_rows(self.table[...], jnp.asarray(ids), dtype)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.layers import ACTIVATIONS, Linear, matmul_precision, unstack
-from openvla_jax.models.llama import Cache, Llama
+from openvla_jax.models.llama import Cache, Embedding, Llama
 from openvla_jax.models.quantize import QTensor
 from openvla_jax.models.vit import UnusedViT, ViT
 
@@ -161,6 +161,8 @@ class OpenVLA(nnx.Module):
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Linear) and isinstance(module.kernel, QTensor):
                 module.kernel = module.kernel.blocked()
+            elif isinstance(module, Embedding) and isinstance(module.table, QTensor):
+                module.table = module.table.blocked()
 
 
 def abstract_model(config: VLAConfig, dtype=jnp.float32) -> OpenVLA:

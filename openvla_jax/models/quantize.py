@@ -1,7 +1,7 @@
 """Weight-only quantisation: kernels as int8 per output channel, or as int4 in groups of input rows.
 
 A `QTensor` stands where a `Linear` has its kernel, or an `Embedding` its table; on a CPU a `BlockedQTensor` takes its
-place in a `Linear`. Activations, norms and biases stay as they are. Scales are symmetric (no zero point) and bfloat16;
+place. Activations, norms and biases stay as they are. Scales are symmetric (no zero point) and bfloat16;
 the integers are rounded against the rounded scales.
 """
 
@@ -70,15 +70,15 @@ class QTensor(nnx.Module):
 
 
 class BlockedQTensor(nnx.Module):
-    """A QTensor's kernel [in, out] for a CPU, whose product converts one block of input rows after the other.
+    """A QTensor's kernel or table [in, out] for a CPU, whose product converts one block of input rows after the other.
 
     A CPU's compiler writes a whole converted kernel to fresh memory first, which takes longer than reading it and
     multiplying with few rows. `values` are int8 [in, out], or the int4 of two rows in a uint8 [in / 2, out]: a block is
     then a group, the low bits are its first half.
     """
 
-    def __init__(self, values: nnx.Param, scale: nnx.Param, rows: int):
-        self.values, self.scale, self.rows = values, scale, rows
+    def __init__(self, values: nnx.Param, scale: nnx.Param, block: int):
+        self.values, self.scale, self.block = values, scale, block
 
     @property
     def kind(self) -> str:
@@ -86,7 +86,7 @@ class BlockedQTensor(nnx.Module):
 
     def matmul(self, x: Float[Array, "... i"], precision=None, preferred_element_type=None) -> Array:
         """`x @ kernel` in the dtype of `x`, multiplied and added up in float32."""
-        values, scale, rows = self.values[...], self.scale[...].astype(jnp.float32), self.rows
+        values, scale, rows = self.values[...], self.scale[...].astype(jnp.float32), self.block
         packed = values.dtype == jnp.uint8
         stored = rows // 2 if packed else rows
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
@@ -97,13 +97,27 @@ class BlockedQTensor(nnx.Module):
             part = jax.lax.dynamic_slice_in_dim(values, block * stored, stored)
             if not packed:
                 return total + dot(inputs, part)
-            low, high = (jax.lax.bitcast_convert_type(nibble, jnp.int8) >> 4 for nibble in (part << 4, part))
-            return total + (dot(inputs[:, :stored], low) + dot(inputs[:, stored:], high)) * scale[block]
+            low, high = dot(inputs[:, :stored], _high_bits(part << 4)), dot(inputs[:, stored:], _high_bits(part))
+            return total + (low + high) * scale[block]
 
         total = jnp.zeros((flat.shape[0], values.shape[1]), jnp.float32)
         total = jax.lax.fori_loop(0, flat.shape[1] // rows, add, total)
         y = total if packed else total * scale[0]
         return y.reshape(*x.shape[:-1], -1).astype(preferred_element_type or x.dtype)
+
+    def rows(self, ids: Int[Any, "..."], dtype) -> Float[Array, "... o"]:
+        """`kernel[ids]` without the other rows."""
+        values, scale = self.values[...], self.scale[...].astype(dtype)
+        if values.dtype != jnp.uint8:
+            return values[ids].astype(dtype) * scale[0]
+        group, row, half = ids // self.block, ids % self.block, self.block // 2
+        pair = values[group * half + row % half]
+        return _high_bits(jnp.where((row < half)[..., None], pair << 4, pair)).astype(dtype) * scale[group]
+
+
+def _high_bits(pairs: Array) -> Array:
+    """The second int4 of each uint8, as int8."""
+    return jax.lax.bitcast_convert_type(pairs, jnp.int8) >> 4
 
 
 def scaled(values: Array, scale: Array, dtype) -> Array:
