@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     planning.add_argument("--plan_batch", type=int, default=1)
     planning.add_argument("--plan_out", help="JSON file for the report")
     args = parser.parse_args(argv)
+    if args.exclude is not None and not args.quantize:
+        parser.exit(2, "error: --exclude says what stays in full precision: give --quantize int8 or int4 with it\n")
     if args.plan:
         sys.exit(run_plan(args, parser))
     if not args.checkpoint:

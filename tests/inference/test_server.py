@@ -29,7 +29,9 @@ from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
 from openvla_jax.inference.client import Client, ServerError
 from openvla_jax.inference.load import save_model
+from openvla_jax.inference.policy import Policy
 from openvla_jax.inference.server import Settings, make_app, warm_up
+from openvla_jax.models.quantize import count_bytes
 
 ARM = {"arm": STATISTICS["arm"]}
 MAX_BATCH = 4
@@ -120,6 +122,7 @@ def test_what_it_says_of_itself(client, policy):
     assert info["model"] == json.loads(json.dumps(policy.contract.model.to_dict()))
     assert info["preprocessing"]["resize_kernel"] == "lanczos3" and info["dtype"] == "float32"
     assert info["statistics"]["arm"]["action_dim"] == 3 and info["constrained"] is True
+    assert info["devices"] == 1 and info["quantization"] is None
     before = policy.decoded_tokens
     client.post("/act", json=good())
     text = client.get("/metrics").text
@@ -385,6 +388,28 @@ def test_a_real_server_answers_the_client_and_finishes_what_it_took(policy, tmp_
             server.kill()
 
 
+def test_the_command_line_decides_what_is_served(policy, tmp_path, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn")
+    from openvla_jax.serve import main
+
+    checkpoint = tmp_path / "checkpoint"
+    save_model(policy.model, policy.contract, checkpoint)
+    served = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: served.append((server.config.app, sockets)))
+    options = ["--checkpoint", str(checkpoint), "--port", "0", "--max_batch", "1", "--compilation_cache", ""]
+    main([*options, "--quantize", "int8", "--exclude", "vision", "--tensor", "2"])
+    ((app, (listener,)),) = served
+    listener.close()
+    with TestClient(app) as client:
+        info = client.get("/info").json()
+        assert (info["devices"], info["quantization"], info["max_batch"]) == (2, "int8", 1)
+        local = Policy.from_checkpoint(checkpoint, quantize="int8", exclude=["vision"], tensor=2)
+        assert info["weight_bytes"] == count_bytes(local.model) < count_bytes(policy.model)
+        np.testing.assert_allclose(
+            decoded(client.post("/act", json=good()).json()), local.predict_action(image(), INSTRUCTIONS[0])
+        )
+
+
 def test_a_wrong_command_line_says_so_in_one_line(tmp_path, capsys):
     from openvla_jax.serve import main
 
@@ -396,6 +421,7 @@ def test_a_wrong_command_line_says_so_in_one_line(tmp_path, capsys):
         (["--checkpoint", str(tmp_path / "none")], "does not exist"),
         (["--checkpoint", str(tmp_path), "--token_file", str(tmp_path / "token")], "is empty: put the token"),
         (["--checkpoint", "x", "--port", str(taken.getsockname()[1])], "choose another --port"),
+        (["--checkpoint", "x", "--exclude", "vision"], "give --quantize"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*arguments, "--compilation_cache", ""] + ([] if "--port" in arguments else ["--port", "0"]))
