@@ -93,7 +93,7 @@ def parse_slice(text: str) -> Slice:
 # Switches of the TPU compiler that its own estimates favour (docs/performance.md), as `compile(compiler_options=...)`
 # takes them. More VMEM lets matrix products keep larger tiles, up to where it takes the place of what is fetched ahead;
 # larger tiles also take longer to compile. SparseCores run collectives beside the matrix units.
-_VMEM_KIB = {"v4": 32768, "v5e": 28672, "v5p": 65536, "v6e": 69632}
+_VMEM_KIB = {"v4": 32768, "v5e": 28672, "v5p": 49152, "v6e": 69632}
 # Those named by dimensions are for groups that span as many of the torus: without them gathers wait in line, and a
 # reduce-scatter becomes an all-reduce of twice the bytes.
 _OFFLOAD = {
