@@ -155,6 +155,7 @@ def planning_environment(environment: Mapping[str, str], dump: Path) -> dict[str
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the cloud's metadata server about this machine
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once: none of them takes a TPU
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology is what counts, but without one libtpu warns
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
