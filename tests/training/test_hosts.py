@@ -188,10 +188,10 @@ def test_the_host_that_the_others_wait_for_is_named():
 
 
 def test_nobody_hangs_before_the_first_step_or_while_steps_go_on():
-    (a, b), lines = watches(2, hang_timeout=0.15)
+    (a, b), lines = watches(2, hang_timeout=1.0)  # longer than a busy machine keeps a thread waiting
     with a, b:
-        time.sleep(0.4)  # compiling
-        for step in range(1, 8):
+        time.sleep(1.3)  # compiling
+        for step in range(1, 26):
             a.at(step, "step")
             b.at(step, "step")
             time.sleep(0.05)
