@@ -84,12 +84,19 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def matmul(x: Float[Array, "... i"], kernel: Kernel, preferred_element_type=None) -> Float[Array, "... o"]:
-    """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as."""
+def is_rounded(kernel: Kernel, dtype) -> bool:
+    """Whether `matmul` rounds the kernel to `dtype` for use, as training in bfloat16 does."""
+    return isinstance(kernel, nnx.Param) and kernel[...].dtype == jnp.float32 and dtype != jnp.float32
+
+
+def matmul(
+    x: Float[Array, "... i"], kernel: Kernel, preferred_element_type=None, scale: Float[Array, "o"] | None = None
+) -> Float[Array, "... o"]:
+    """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as; one that `is_rounded`, times `scale` before."""
     precision = matmul_precision(x.dtype)
     if isinstance(kernel, QTensor | BlockedQTensor):
         return kernel.matmul(x, precision, preferred_element_type)
-    stored = kernel[...]
+    stored = kernel[...] if scale is None else kernel[...] * scale
     product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
     if stored.dtype != x.dtype:
         weights = stored.astype(x.dtype)
@@ -103,7 +110,7 @@ def matmul(x: Float[Array, "... i"], kernel: Kernel, preferred_element_type=None
     return product(x, stored)
 
 
-def by_row(function: Callable[[Array, Array], Array], x: Float[Array, "... D"], row: nnx.Param) -> Array:
+def by_row(function: Callable[[Array, Array], Array], x: Float[Array, "... D"], row: nnx.Param | Array) -> Array:
     """`function` of x and a parameter [D], both in the dtype of x. Written in float32 the result is the same, and the
     row's gradient is summed up and stays in float32: in bfloat16 a sum of thousands loses most of them.
     """
@@ -127,11 +134,21 @@ class Linear(nnx.Module):
         self.bias = make_param(None, (*lead, out_features), (*lead_axes, axes[-1]), value=0.0) if bias else None
         self.lora = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "... i"], preferred_element_type=None) -> Float[Array, "... o"]:
-        y = matmul(x, self.kernel, preferred_element_type)
+    def __call__(
+        self, x: Float[Array, "... i"], preferred_element_type=None, scale: nnx.Param | None = None
+    ) -> Float[Array, "... o"]:
+        """The result times `scale` [o], if there is one. Where the kernel is rounded for use, `scale` goes into it: its
+        gradient then comes from the kernel's, and nothing needs the unscaled result once more.
+        """
+        folded = None
+        if scale is not None and self.lora is None and is_rounded(self.kernel, x.dtype):
+            folded = scale[...].astype(jnp.float32)
+        y = matmul(x, self.kernel, preferred_element_type, folded)
         if self.lora is not None:
             y = y + self.lora(x, matmul_precision(x.dtype)).astype(y.dtype)
-        return y if self.bias is None else by_row(jnp.add, y, self.bias)
+        if self.bias is not None:
+            y = by_row(jnp.add, y, self.bias if folded is None else self.bias[...] * folded)
+        return y if scale is None or folded is not None else by_row(jnp.multiply, y, scale)
 
 
 class LayerNorm(nnx.Module):

@@ -17,7 +17,6 @@ from openvla_jax.models.layers import (
     Linear,
     attention,
     attention_kernel,
-    by_row,
     make_param,
     matmul,
     matmul_precision,
@@ -71,7 +70,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.data(None)
 
     @jax.named_scope("attention")
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.qkv is not None:
@@ -79,12 +78,12 @@ class Attention(nnx.Module):
             q, k, v = q + added[0], k + added[1], v + added[2]
         if (kernel := attention_kernel(q, self.heads, causal=False)) is not None:
             mixed = kernel(save_name(q, "q"), save_name(k, "k"), save_name(v, "v"))
-            return save_name(self.o(mixed), "o")
+            return save_name(self.o(mixed, scale=scale), "o")
         # Kept by heads, as attention takes them.
         q = save_name(q.reshape(shape), "q")
         k = save_name(k.reshape(shape), "k")
         v = save_name(v.reshape(shape), "v")
-        return save_name(self.o(attention(q, k, v).reshape(x.shape)), "o")
+        return save_name(self.o(attention(q, k, v).reshape(x.shape), scale=scale), "o")
 
 
 class MLP(nnx.Module):
@@ -95,10 +94,10 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
         up = save_name(self.up(x), "up")
         # Kept too: an erf costs more than its place.
-        return self.down(save_name(ACTIVATIONS[self.activation](up), "activation"))
+        return self.down(save_name(ACTIVATIONS[self.activation](up), "activation"), scale=scale)
 
 
 class ViTBlock(nnx.Module):
@@ -117,10 +116,8 @@ class ViTBlock(nnx.Module):
         self.scale2 = make_param(None, *scale, value=0.1) if config.layer_scale else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y = self.attention(self.norm1(x))
-        x = x + (y if self.scale1 is None else by_row(jnp.multiply, y, self.scale1))
-        y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else by_row(jnp.multiply, save_name(y, "o"), self.scale2))
+        x = x + self.attention(self.norm1(x), self.scale1)
+        return x + self.mlp(self.norm2(x), self.scale2)
 
 
 class ViT(nnx.Module):

@@ -49,6 +49,47 @@ def test_linear(bias):
     assert difference(ours(jnp.asarray(x)), theirs.double()(torch.tensor(x).double())) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_linear_scaled_and_its_gradients_are_those_of_the_plain_formula(dtype):
+    arrays = {"kernel": normal(0, 24, 40) / 5, "bias": normal(1, 40)}
+    layer = filled(lambda key: layers.Linear(key, 24, 40, ("embed", "mlp"), bias=True), arrays)
+    scale, x = nnx.Param(jnp.asarray(normal(2, 40) / 10)), jnp.asarray(normal(3, 300, 24), dtype)
+    weights = jnp.asarray(normal(4, 300, 40), dtype)
+
+    def ours(layer, scale, x):
+        return (layer(x, scale=scale) * weights).astype(jnp.float32).sum()
+
+    def plain(kernel, bias, scale, x):
+        return ((x @ kernel + bias) * scale * np.asarray(weights, np.float64)).sum()
+
+    exact = [np.asarray(array, np.float64) for array in (*arrays.values(), scale[...], x)]
+    found = layer(x, scale=scale)
+    assert found.dtype == dtype
+    gradients = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(layer, scale, x)
+    by_name = [gradients[0].kernel[...], gradients[0].bias[...], gradients[1][...], gradients[2]]
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+    with jax.enable_x64(True):
+        expected = jax.grad(plain, argnums=(0, 1, 2, 3))(*map(jnp.asarray, exact))
+    assert difference(found, (exact[3] @ exact[0] + exact[1]) * exact[2]) < tolerance
+    for gradient, exactly in zip(by_name, expected, strict=True):
+        assert difference(gradient, exactly) < tolerance
+
+
+def test_the_gradient_of_a_scale_needs_no_product_again():
+    layer = layers.Linear(jax.random.key(0), 24, 40, ("embed", "mlp"), bias=True)
+    scale, x = nnx.Param(jnp.ones(40)), jnp.ones((300, 24), jnp.bfloat16)
+
+    def products(function):
+        def loss(layer, scale, x):
+            return jnp.sin(jax.checkpoint(function)(layer, scale, x).astype(jnp.float32)).sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(layer, scale, x).compile()
+        return compiled.as_text().count(" dot(")
+
+    assert products(lambda layer, scale, x: layer(x, scale=scale)) == 3  # forward, to the input, to the kernel
+    assert products(lambda layer, scale, x: layers.by_row(jnp.multiply, layer(x), scale)) == 4
+
+
 @few
 @hypothesis.given(seed=seeds, eps=st.sampled_from([1e-6, 1e-5, 1e-2]), offset=st.sampled_from([0.0, 30.0]))
 def test_layer_norm(seed, eps, offset):
