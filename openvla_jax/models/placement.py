@@ -72,13 +72,14 @@ def take_rows(table: Array, ids: Array, dtype) -> Array:
 
     Rows first, then the cast: a chip's gradient adds up in float32, as in bfloat16 a token seen 4096 times counts 256.
     Between chips it goes in `dtype`, as those of products do, and each gets its part of the table only. The compiler
-    alone sends all of it to all in float32. What is looked up goes to the chips of its examples whole: a part of a
-    row's tokens would first be copied to where its length fills no registers.
+    alone sends all of it to all in float32. What is looked up moves to the chips of its examples as rows of tokens:
+    with axes of its own for examples and tokens it is copied about before and after, by twenty times as long a program.
     """
     mesh = _MESH.get()
     if mesh is None or not weights_are_spread() or table.shape[1] % mesh.shape["fsdp"]:
         return table[ids].astype(dtype)
-    return shard_rows(_take_rows(mesh, jnp.dtype(dtype), table, ids))
+    rows = shard_rows(_take_rows(mesh, jnp.dtype(dtype), table, ids.reshape(-1)))
+    return rows.reshape(*ids.shape, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
