@@ -12,6 +12,7 @@ from training.batches import MODEL, random_batch
 
 from openvla_jax.config import preset
 from openvla_jax.models.openvla import abstract_model
+from openvla_jax.models.layers import Linear
 from openvla_jax.models.placement import activations_sharded, take_rows
 from openvla_jax.training import sharding
 
@@ -145,3 +146,46 @@ def test_a_tables_gradient_is_summed_where_it_lies(dtype, tolerance):
     np.add.at(exact, ids, np.asarray(weights, np.float32))
     assert ours.sharding.is_equivalent_to(placed, 2) and ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, exact, rtol=tolerance)
+
+
+def test_rows_of_a_spread_table_are_those_of_a_whole_one():
+    table = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    ids = np.random.default_rng(1).integers(0, 50, (16, 5))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    rows = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+
+    @jax.jit
+    def look_up(table, ids):
+        with activations_sharded(mesh):
+            return take_rows(table, ids, jnp.bfloat16)
+
+    ours = look_up(
+        jax.device_put(table, jax.sharding.NamedSharding(mesh, P(None, "fsdp"))), jax.device_put(ids, rows)
+    )
+    assert ours.sharding.is_equivalent_to(rows, 3)
+    np.testing.assert_array_equal(ours, jnp.asarray(table, jnp.bfloat16)[ids])
+
+
+@pytest.mark.parametrize("axes", [("heads", "embed"), ("embed", "heads")])
+def test_a_scaled_product_of_spread_weights_has_the_gradients_of_one_device(axes):
+    rng = np.random.default_rng(0)
+    linear, scale = Linear(jax.random.key(0), 32, 64, axes, bias=True), nnx.Param(jnp.asarray(rng.random(64)))
+    x, weights = (jnp.asarray(rng.standard_normal((16, 20, size)), jnp.bfloat16) for size in (32, 64))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    place = lambda array, *names: jax.device_put(array, jax.sharding.NamedSharding(mesh, P(*names)))
+
+    def loss(linear, scale, x, weights):
+        return (linear(x, scale=scale) * weights).astype(jnp.float32).sum()
+
+    def gradients(*arguments):  # traced anew each time: under a mesh it is another program
+        return jax.tree.leaves(jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)))
+
+    one = gradients(linear, scale, x, weights)
+    spread = jax.tree.map(place, linear)
+    spread.kernel[...] = place(linear.kernel[...], *(("fsdp", None) if axes[0] == "embed" else (None, "fsdp")))
+    with activations_sharded(mesh):
+        many = gradients(spread, scale, place(x, ("data", "fsdp")), place(weights, ("data", "fsdp")))
+    for ours, theirs in zip(many, one, strict=True):
+        largest = np.abs(np.asarray(theirs, np.float32)).max()
+        difference = np.abs(np.asarray(ours, np.float32) - np.asarray(theirs, np.float32)).max()
+        assert difference < 0.02 * largest
