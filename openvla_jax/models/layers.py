@@ -92,7 +92,7 @@ def is_rounded(kernel: Kernel, dtype) -> bool:
 def matmul(
     x: Float[Array, "... i"], kernel: Kernel, preferred_element_type=None, scale: Float[Array, "o"] | None = None
 ) -> Float[Array, "... o"]:
-    """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as; one that `is_rounded`, times `scale` before."""
+    """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as; `scale` is for one that `is_rounded`."""
     precision = matmul_precision(x.dtype)
     if isinstance(kernel, QTensor | BlockedQTensor):
         return kernel.matmul(x, precision, preferred_element_type)

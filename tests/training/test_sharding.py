@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from training.batches import MODEL, random_batch
 
 from openvla_jax.config import preset
-from openvla_jax.models.openvla import abstract_model
 from openvla_jax.models.layers import Linear
+from openvla_jax.models.openvla import abstract_model
 from openvla_jax.models.placement import activations_sharded, take_rows
 from openvla_jax.training import sharding
 
@@ -159,9 +159,7 @@ def test_rows_of_a_spread_table_are_those_of_a_whole_one():
         with activations_sharded(mesh):
             return take_rows(table, ids, jnp.bfloat16)
 
-    ours = look_up(
-        jax.device_put(table, jax.sharding.NamedSharding(mesh, P(None, "fsdp"))), jax.device_put(ids, rows)
-    )
+    ours = look_up(jax.device_put(table, jax.sharding.NamedSharding(mesh, P(None, "fsdp"))), jax.device_put(ids, rows))
     assert ours.sharding.is_equivalent_to(rows, 3)
     np.testing.assert_array_equal(ours, jnp.asarray(table, jnp.bfloat16)[ids])
 
