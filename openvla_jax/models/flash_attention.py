@@ -69,6 +69,23 @@ class _Shape(NamedTuple):
     def lanes(self, head: int) -> slice:
         return slice(head * self.dim, (head + 1) * self.dim)
 
+    def read(self, refs: Sequence[Any], part: int, head: int) -> Array:
+        """A head's queries (part 0), keys (1) or values (2), which lie in a ref of their own or all in one; rows from
+        `length` on hold zeros.
+        """
+        ref, lanes = self._place(refs, part, head)
+        return _real(ref[0, : self.keys, lanes], 0, self.length)
+
+    def write(self, refs: Sequence[Any], part: int, head: int, rows: slice, x: Array) -> None:
+        """The other way round."""
+        ref, lanes = self._place(refs, part, head)
+        ref[0, rows, lanes] = x
+
+    def _place(self, refs: Sequence[Any], part: int, head: int) -> tuple[Any, slice]:
+        if len(refs) == 1:
+            return refs[0], self.lanes(part * self.heads + head)
+        return refs[part], self.lanes(head)
+
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Blocks of queries, each with the blocks of keys that it sees."""
         for first in range(0, self.queries, LANES):
@@ -130,69 +147,75 @@ def fits(x: Float[Array, "B T D"], heads: int, rotated: bool, mesh: Mesh) -> boo
     return _program(x, heads, dim, False, mesh.devices.flat[0]) is not None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def takes_merged(x: Float[Array, "B T D"], heads: int, mesh: Mesh) -> bool:
+    """Whether `flash_attention` takes queries, keys and values of this shape side by side: with all heads at once."""
+    shape = _program(x, heads, x.shape[-1] // heads, False, mesh.devices.flat[0])
+    return shape is not None and shape.heads == heads
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def flash_attention(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
-    angles: Angles | None,
-    heads: int,
-    causal: bool,
-    mesh: Mesh,
+    qkv: tuple[Array, ...], angles: Angles | None, heads: int, causal: bool, mesh: Mesh
 ) -> Float[Array, "B T D"]:
     """Attention of projections D = N H of a whole sequence, each row of the batch on the chip that holds it.
 
+    `qkv`: queries, keys and values [B, T, D]; or, where `takes_merged` says so, one array [B, T, 3 D] of them.
     `angles`: cosine and sine [T, H] by which queries and keys are rotated, the sine negative in its first half; None
     for none. Softmax and sums are float32. A remat policy may keep the result, named "attention", and the logarithms of
     the sums, "statistics". Only where `fits` says so.
     """
-    return _forward(q, k, v, angles, heads, causal, mesh)[0]
+    return _forward(qkv, angles, heads, causal, mesh)[0]
 
 
-def _forward(q, k, v, angles, heads, causal, mesh):
-    run = _call(_forward_kernel, "flash_attention", q, angles, heads, causal, mesh)
-    mixed, sums = run((q, k, v), (), angles or ())
-    return checkpoint_name(mixed, "attention"), (q, k, v, angles, checkpoint_name(sums, "statistics"))
+def _forward(qkv, angles, heads, causal, mesh):
+    run = _call(_forward_kernel, "flash_attention", qkv, heads, causal, mesh)
+    mixed, sums = run(qkv, (), angles or ())
+    return checkpoint_name(mixed, "attention"), (qkv, angles, checkpoint_name(sums, "statistics"))
 
 
 def _backward(heads, causal, mesh, residuals, gradient):
-    q, k, v, angles, sums = residuals
-    run = _call(_backward_kernel, "flash_attention_backward", q, angles, heads, causal, mesh)
-    return *run((q, k, v, gradient), (sums,), angles or ()), None
+    qkv, angles, sums = residuals
+    run = _call(_backward_kernel, "flash_attention_backward", qkv, heads, causal, mesh)
+    return run(qkv, (gradient, sums), angles or ()), None
 
 
 flash_attention.defvjp(_forward, _backward)
 
 
-def _call(kernel, name: str, x: Array, angles: Angles | None, heads: int, causal: bool, mesh: Mesh) -> Callable:
-    """The kernel as a function of (rows, sums, angles), run by each chip on its own rows."""
+def _call(kernel, name: str, qkv: Sequence[Array], heads: int, causal: bool, mesh: Mesh) -> Callable:
+    """The kernel as a function of (qkv, what else has rows, angles), run by each chip on its own rows."""
     device = mesh.devices.flat[0]
-    dim = x.shape[-1] // heads
-    shape = _program(x, heads, dim, causal, device)
+    width = qkv[0].shape[-1] * len(qkv) // 3
+    dim = width // heads
+    shape = _program(qkv[0], heads, dim, causal, device)
     assert shape is not None, "ask `fits` first"
     backward = kernel is _backward_kernel
     row = pl.BlockSpec((1, shape.queries, shape.heads * dim), lambda b, n: (b, 0, n))
+    projections = [row] * 3
+    if len(qkv) == 1:
+        projections = [pl.BlockSpec((1, shape.queries, 3 * width), lambda b, n: (b, 0, 0))]
     sums = pl.BlockSpec((1, shape.heads, 1, shape.queries), lambda b, n: (b, n, 0, 0))
     angle = pl.BlockSpec((shape.keys, dim), lambda b, n: (0, 0))
     limit = _VMEM.get(device.device_kind, _VMEM_ELSEWHERE) + _SPILLS
 
-    def run(rows: Sequence[Array], given: Sequence[Array], angles: Sequence[Array]):
-        batch, length, _ = rows[0].shape
+    def run(qkv: Sequence[Array], given: Sequence[Array], angles: Sequence[Array]):
+        batch, length, _ = qkv[0].shape
         grid = (batch, heads // shape.heads)
-        like = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
+        like = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv)
+        mixed = jax.ShapeDtypeStruct((batch, length, width), qkv[0].dtype)
         logarithms = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
         return pl.pallas_call(
-            partial(kernel, shape=shape),
+            partial(kernel, shape=shape, projections=len(qkv)),
             grid=grid,
-            in_specs=[row] * len(rows) + [sums] * len(given) + [angle] * len(angles),
-            out_specs=[row] * 3 if backward else [row, sums],
-            out_shape=[like] * 3 if backward else [like, logarithms],
-            scratch_shapes=shape.scratch(x.dtype, backward),
+            in_specs=[*projections, *[row, sums][: len(given)], *[angle] * len(angles)],
+            out_specs=tuple(projections) if backward else [row, sums],
+            out_shape=like if backward else [mixed, logarithms],
+            scratch_shapes=shape.scratch(qkv[0].dtype, backward),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
             interpret=shape.interpreted,
             name=name,
             metadata={"programs": str(math.prod(grid))},  # the compiler's text does not say (training/hlo.py)
-        )(*rows, *given, *angles)
+        )(*qkv, *given, *angles)
 
     split, whole = PartitionSpec(ROWS), PartitionSpec()
     return jax.shard_map(run, mesh=mesh, in_specs=(split, split, whole), out_specs=split, check_vma=False)
@@ -203,12 +226,12 @@ def _call(kernel, name: str, x: Array, angles: Angles | None, heads: int, causal
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward_kernel(*refs, shape: _Shape):
-    q_ref, k_ref, v_ref, *angles, out_ref, sums_ref, q, k, v_across, weights_ref, inverse_ref = refs
-    _load_rotated(q_ref, k_ref, angles, q, k, shape)
+def _forward_kernel(*refs, shape: _Shape, projections: int):
+    qkv, refs = refs[:projections], refs[projections:]
+    *angles, out_ref, sums_ref, q, k, v_across, weights_ref, inverse_ref = refs
+    _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
-        values = _real(v_ref[0, : shape.keys, shape.lanes(head)], 0, shape.length)
-        v_across[head] = _transposed(values)
+        v_across[head] = _transposed(shape.read(qkv, 2, head))
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
@@ -228,14 +251,15 @@ def _forward_kernel(*refs, shape: _Shape):
             out_ref[0, queries, shape.lanes(head)] = mixed.T.astype(out_ref.dtype)
 
 
-def _backward_kernel(*refs, shape: _Shape):
-    q_ref, k_ref, v_ref, gradient_ref, sums_ref, *angles, to_q_ref, to_k_ref, to_v_ref = refs[:-8]
+def _backward_kernel(*refs, shape: _Shape, projections: int):
+    qkv, (gradient_ref, sums_ref, *angles) = refs[:projections], refs[projections : -8 - projections]
+    to_qkv = refs[-8 - projections : -8]
     q, k, v, gradient, k_across, weights_ref, to_scores_ref, to_weights_ref = refs[-8:]
     dtype = q.dtype
-    _load_rotated(q_ref, k_ref, angles, q, k, shape)
+    _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
         k_across[head] = _transposed(k[head])
-        v[head] = _real(v_ref[0, : shape.keys, shape.lanes(head)], 0, shape.length)
+        v[head] = shape.read(qkv, 2, head)
         gradient[head] = _real(gradient_ref[0, :, shape.lanes(head)], 0, shape.length)
 
     def rotated_back(x, at: slice):
@@ -267,26 +291,26 @@ def _backward_kernel(*refs, shape: _Shape):
         there = slice(queries.start, min(queries.stop, shape.keys))
         for head in range(shape.heads):
             to_q = shape.product(k_across[head, :, keys], to_scores_ref[head, keys, queries]) * shape.scale  # [H, T]
-            to_q_ref[0, there, shape.lanes(head)] = rotated_back(to_q.T[: there.stop - there.start], there)
+            shape.write(to_qkv, 0, head, there, rotated_back(to_q.T[: there.stop - there.start], there))
     for first in range(0, shape.keys, LANES):
         keys = slice(first, min(first + LANES, shape.keys))
         seeing = slice(first if shape.causal else 0, shape.queries)
         for head in range(shape.heads):
             to_v = shape.product(weights_ref[head, keys, seeing], gradient[head, seeing])
-            to_v_ref[0, keys, shape.lanes(head)] = to_v.astype(dtype)
+            shape.write(to_qkv, 2, head, keys, to_v.astype(dtype))
             to_k = shape.product(to_scores_ref[head, keys, seeing], q[head, seeing]) * shape.scale
-            to_k_ref[0, keys, shape.lanes(head)] = rotated_back(to_k, keys)
+            shape.write(to_qkv, 1, head, keys, rotated_back(to_k, keys))
 
 
-def _load_rotated(q_ref, k_ref, angles, q, k, shape: _Shape) -> None:
+def _load_rotated(qkv, angles, q, k, shape: _Shape) -> None:
     """Queries and keys by heads, zeros behind the last position."""
     cos_and_sin = [ref[...].astype(jnp.float32) for ref in angles]
     for head in range(shape.heads):
-        for ref, to in ((q_ref, q), (k_ref, k)):
-            x = ref[0, : shape.keys, shape.lanes(head)]
+        for part, to in enumerate((q, k)):
+            x = shape.read(qkv, part, head)
             if cos_and_sin:
                 x = _rotate(x.astype(jnp.float32), *cos_and_sin).astype(to.dtype)
-            to[head, : shape.keys] = _real(x, 0, shape.length)
+            to[head, : shape.keys] = x
         if shape.queries > shape.keys:
             q[head, shape.keys :] = jnp.zeros((shape.queries - shape.keys, shape.dim), q.dtype)
 

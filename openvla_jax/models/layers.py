@@ -9,9 +9,9 @@ stack with one `lax.scan`, so that compile time does not grow with depth. Module
 jax's own transforms.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +97,15 @@ def matmul(
     if isinstance(kernel, QTensor | BlockedQTensor):
         return kernel.matmul(x, precision, preferred_element_type)
     stored = kernel[...] if scale is None else kernel[...] * scale
+    return _matmul(x, stored, kernel.axes[-1] == "embed", preferred_element_type)
+
+
+def _matmul(x: Array, stored: Array, by_outputs: bool, preferred_element_type=None) -> Array:
+    """`x @ stored`, of an array that is spread over chips by what comes out (`by_outputs`) or by what goes in."""
+    precision = matmul_precision(x.dtype)
     product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
     if stored.dtype != x.dtype:
         weights = stored.astype(x.dtype)
-        by_outputs = kernel.axes[-1] == "embed"
         if precision is None and (by_outputs or preferred_element_type is not None):
             return placement.product(x, weights, by_outputs, preferred_element_type)
         return product(x, weights)
@@ -149,6 +154,18 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = by_row(jnp.add, y, self.bias if folded is None else self.bias[...] * folded)
         return y if scale is None or folded is not None else by_row(jnp.multiply, y, scale)
+
+
+def merged(x: Float[Array, "... i"], layers: Sequence[Linear]) -> Float[Array, "... o"]:
+    """The results of several layers of x side by side; by one product, where kernels are not quantised. For layers that
+    are spread over chips by what goes in, without adapters of their own.
+    """
+    if not all(isinstance(layer.kernel, nnx.Param) for layer in layers):
+        return jnp.concatenate([layer(x) for layer in layers], axis=-1)
+    assert all(layer.lora is None for layer in layers)
+    y = _matmul(x, jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1), by_outputs=False)
+    biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+    return by_row(jnp.add, y, jnp.concatenate(biases, axis=-1)) if biases else y
 
 
 class LayerNorm(nnx.Module):
@@ -227,13 +244,27 @@ _rotate.defvjp(
 )
 
 
+class AttentionKernel(NamedTuple):
+    """Attention of a whole sequence as a kernel: of queries, keys and values [B, T, D], or where it `takes_merged` of
+    one array [B, T, 3 D] of them, to their mix [B, T, D].
+    """
+
+    run: Callable[[tuple[Array, ...]], Array]
+    takes_merged: bool
+
+    def __call__(self, *qkv: Array) -> Array:
+        if len(qkv) == 3:
+            return self.run(tuple(save_name(x, name) for x, name in zip(qkv, "qkv", strict=True)))
+        (x,) = qkv
+        for name in "qkv":  # kept whole where a policy names any of them
+            x = save_name(x, name)
+        return self.run((x,))
+
+
 def attention_kernel(
     x: Float[Array, "B T D"], heads: int, *, causal: bool, theta: float | None = None
-) -> Callable[[Array, Array, Array], Array] | None:
-    """Attention of a whole sequence as a kernel, where one is wanted and takes projections like `x`; else None.
-
-    It maps queries, keys and values [B, T, D] to their mix [B, T, D]. `theta` rotates queries and keys.
-    """
+) -> AttentionKernel | None:
+    """The kernel, where one is wanted and takes projections like `x`; else None. `theta` rotates queries and keys."""
     mesh = kernel_mesh()
     if mesh is None or not flash_attention.fits(x, heads, theta is not None, mesh):
         return None
@@ -241,7 +272,8 @@ def attention_kernel(
     if theta is not None:
         cos, sin = rope_angles(jnp.arange(x.shape[1]), x.shape[-1] // heads, theta, x.dtype)
         angles = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return lambda q, k, v: flash_attention.flash_attention(q, k, v, angles, heads, causal, mesh)
+    run = lambda qkv: flash_attention.flash_attention(qkv, angles, heads, causal, mesh)
+    return AttentionKernel(run, flash_attention.takes_merged(x, heads, mesh))
 
 
 def attention(

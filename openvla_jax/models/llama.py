@@ -66,8 +66,7 @@ class Attention(nnx.Module):
             kernel = attention_kernel(x, config.heads, causal=True, theta=config.rope_theta)
         if kernel is None:
             return self.attend(*self.project(x, _positions(x)), mask)
-        mixed = kernel(*(save_name(layer(x), name) for layer, name in ((self.q, "q"), (self.k, "k"), (self.v, "v"))))
-        return save_name(self.o(mixed), "o")
+        return save_name(self.o(kernel(self.q(x), self.k(x), self.v(x))), "o")
 
     @jax.named_scope("attention")
     def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:

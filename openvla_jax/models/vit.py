@@ -20,6 +20,7 @@ from openvla_jax.models.layers import (
     make_param,
     matmul,
     matmul_precision,
+    merged,
     save_name,
     scan_layers,
     stack_shape,
@@ -71,14 +72,18 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
-        shape = (*x.shape[:2], self.heads, -1)
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if self.qkv is not None:
-            added = jnp.split(self.qkv["lora"](x, matmul_precision(x.dtype)), 3, axis=-1)
-            q, k, v = q + added[0], k + added[1], v + added[2]
-        if (kernel := attention_kernel(q, self.heads, causal=False)) is not None:
-            mixed = kernel(save_name(q, "q"), save_name(k, "k"), save_name(v, "v"))
+        added = None if self.qkv is None else self.qkv["lora"](x, matmul_precision(x.dtype))
+        kernel = attention_kernel(x, self.heads, causal=False)
+        if kernel is not None and kernel.takes_merged:
+            qkv = merged(x, [self.q, self.k, self.v])
+            mixed = kernel(qkv if added is None else qkv + added)
             return save_name(self.o(mixed, scale=scale), "o")
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if added is not None:
+            q, k, v = (y + part for y, part in zip((q, k, v), jnp.split(added, 3, axis=-1), strict=True))
+        if kernel is not None:
+            return save_name(self.o(kernel(q, k, v), scale=scale), "o")
+        shape = (*x.shape[:2], self.heads, -1)
         # Kept by heads, as attention takes them.
         q = save_name(q.reshape(shape), "q")
         k = save_name(k.reshape(shape), "k")

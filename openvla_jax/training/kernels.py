@@ -65,5 +65,9 @@ def disagreement(length: int, width: int, heads: int, theta: float | None, devic
         mixed, back = jax.vjp(function, q, k, v)
         return [np.asarray(x, np.float32) for x in (mixed, *back(gradient))]
 
-    pairs = zip(whole(jax.jit(kernel)), whole(jax.jit(made_by_compiler)), strict=True)
+    forms = [lambda *projections: kernel(*projections)]
+    if kernel.takes_merged:
+        forms.append(lambda *projections: kernel(jnp.concatenate(projections, axis=-1)))
+    expected = whole(jax.jit(made_by_compiler))
+    pairs = [pair for form in forms for pair in zip(whole(jax.jit(form)), expected, strict=True)]
     return max(float(np.linalg.norm(one - other) / np.linalg.norm(other)) for one, other in pairs)

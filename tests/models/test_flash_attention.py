@@ -1,19 +1,24 @@
 """The attention kernel, interpreted on a CPU, against attention in float64; and in a whole training step."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from training.batches import ONE_TOWER, random_batch
 
 from openvla_jax.models import flash_attention as flash
-from openvla_jax.models.layers import attention, attention_kernel, rope
+from openvla_jax.models import vit
+from openvla_jax.models.layers import attention, attention_kernel, remat_policy, rope
+from openvla_jax.models.lora import LoRA, LoRAConfig
 from openvla_jax.models.placement import activations_sharded
+from openvla_jax.models.quantize import QTensor, quantize_array
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import abstract_state, init_state
@@ -72,13 +77,14 @@ def by_compiler(q, k, v, causal):
     return attention(q, k, v, mask)
 
 
-def by_kernel(q, k, v, causal, mesh=None):
+def by_kernel(q, k, v, causal, mesh=None, merged=False):
     batch, length, heads, dim = q.shape
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v)]
     with activations_sharded(mesh or one_device(), kernels=True):
         kernel = attention_kernel(flat[0], heads, causal=causal, theta=THETA if causal else None)
         assert kernel is not None
-        return kernel(*flat).reshape(q.shape)
+        assert kernel.takes_merged or not merged
+        return kernel(*([jnp.concatenate(flat, axis=-1)] if merged else flat)).reshape(q.shape)
 
 
 def with_gradients(function, arrays, causal):
@@ -98,6 +104,8 @@ def test_results_and_gradients_are_as_near_to_float64_as_the_compilers(case):
     arrays = inputs(length, heads, dim)
     truth = exact(*arrays, causal)
     ours = with_gradients(by_kernel, arrays, causal)
+    merged = with_gradients(partial(by_kernel, merged=True), arrays, causal)
+    assert all(np.array_equal(one, other) for one, other in zip(merged, ours, strict=True))
     theirs = with_gradients(by_compiler, arrays, causal)
     for name, exactly, our, their in zip(("result", "q", "k", "v"), truth, ours, theirs, strict=True):
         distance = lambda x, exactly=exactly: np.linalg.norm(x - exactly) / np.linalg.norm(exactly)
@@ -113,9 +121,10 @@ def test_what_no_position_holds_does_not_matter():
     assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, True))
 
 
-def test_rows_stay_on_their_chips():
+@pytest.mark.parametrize("merged", [False, True])
+def test_rows_stay_on_their_chips(merged):
     arrays = inputs(40, 2, 64, rows=8)
-    spread = lambda q, k, v, causal: by_kernel(q, k, v, causal, make_mesh({"data": 2, "fsdp": 4}))
+    spread = partial(by_kernel, mesh=make_mesh({"data": 2, "fsdp": 4}), merged=merged)
     for one, many in zip(with_gradients(by_kernel, arrays, False), with_gradients(spread, arrays, False), strict=True):
         assert np.linalg.norm(many - one) < 0.005 * np.linalg.norm(one)  # rounding is the compiler's
 
@@ -133,6 +142,60 @@ def test_what_a_kernel_does_not_take():
     with activations_sharded(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), kernels=True):
         assert attention_kernel(x, 2, causal=True) is None
     assert attention_kernel(x, 2, causal=True) is None
+
+
+def test_many_heads_are_not_taken_together():
+    with activations_sharded(one_device(), kernels=True):
+        assert not attention_kernel(jnp.zeros((1, 64, 2048), jnp.bfloat16), 16, causal=True).takes_merged
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("full", 0), ("gate", 0), ("q", 1), ("k", 1), ("q,k,v", 1)])
+def test_merged_projections_are_kept_once_by_any_of_their_names(capsys, policy, kept):
+    x = jnp.ones((2, 16, 256), jnp.bfloat16)
+    with activations_sharded(one_device(), kernels=True):
+        kernel = attention_kernel(x, 2, causal=False)
+        mixed = lambda x: kernel(jnp.concatenate([x, jnp.sin(x), jnp.cos(x)], axis=-1)).sum()
+        jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(mixed, policy=remat_policy(policy)), x)
+    assert capsys.readouterr().out.count("[2,16,768]") == kept
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_towers_projections_are_the_same_merged(stored, adapted):
+    """Over eight devices; where there are gradients, these too."""
+    tower = dataclasses.replace(ONE_TOWER.towers[0], width=256, heads=4)
+    keys = jax.random.split(jax.random.key(0), 6)
+    module = vit.Attention(keys[0], tower, None)
+    for key, layer in zip(keys[1:], (module.q, module.k, module.v), strict=False):
+        layer.bias[...] = jax.random.normal(key, (256,))
+        if stored == "bfloat16":
+            layer.kernel[...] = layer.kernel[...].astype(jnp.bfloat16)
+        if stored == "int8":
+            layer.kernel = QTensor(*map(nnx.Param, quantize_array(layer.kernel[...], stored)))
+    if adapted:
+        adapter = LoRA(keys[4], LoRAConfig(rank=4), "qkv", (256, 768))
+        adapter.b[...] = jax.random.normal(keys[4], (4, 768))
+        module.qkv = nnx.Dict(lora=adapter)
+    x = jax.random.normal(keys[5], (8, 16, 256), jnp.bfloat16)
+
+    def run(kernels):
+        def value(module, x):
+            with activations_sharded(make_mesh({"data": 2, "fsdp": 4}), kernels=kernels):
+                return module(x, None)
+
+        @jax.jit
+        def value_and_gradients(module, x):
+            if stored == "int8":
+                return value(module, x)
+            mixed, back = jax.vjp(value, module, x)
+            to_module, to_x = back(jnp.cos(mixed))
+            to_module.k.bias[...] = jnp.zeros(256)  # what a bias of keys gets is rounding: softmax does not see it
+            return mixed, to_module, to_x
+
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(value_and_gradients(module, x))]
+
+    for one, other in zip(run(True), run(False), strict=True):
+        assert np.linalg.norm(one - other) <= 0.05 * np.linalg.norm(other)
 
 
 def test_a_training_step_with_kernels_is_one_without(monkeypatch):
