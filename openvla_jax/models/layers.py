@@ -160,10 +160,11 @@ def merged(x: Float[Array, "... i"], layers: Sequence[Linear]) -> Float[Array, "
     """The results of several layers of x side by side; by one product, where kernels are not quantised. For layers that
     are spread over chips by what goes in, without adapters of their own.
     """
-    if not all(isinstance(layer.kernel, nnx.Param) for layer in layers):
+    kernels = [layer.kernel[...] for layer in layers if isinstance(layer.kernel, nnx.Param)]
+    if len(kernels) < len(layers):
         return jnp.concatenate([layer(x) for layer in layers], axis=-1)
     assert all(layer.lora is None for layer in layers)
-    y = _matmul(x, jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1), by_outputs=False)
+    y = _matmul(x, jnp.concatenate(kernels, axis=-1), by_outputs=False)
     biases = [layer.bias[...] for layer in layers if layer.bias is not None]
     return by_row(jnp.add, y, jnp.concatenate(biases, axis=-1)) if biases else y
 
