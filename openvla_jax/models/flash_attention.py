@@ -70,11 +70,9 @@ class _Shape(NamedTuple):
         return slice(head * self.dim, (head + 1) * self.dim)
 
     def read(self, refs: Sequence[Any], part: int, head: int) -> Array:
-        """A head's queries (part 0), keys (1) or values (2), which lie in a ref of their own or all in one; rows from
-        `length` on hold zeros.
-        """
+        """A head's queries (part 0), keys (1) or values (2), which lie in a ref of their own or all in one."""
         ref, lanes = self._place(refs, part, head)
-        return _real(ref[0, : self.keys, lanes], 0, self.length)
+        return ref[0, : self.keys, lanes]
 
     def write(self, refs: Sequence[Any], part: int, head: int, rows: slice, x: Array) -> None:
         """The other way round."""
@@ -231,7 +229,7 @@ def _forward_kernel(*refs, shape: _Shape, projections: int):
     *angles, out_ref, sums_ref, q, k, v_across, weights_ref, inverse_ref = refs
     _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
-        v_across[head] = _transposed(shape.read(qkv, 2, head))
+        v_across[head] = _transposed(_real(shape.read(qkv, 2, head), 0, shape.length))
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
@@ -259,7 +257,7 @@ def _backward_kernel(*refs, shape: _Shape, projections: int):
     _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
         k_across[head] = _transposed(k[head])
-        v[head] = shape.read(qkv, 2, head)
+        v[head] = _real(shape.read(qkv, 2, head), 0, shape.length)
         gradient[head] = _real(gradient_ref[0, :, shape.lanes(head)], 0, shape.length)
 
     def rotated_back(x, at: slice):
@@ -310,7 +308,7 @@ def _load_rotated(qkv, angles, q, k, shape: _Shape) -> None:
             x = shape.read(qkv, part, head)
             if cos_and_sin:
                 x = _rotate(x.astype(jnp.float32), *cos_and_sin).astype(to.dtype)
-            to[head, : shape.keys] = x
+            to[head, : shape.keys] = _real(x, 0, shape.length)  # after the rotation: angles end there too
         if shape.queries > shape.keys:
             q[head, shape.keys :] = jnp.zeros((shape.queries - shape.keys, shape.dim), q.dtype)
 

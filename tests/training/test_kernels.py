@@ -29,3 +29,12 @@ def test_a_wrong_kernel_stops_the_run(monkeypatch, wrong):
         KernelError, match=r"kernel of (\w+) differs from the compiler's .*--config\.train\.kernels=False"
     ):
         check_kernels(MODEL, 20, jax.devices()[0])
+
+
+def test_so_does_one_whose_gradients_alone_are_no_numbers(monkeypatch):
+    write = flash_attention._Shape.write
+    monkeypatch.setattr(
+        flash_attention._Shape, "write", lambda shape, *args: write(shape, *args[:-1], np.nan * args[-1])
+    )
+    with pytest.raises(KernelError, match="by nan%"):
+        check_kernels(MODEL, 20, jax.devices()[0])
