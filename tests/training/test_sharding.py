@@ -166,6 +166,7 @@ def test_rows_of_a_spread_table_are_those_of_a_whole_one():
 
 @pytest.mark.parametrize("axes", [("heads", "embed"), ("embed", "heads")])
 def test_a_scaled_product_of_spread_weights_has_the_gradients_of_one_device(axes):
+    """That one computes in float32: in bfloat16 a CPU's product of jax 0.12 is 3% off."""
     rng = np.random.default_rng(0)
     linear, scale = Linear(jax.random.key(0), 32, 64, axes, bias=True), nnx.Param(jnp.asarray(rng.random(64)))
     x, weights = (jnp.asarray(rng.standard_normal((16, 20, size)), jnp.bfloat16) for size in (32, 64))
@@ -178,7 +179,7 @@ def test_a_scaled_product_of_spread_weights_has_the_gradients_of_one_device(axes
     def gradients(*arguments):  # traced anew each time: under a mesh it is another program
         return jax.tree.leaves(jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)))
 
-    one = gradients(linear, scale, x, weights)
+    one = gradients(linear, scale, x.astype(jnp.float32), weights.astype(jnp.float32))
     spread = jax.tree.map(place, linear)
     spread.kernel[...] = place(linear.kernel[...], *(("fsdp", None) if axes[0] == "embed" else (None, "fsdp")))
     with activations_sharded(mesh):
