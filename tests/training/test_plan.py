@@ -228,3 +228,46 @@ def test_bad_plans_are_told_in_one_line(arguments, message):
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
+
+
+MERGED = """
+import os
+import sys
+from pathlib import Path
+
+from openvla_jax.training.tpu import parse_slice, planning_environment
+
+os.environ.update(planning_environment(os.environ, Path(sys.argv[1])))
+import jax
+import jax.numpy as jnp
+
+from openvla_jax.models.layers import attention_kernel
+from openvla_jax.models.placement import activations_sharded
+from openvla_jax.training.plan import topology_devices
+from openvla_jax.training.sharding import make_mesh
+
+mesh = make_mesh({"fsdp": 1}, topology_devices(parse_slice(sys.argv[2]))[:1])
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def mixed(qkv):
+    with activations_sharded(mesh, kernels=True):
+        kernel = attention_kernel(qkv[..., :1152], 16, causal=False)
+        assert kernel.takes_merged
+        return kernel(qkv)
+
+
+qkv, gradient = (jax.ShapeDtypeStruct((8, 256, n * 1152), jnp.bfloat16, sharding=place) for n in (3, 1))
+jax.jit(lambda qkv, gradient: jax.vjp(mixed, qkv)[1](gradient)).lower(qkv, gradient).compile()
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.long)])
+def test_tpus_compile_the_kernel_of_merged_projections(tmp_path, topology):
+    """SigLIP's: its heads of 72 begin where no register does."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", MERGED, str(tmp_path), topology]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
