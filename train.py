@@ -60,8 +60,9 @@ def _run(config, workdir: str, needs_init_from: bool, place: tuple) -> None:
         # Each fake device waits in a thread for the others, at several collectives at once: with a pool of one thread
         # per device they wait for ever.
         os.environ.setdefault("PJRT_NPROC", "64")
+    from openvla_jax.storage import StorageError
     from openvla_jax.training import hosts
-    from openvla_jax.training.runtime import NonFiniteError, StorageError
+    from openvla_jax.training.runtime import NonFiniteError
 
     try:
         hosts.initialize(*place)
@@ -79,11 +80,11 @@ def _run(config, workdir: str, needs_init_from: bool, place: tuple) -> None:
 
 
 def _plan(config, topologies: list[str], out: str | None, search: bool) -> None:
-    from openvla_jax.training.tpu import planning_environment
+    from openvla_jax.planning.environment import planning_environment
 
     with tempfile.TemporaryDirectory() as dump:
         os.environ.update(planning_environment(os.environ, Path(dump)))
-        from openvla_jax.training.plan import run_plans
+        from openvla_jax.planning.train import run_plans
 
         try:
             fits = run_plans(config, topologies, Path(dump), out, search)

@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from openvla_jax.data.batches import make_train_iterator, resident_memory_gb
+from openvla_jax.data.ingest.stand_ins import write_stand_in
 from openvla_jax.data.oxe import MIXTURES
-from openvla_jax.data.stand_ins import write_stand_in
-from openvla_jax.tokens import load_tokenizer
+from openvla_jax.tokens.tokenizer import load_tokenizer
 
 
 def main() -> None:

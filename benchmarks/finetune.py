@@ -33,9 +33,9 @@ from configs.common import base  # noqa: E402
 from openvla_jax.config import VLAConfig, tiny  # noqa: E402
 from openvla_jax.models.lora import LoRAConfig  # noqa: E402
 from openvla_jax.models.tuning import FULL, MODES, Tuning  # noqa: E402
+from openvla_jax.parallel.sharding import global_batch, make_mesh  # noqa: E402
+from openvla_jax.planning.train import model_flops  # noqa: E402
 from openvla_jax.training.optimizer import make_optimizer, make_schedule  # noqa: E402
-from openvla_jax.training.plan import model_flops  # noqa: E402
-from openvla_jax.training.sharding import global_batch, make_mesh  # noqa: E402
 from openvla_jax.training.state import abstract_state, init_state  # noqa: E402
 from openvla_jax.training.step import make_train_step  # noqa: E402
 

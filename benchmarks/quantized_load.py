@@ -33,7 +33,7 @@ def load(path: str, kind: str | None, exclude: tuple[str, ...]) -> None:
     """Prints what loading took, as JSON; runs in a process of its own."""
     import jax
 
-    from openvla_jax.inference.load import load_model
+    from openvla_jax.checkpoint.load import load_model
 
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, began = peak(), time.perf_counter()

@@ -37,14 +37,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
+from openvla_jax.checkpoint.contract import PREPROCESSING, Contract  # noqa: E402
+from openvla_jax.checkpoint.load import save_model  # noqa: E402
 from openvla_jax.config import model_config  # noqa: E402
 from openvla_jax.inference.client import Client  # noqa: E402
-from openvla_jax.inference.load import save_model  # noqa: E402
 from openvla_jax.inference.policy import Policy  # noqa: E402
 from openvla_jax.inference.wire import decode_array, dumps  # noqa: E402
 from openvla_jax.models.openvla import OpenVLA  # noqa: E402
-from openvla_jax.tokens import load_tokenizer  # noqa: E402
-from openvla_jax.training.checkpoint import PREPROCESSING, Contract  # noqa: E402
+from openvla_jax.tokens.tokenizer import load_tokenizer  # noqa: E402
 
 TURNS = 5
 INSTRUCTIONS = ("pick up the red cube", "push the blue ball to the left", "put the green block into the bowl")

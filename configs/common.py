@@ -62,9 +62,9 @@ def base() -> ConfigDict:
     train.batch_size = 2048  # global
     train.accumulation = 1  # parts in which a step's batch is processed
     train.dtype = "bfloat16"  # of activations and products; parameters and optimiser are float32
-    train.remat = "full"  # or save_qkv, save_qkvo, save_dots, none, or what to keep: "q,k,v,o" (models/layers.py)
+    train.remat = "full"  # or save_qkv, save_qkvo, save_dots, none, or what to keep: "q,k,v,o" (models/linear.py)
     train.compiler_options = "tuned"  # of TPUs, see openvla_jax.training.tpu; or "default"
-    train.kernels = True  # on TPUs attention as a kernel (models/flash_attention.py); False: made by the compiler
+    train.kernels = True  # on TPUs attention as a kernel (kernels/flash_attention.py); False: made by the compiler
     train.log_every = 10
     train.eval_every = 1000  # 0: never
     train.eval_batches = 8

@@ -3,7 +3,7 @@
 import importlib
 
 __version__ = "0.1.0"
-_PUBLIC = {"Policy": "openvla_jax.inference.policy", "load_model": "openvla_jax.inference.load"}
+_PUBLIC = {"Policy": "openvla_jax.inference.policy", "load_model": "openvla_jax.checkpoint.load"}
 __all__ = ["Policy", "load_model"]
 
 

@@ -219,10 +219,10 @@ def run_report(args: argparse.Namespace) -> None:
 
 def run_quantization(args: argparse.Namespace) -> None:
     """Prints the table; with --save writes the quantised checkpoints."""
+    from openvla_jax.checkpoint.load import load_model, save_model
+    from openvla_jax.checkpoint.reading import load_contract
     from openvla_jax.evaluation import quantization
-    from openvla_jax.inference.load import load_model, save_model
     from openvla_jax.models.quantize import EXCLUDE, check_kind
-    from openvla_jax.training.checkpoint import load_contract
 
     for kind in args.kinds:
         check_kind(kind)

@@ -102,14 +102,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Prints the plans; the exit code: 0 if every one fits, else 1."""
-    from openvla_jax.training.tpu import planning_environment
+    from openvla_jax.planning.environment import planning_environment
 
     with tempfile.TemporaryDirectory() as dump:
         os.environ.update(planning_environment(os.environ, Path(dump)))
+        from openvla_jax.checkpoint.reading import load_contract
         from openvla_jax.config import preset
-        from openvla_jax.inference.plan import run_plans
         from openvla_jax.models.quantize import EXCLUDE
-        from openvla_jax.training.checkpoint import load_contract
+        from openvla_jax.planning.serve import run_plans
 
         try:
             if args.plan_batch < 1:

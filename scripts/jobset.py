@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
+from openvla_jax.parallel.tpu import parse_slice
 from openvla_jax.sweep.jobset import job_set
 from openvla_jax.sweep.points import Point
-from openvla_jax.training.tpu import parse_slice
 
 
 def main() -> None:

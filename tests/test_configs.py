@@ -6,8 +6,8 @@ from configs import openvla_7b, openvla_7b_384px, openvla_13b, registered
 from configs.common import SLICES
 from openvla_jax.config import PRESETS, model_config
 from openvla_jax.data.oxe.mixtures import resolve_mixture
-from openvla_jax.models.layers import remat_policy
-from openvla_jax.training.tpu import parse_slice
+from openvla_jax.models.stack import remat_policy
+from openvla_jax.parallel.tpu import parse_slice
 
 
 def test_every_registered_run_is_there():

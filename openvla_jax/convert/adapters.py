@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from openvla_jax.checkpoint.base import BLOCKS, check_fingerprint, fingerprint, sample
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
+from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.convert import peft
 from openvla_jax.convert.exporter import DTYPES
 from openvla_jax.convert.importer import finished_or_gone, refuse_existing, require_finite, run_with_progress
 from openvla_jax.convert.names import ConversionError, is_stacked
 from openvla_jax.convert.orbax_io import OrbaxReader, OrbaxWriter
-from openvla_jax.convert.sources import Source, open_orbax, open_source
+from openvla_jax.convert.source import Source
+from openvla_jax.convert.sources import open_orbax, open_source
 from openvla_jax.convert.verify import Report, build_model, make_inputs, text_logits
+from openvla_jax.models.tree import flat, nested
 from openvla_jax.models.tuning import MODES, Tuning, add_lora
-from openvla_jax.training.adapter import BLOCKS, check_fingerprint, fingerprint, sample
-from openvla_jax.training.checkpoint import CheckpointError, Contract, flat, load_contract, nested, open_checkpoint
 
 # Largest difference of logits that merging may make, by the dtype of the merged weights. float32 differs by the order
 # of sums; bfloat16 rounds every merged kernel once.

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from openvla_jax.convert.names import ConversionError, Slot
 from openvla_jax.convert.orbax_io import OrbaxWriter
-from openvla_jax.convert.sources import Source, TorchWeights, open_source
+from openvla_jax.convert.source import Source, TorchWeights
+from openvla_jax.convert.sources import open_source
 
 T = TypeVar("T")
 # Tensors in flight: one is transposed while another is written. Each costs about three times its bytes.

@@ -6,7 +6,7 @@ from typing import Any
 from openvla_jax.config import LANGUAGE_MODELS, PRESETS, VISION_BACKBONES, VLAConfig
 from openvla_jax.convert.describe import TIMM_IDS, describe, named_hf, named_native
 from openvla_jax.convert.names import ConversionError, source_shapes, table, tower_prefix
-from openvla_jax.convert.sources import Source
+from openvla_jax.convert.source import Source
 
 HF_LLM_IDS = {
     "llama2-7b-pure": "meta-llama/Llama-2-7b-hf",

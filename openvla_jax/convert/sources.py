@@ -4,111 +4,28 @@ All three give their leaves in the tree's arrangement, layer by layer (`Source.w
 and comparing do not care which it is.
 """
 
-import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from etils import epath
 
-from openvla_jax.config import VLAConfig, preset
+from openvla_jax.checkpoint.base import MERGE
+from openvla_jax.checkpoint.contract import PREPROCESSING
+from openvla_jax.checkpoint.reading import is_complete, load_contract, open_checkpoint
+from openvla_jax.config import preset
 from openvla_jax.convert.describe import HF_DEFAULTS, describe, merge, named_hf, named_native, read_json, read_overrides
 from openvla_jax.convert.names import (
-    TRANSFORMS,
     ConversionError,
-    Shape,
-    Slot,
-    by_leaf,
-    canonical_names,
-    check,
-    leaf_shapes,
-    table,
     tower_prefix,
 )
 from openvla_jax.convert.orbax_io import OrbaxReader
+from openvla_jax.convert.parts import load_towers, open_parts
+from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_torch_folder
-from openvla_jax.training.adapter import MERGE
-from openvla_jax.training.checkpoint import PREPROCESSING, Contract, is_complete, load_contract, open_checkpoint
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
-
-
-class TorchWeights:
-    """Leaves of the tree, read from a PyTorch checkpoint, which is checked one to one against the table of names."""
-
-    def __init__(self, config: VLAConfig, layout: str, tensors: Mapping[str, Any], where: str):
-        self.slots = table(config, layout)
-        named = canonical_names(tensors, layout)
-        self.tensors = {name: tensors[original] for name, original in named.items()}
-        check(self.slots, self.tensors, where)
-        self._by_leaf = by_leaf(self.slots)
-        self.leaves: dict[str, tuple[np.dtype, Shape]] = {}
-        shapes = leaf_shapes(config)
-        for leaf, slots in self._by_leaf.items():
-            self.leaves[leaf] = self.tensors[slots[0].source].dtype, shapes[leaf]
-
-    def read_slot(self, slot: Slot) -> np.ndarray:
-        rows = slot.shape[0]
-        block = self.tensors[slot.source].read()[slot.block * rows : (slot.block + 1) * rows]
-        return TRANSFORMS[slot.transform].to_tree(block)
-
-    def step(self, leaf: str) -> int:
-        """Layers of a stacked leaf to be read at a time."""
-        return 1
-
-    def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
-        """Layers first..first + count of a stacked leaf, or all of another one."""
-        slots = self._by_leaf[leaf]
-        if slots[0].layer is None:
-            return np.asarray(self.read_slot(slots[0]))
-        return np.stack([self.read_slot(slot) for slot in slots[first : first + count]])
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Weights and everything that is known about them; `tokenizer` is a folder or None."""
-
-    kind: Literal["hf", "native", "orbax", "parts"]
-    path: Path
-    model: VLAConfig
-    weights: TorchWeights | OrbaxReader
-    statistics: Mapping[str, Any]
-    tokenizer: Path | None
-    preprocessing: Mapping[str, Any]
-    origin: Mapping[str, Any]  # what a checkpoint keeps about where it came from
-    notes: Sequence[str] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.weights.leaves.values())
-
-    @property
-    def quantized(self) -> str | None:
-        """The integers' type of a checkpoint that was saved quantised."""
-        leaves = self.weights.leaves.items()
-        return next((dtype.name for leaf, (dtype, _) in leaves if leaf.endswith("/values")), None)
-
-    def refuse_quantized(self) -> None:
-        """Raises ConversionError for a checkpoint that was saved quantised."""
-        if self.quantized:
-            raise ConversionError(
-                f"{self.path} is {self.quantized}, which has no PyTorch form: name the checkpoint that it was made "
-                "from; `python -m openvla_jax.evaluate quantization` compares their actions"
-            )
-
-    def contract(self) -> Contract:
-        from openvla_jax.tokens import load_tokenizer
-
-        tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
-        if tokenizer is not None and tokenizer.pad_token_id != self.model.pad_token:
-            raise ConversionError(
-                f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: "
-                "it is the tokenizer of another model"
-            )
-        return Contract(self.model, tokenizer, self.statistics, dict(self.preprocessing), {"source": dict(self.origin)})
 
 
 def open_source(
@@ -123,8 +40,6 @@ def open_source(
     Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such
     weights.
     """
-    from openvla_jax.convert.parts import open_parts
-
     overrides = read_overrides(model_config)
     path = Path(src)
     given: Any = {"overrides": overrides, "tokenizer": None if tokenizer is None else Path(tokenizer)}
@@ -231,8 +146,6 @@ def open_native(path: Path, parts: Mapping[str, str], overrides: Mapping[str, An
 
     Checkpoints of VLM training hold no vision backbone: `parts` then names the towers.
     """
-    from openvla_jax.convert.parts import load_towers
-
     content = read_pt(path)
     if not isinstance(content.get("model"), Mapping):
         raise ConversionError(

@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.convert.names import is_stacked, source_shapes
-from openvla_jax.convert.sources import Source, TorchWeights, open_source
+from openvla_jax.convert.source import Source, TorchWeights
+from openvla_jax.convert.sources import open_source
 from openvla_jax.models.openvla import OpenVLA, abstract_model
-from openvla_jax.tokens import ActionTokenizer, prompt_ids, unnormalize_actions
+from openvla_jax.tokens.actions import ActionTokenizer, unnormalize_actions
+from openvla_jax.tokens.prompts import prompt_ids
 
 # Relative rounding of a dtype: two dtypes of one value differ by no more than the coarser one's.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

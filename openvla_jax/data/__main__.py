@@ -18,11 +18,11 @@ from pathlib import Path
 from etils import epath
 
 from openvla_jax.data import DataError, statistics
-from openvla_jax.data.directory import Source
+from openvla_jax.data.custom import catalogue
 from openvla_jax.data.mixture import nominal_length, open_phases, open_sources, table
-from openvla_jax.data.own import catalogue
 from openvla_jax.data.oxe.mixtures import resolve_mixture
 from openvla_jax.data.rlds import dataset_statistics
+from openvla_jax.data.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,7 +154,7 @@ def _mixture(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from openvla_jax.data import bench
-    from openvla_jax.tokens import load_tokenizer
+    from openvla_jax.tokens.tokenizer import load_tokenizer
 
     if bool(args.dataset) != bool(args.data_dir):
         raise DataError("give a dataset and its --data_dir, or neither")
@@ -172,8 +172,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _stand_ins(args: argparse.Namespace) -> int:
+    from openvla_jax.data.ingest.stand_ins import VERSION, write_stand_in
     from openvla_jax.data.oxe.schemas import SCHEMAS
-    from openvla_jax.data.stand_ins import VERSION, write_stand_in
 
     for name, _ in resolve_mixture(args.dataset):
         if (args.folder / name / VERSION).exists():
@@ -186,14 +186,14 @@ def _stand_ins(args: argparse.Namespace) -> int:
 
 
 def _from_lerobot(args: argparse.Namespace) -> int:
-    from openvla_jax.data import lerobot
+    from openvla_jax.data.ingest import lerobot
 
     print(lerobot.convert(args.source, args.folder, args.name, args.instruction, args.val_share))
     return 0
 
 
 def _from_npz(args: argparse.Namespace) -> int:
-    from openvla_jax.data import npz
+    from openvla_jax.data.ingest import npz
 
     print(npz.convert(args.source, args.folder, args.name, args.instruction, args.val_share))
     return 0

@@ -17,11 +17,13 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from openvla_jax.data import BadImageError, Batch, DataError, images
+from openvla_jax.data import BadImageError, DataError, images
 from openvla_jax.data.episodes import clear_errors
 from openvla_jax.data.mixture import Memory, Mixture, nominal_length, open_phases, table
 from openvla_jax.data.statistics import check_finite
-from openvla_jax.tokens import ActionTokenizer, encode_example
+from openvla_jax.tokens.actions import ActionTokenizer
+from openvla_jax.tokens.prompts import encode_example
+from openvla_jax.types import Batch
 
 _PREFETCHED_BATCHES = 2
 _BROKEN_IN_A_ROW = 1000  # broken frames that are skipped before a good one must come

@@ -22,10 +22,10 @@ from openvla_jax.config import preset
 from openvla_jax.data import images
 from openvla_jax.data import trajectory as traj
 from openvla_jax.data.batches import make_train_iterator
-from openvla_jax.data.directory import shares
 from openvla_jax.data.episodes import read_episodes, trace
+from openvla_jax.data.ingest.writer import FLAGS, encode, flags, write_dataset
 from openvla_jax.data.mixture import open_phases
-from openvla_jax.data.writer import FLAGS, encode, flags, write_dataset
+from openvla_jax.data.source import shares
 
 NAME = "bench_two_cameras"
 MODULE = f"""
@@ -140,7 +140,7 @@ def _on_device(normalised: bool) -> Callable[[np.ndarray], None]:
     import jax
     import jax.numpy as jnp
 
-    from openvla_jax.data.augment import augment
+    from openvla_jax.vision.augment import augment
 
     @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
     def run(key: jax.Array, images: jax.Array, spent: list[jax.Array]) -> list[jax.Array]:
@@ -170,7 +170,8 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
     """The same frames in the order of the reference: one reader per dataset, a goal image relabelled, carried through
     the shuffle buffer, decoded, resized and augmented beside each frame's own (which is a window of one), all on the
     host; then frame by frame normalised for each tower, to tokens and a batch."""
-    from openvla_jax.tokens import ActionTokenizer, encode_example
+    from openvla_jax.tokens.actions import ActionTokenizer
+    from openvla_jax.tokens.prompts import encode_example
 
     (phase,) = open_phases(data)[-1:]
     mixture = phase.mixture

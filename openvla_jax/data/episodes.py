@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from openvla_jax.data import CorruptRecordError, DataError, DatasetNotFoundError
-from openvla_jax.data.directory import Share, Source
+from openvla_jax.data.source import Share, Source
 
 READ_BYTES = 1 << 20  # per reader; remote files are read in pieces of this size
 

@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from openvla_jax.data import images, statistics
 from openvla_jax.data import trajectory as traj
-from openvla_jax.data.directory import Source, shares
 from openvla_jax.data.episodes import clear_errors, read_episodes, trace
+from openvla_jax.data.source import Source, shares
 
 # ---------------------------------------------------------------------------------------------------------------------
 # inspect

@@ -12,12 +12,12 @@ from etils import epath
 
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
 from openvla_jax.data import trajectory as traj
-from openvla_jax.data.directory import Share, Source, open_source, shares
+from openvla_jax.data.custom import catalogue
 from openvla_jax.data.episodes import READ_BYTES, Traced, clear_errors, read_episodes, trace
-from openvla_jax.data.own import catalogue
 from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig
 from openvla_jax.data.oxe.mixtures import resolve_mixture
 from openvla_jax.data.rlds import dataset_statistics
+from openvla_jax.data.source import Share, Source, open_source, shares
 
 _FRAME_OVERHEAD = 900  # bytes that a frame takes in the shuffle buffer beside its strings, measured
 

@@ -10,9 +10,9 @@ from etils import epath
 from openvla_jax.data import CorruptRecordError
 from openvla_jax.data import statistics as stats
 from openvla_jax.data import trajectory as traj
-from openvla_jax.data.directory import Source, open_source, shares
 from openvla_jax.data.episodes import clear_errors, read_episodes, trace
 from openvla_jax.data.oxe.datasets import DatasetConfig
+from openvla_jax.data.source import Source, open_source, shares
 
 
 def dataset_statistics(

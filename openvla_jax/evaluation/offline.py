@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from openvla_jax.tokens import ActionTokenizer, normalize_actions, unnormalize_actions
+from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions, unnormalize_actions
 
 BATCH = 16
 POOL = 32  # frames are picked evenly from at most this many times as many
@@ -69,7 +69,7 @@ def held_out_frames(
     """
     from openvla_jax.data import DataError  # TensorFlow comes with these
     from openvla_jax.data import images as image_files
-    from openvla_jax.data.own import catalogue
+    from openvla_jax.data.custom import catalogue
     from openvla_jax.data.rlds import make_dataset
 
     if count < 1:

@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
+from openvla_jax.checkpoint.reading import load_contract, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig
 from openvla_jax.evaluation import figures
 from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html, write_text
 from openvla_jax.models.openvla import count_parameters
-from openvla_jax.training.checkpoint import (
-    CheckpointError,
-    Contract,
-    absolute,
-    load_contract,
-    open_checkpoint,
-    steps_in,
-)
+from openvla_jax.storage import absolute
 from openvla_jax.training.metrics import METRICS_FILE, duration, read_metrics
 
 REPORT_FILE = "report.html"
@@ -95,8 +90,8 @@ def summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], c
 
 def mixture(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], statistics: Mapping[str, Any]) -> Rows:
     """Each dataset's size, its share of the frames that are drawn, and how well it is learnt."""
+    from openvla_jax.data.custom import catalogue
     from openvla_jax.data.mixture import probabilities  # TensorFlow comes with these
-    from openvla_jax.data.own import catalogue
     from openvla_jax.data.oxe.mixtures import resolve_mixture
 
     rows: Rows = [("dataset", "weight", "episodes", "steps", "share", "accuracy (train)", "L1 (train)")]

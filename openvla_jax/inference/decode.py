@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from openvla_jax.models.openvla import OpenVLA
-from openvla_jax.tokens import ActionTokenizer
+from openvla_jax.tokens.actions import ActionTokenizer
 
 
 class Decoded(NamedTuple):

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
+from openvla_jax.checkpoint.load import load_weights, tensor_mesh
+from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.inference.decode import Decoded, Sampling, decode_actions
-from openvla_jax.inference.load import load_weights, tensor_mesh
-from openvla_jax.inference.preprocess import check_preprocessing, prepare_image
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
-from openvla_jax.tokens import ActionTokenizer, choose_unnorm_key, prompt_ids, unnormalize_actions
-from openvla_jax.training.checkpoint import CheckpointError, Contract, load_contract, open_checkpoint
+from openvla_jax.tokens.actions import ActionTokenizer, choose_unnorm_key, unnormalize_actions
+from openvla_jax.tokens.prompts import prompt_ids
+from openvla_jax.vision.preprocess import check_preprocessing, prepare_image
 
 # Prompts are padded to the next of these, so that few programs are compiled.
 TEXT_LENGTHS = (32, 64, 128, 256, 512)

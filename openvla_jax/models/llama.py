@@ -10,24 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from openvla_jax.config import LlamaConfig
-from openvla_jax.models.layers import (
-    ACTIVATIONS,
-    Kernel,
-    Linear,
-    RMSNorm,
-    attention,
-    attention_kernel,
-    make_param,
-    rope,
-    save_name,
-    scan_layers,
-    scan_stack,
-)
-from openvla_jax.models.placement import take_rows
+from openvla_jax.models.activations import ACTIVATIONS
+from openvla_jax.models.attention import attention, attention_kernel, rope
+from openvla_jax.models.linear import Kernel, Linear, make_param
+from openvla_jax.models.norms import RMSNorm
 from openvla_jax.models.quantize import BlockedQTensor, QTensor
+from openvla_jax.models.stack import scan_layers, scan_stack
+from openvla_jax.parallel.placement import take_rows
 
 
 class Cache(NamedTuple):
@@ -55,7 +48,7 @@ class Attention(nnx.Module):
         shape = (*x.shape[:2], -1, self.config.head_dim)
         q, k = (rope(y.reshape(shape), positions, self.config.rope_theta) for y in (self.q(x), self.k(x)))
         # Kept by heads and rotated: neither is done again in the backward pass.
-        return save_name(q, "q"), save_name(k, "k"), save_name(self.v(x).reshape(shape), "v")
+        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(self.v(x).reshape(shape), "v")
 
     @jax.named_scope("attention")
     def whole(self, x: Float[Array, "B T D"], mask: Array, causal: bool) -> Float[Array, "B T D"]:
@@ -66,12 +59,12 @@ class Attention(nnx.Module):
             kernel = attention_kernel(x, config.heads, causal=True, theta=config.rope_theta)
         if kernel is None:
             return self.attend(*self.project(x, _positions(x)), mask)
-        return save_name(self.o(kernel(self.q(x), self.k(x), self.v(x))), "o")
+        return checkpoint_name(self.o(kernel(self.q(x), self.k(x), self.v(x))), "o")
 
     @jax.named_scope("attention")
     def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:
         mixed = attention(q, k, v, mask)
-        return save_name(self.o(mixed.reshape(*mixed.shape[:2], -1)), "o")
+        return checkpoint_name(self.o(mixed.reshape(*mixed.shape[:2], -1)), "o")
 
 
 class MLP(nnx.Module):
@@ -85,7 +78,7 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = save_name(self.gate(x), "gate"), save_name(self.up(x), "up")
+        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
         return self.down(ACTIVATIONS["silu"](gate) * up)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from openvla_jax.models.placement import gathered
+from openvla_jax.parallel.placement import gathered
 
 _DROPOUT: ContextVar[Array | None] = ContextVar("dropout", default=None)
 

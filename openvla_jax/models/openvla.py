@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.layers import ACTIVATIONS, Linear, matmul_precision, unstack
+from openvla_jax.models.activations import ACTIVATIONS
+from openvla_jax.models.linear import Linear, matmul_precision
 from openvla_jax.models.llama import Cache, Embedding, Llama
 from openvla_jax.models.quantize import QTensor
+from openvla_jax.models.stack import unstack
 from openvla_jax.models.vit import UnusedViT, ViT
 
 HostOrDevice = Array | np.ndarray

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig, nearest
-from openvla_jax.models.layers import Linear
+from openvla_jax.models.linear import Linear
 from openvla_jax.models.lora import LoRA, LoRAConfig, LoRAParam
 from openvla_jax.models.openvla import OpenVLA, abstract_unused
 from openvla_jax.models.quantize import EXCLUDE, QTensor, check_kind, choose_paths, quantize_model
@@ -276,3 +276,8 @@ def count_adapters(config: VLAConfig, lora: LoRAConfig) -> int:
     """Parameters of the adapters alone."""
     state = nnx.state(abstract_prepared(config, Tuning(MODES["lora"], lora)), LoRAParam)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def make_graph(model: VLAConfig, dtype, tuning: Tuning) -> Any:
+    """The static part of the model as it is trained; `nnx.merge(graph, params, frozen)` is the model."""
+    return nnx.split(abstract_prepared(model, tuning, dtype), tuning.is_trainable, ...)[0]

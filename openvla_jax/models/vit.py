@@ -8,24 +8,16 @@ their tensors (`UnusedViT`) only travel through checkpoints.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from openvla_jax.config import VisionConfig
-from openvla_jax.models.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    Linear,
-    attention,
-    attention_kernel,
-    make_param,
-    matmul,
-    matmul_precision,
-    merged,
-    save_name,
-    scan_layers,
-    stack_shape,
-)
+from openvla_jax.models.activations import ACTIVATIONS
+from openvla_jax.models.attention import attention, attention_kernel
+from openvla_jax.models.linear import Linear, make_param, matmul, matmul_precision, merged, stack_shape
 from openvla_jax.models.lora import LoRA
+from openvla_jax.models.norms import LayerNorm
+from openvla_jax.models.stack import scan_layers
 
 
 class PatchEmbed(nnx.Module):
@@ -77,18 +69,18 @@ class Attention(nnx.Module):
         if kernel is not None and kernel.takes_merged:
             qkv = merged(x, [self.q, self.k, self.v])
             mixed = kernel(qkv if added is None else qkv + added)
-            return save_name(self.o(mixed, scale=scale), "o")
+            return checkpoint_name(self.o(mixed, scale=scale), "o")
         q, k, v = self.q(x), self.k(x), self.v(x)
         if added is not None:
             q, k, v = (y + part for y, part in zip((q, k, v), jnp.split(added, 3, axis=-1), strict=True))
         if kernel is not None:
-            return save_name(self.o(kernel(q, k, v), scale=scale), "o")
+            return checkpoint_name(self.o(kernel(q, k, v), scale=scale), "o")
         shape = (*x.shape[:2], self.heads, -1)
         # Kept by heads, as attention takes them.
-        q = save_name(q.reshape(shape), "q")
-        k = save_name(k.reshape(shape), "k")
-        v = save_name(v.reshape(shape), "v")
-        return save_name(self.o(attention(q, k, v).reshape(x.shape), scale=scale), "o")
+        q = checkpoint_name(q.reshape(shape), "q")
+        k = checkpoint_name(k.reshape(shape), "k")
+        v = checkpoint_name(v.reshape(shape), "v")
+        return checkpoint_name(self.o(attention(q, k, v).reshape(x.shape), scale=scale), "o")
 
 
 class MLP(nnx.Module):
@@ -100,9 +92,9 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
-        up = save_name(self.up(x), "up")
+        up = checkpoint_name(self.up(x), "up")
         # Kept too: an erf costs more than its place.
-        return self.down(save_name(ACTIVATIONS[self.activation](up), "activation"), scale=scale)
+        return self.down(checkpoint_name(ACTIVATIONS[self.activation](up), "activation"), scale=scale)
 
 
 class ViTBlock(nnx.Module):

@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from openvla_jax.data import writer
+from openvla_jax.data.ingest import writer
 from openvla_jax.sim import tabletop
 from openvla_jax.sim.tabletop import ACTION_DIM, STATE_DIM, Tabletop, expert_action
 
@@ -26,18 +25,18 @@ SHARDS = 8  # of the train split
 
 # Steps are laid out as in Open X-Embodiment: observation, action, instruction and the RLDS flags.
 FEATURES = {
-    "steps": tfds.features.Dataset(
+    "steps": writer.kinds.Dataset(
         {
             "observation": {
-                "image": tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
-                "state": tfds.features.Tensor(shape=(STATE_DIM,), dtype=np.float32),
+                "image": writer.kinds.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
+                "state": writer.kinds.Tensor(shape=(STATE_DIM,), dtype=np.float32),
             },
-            "action": tfds.features.Tensor(shape=(ACTION_DIM,), dtype=np.float32),
-            "language_instruction": tfds.features.Text(),
+            "action": writer.kinds.Tensor(shape=(ACTION_DIM,), dtype=np.float32),
+            "language_instruction": writer.kinds.Text(),
             **writer.FLAGS,
         }
     ),
-    "episode_metadata": {"seed": tfds.features.Scalar(np.int64)},
+    "episode_metadata": {"seed": writer.kinds.Scalar(np.int64)},
 }
 
 

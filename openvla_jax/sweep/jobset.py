@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openvla_jax.parallel.tpu import Slice, parse_slice
 from openvla_jax.sweep.points import Point, SweepError
-from openvla_jax.training.tpu import Slice, parse_slice
 
 _NAME_LIMIT = 40  # JobSet appends job and pod suffixes to it, within Kubernetes' 63 characters
 _NO_RESTARTS_LEFT = 20

@@ -18,33 +18,24 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from openvla_jax.checkpoint.base import check_fingerprint, read_base
+from openvla_jax.checkpoint.contract import PREPROCESSING, CheckpointError, Contract
+from openvla_jax.checkpoint.reading import load_contract, load_unused, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig, model_config
-from openvla_jax.inference.preprocess import center_crop
-from openvla_jax.models.layers import remat_policy
 from openvla_jax.models.openvla import count_parameters
+from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
+from openvla_jax.parallel.sharding import check_batch, global_batch, make_mesh
+from openvla_jax.parallel.tpu import compiler_options, generation_of
+from openvla_jax.storage import absolute, retry
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
-from openvla_jax.training.adapter import check_fingerprint, read_base
-from openvla_jax.training.checkpoint import (
-    PREPROCESSING,
-    CheckpointError,
-    Checkpoints,
-    Contract,
-    absolute,
-    load_contract,
-    load_unused,
-    open_checkpoint,
-    restore_iterator,
-    restore_state,
-    steps_in,
-)
-from openvla_jax.training.kernels import check_kernels
-from openvla_jax.training.runtime import Profile, Skipped, StopSignal, retry, use_compilation_cache
-from openvla_jax.training.sharding import check_batch, global_batch, make_mesh
+from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
+from openvla_jax.training.kernel_check import check_kernels
+from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
 from openvla_jax.training.step import make_eval_step, make_job, summarize
-from openvla_jax.training.tpu import compiler_options, generation_of
+from openvla_jax.vision.preprocess import center_crop
 
 CONFIG_FILE = "config.json"
 # An exact data position is saved while the shuffle buffer that it contains stays below this, in bytes per process.
@@ -380,7 +371,7 @@ def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> t
 
     The config may name the checkpoint's model again but not change it. A fresh model is sized by its tokenizer.
     """
-    from openvla_jax.tokens import load_tokenizer
+    from openvla_jax.tokens.tokenizer import load_tokenizer
 
     settings = {key: value for key, value in config.model.to_dict().items() if value is not None}
     tokenizer = base.tokenizer if base else load_tokenizer(config.tokenizer)

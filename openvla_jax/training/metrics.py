@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from openvla_jax.training.runtime import cause, copy_tree, retry
+from openvla_jax.storage import cause, copy_tree, is_remote, retry
 
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
 _UPLOAD_EVERY = 60.0  # seconds
@@ -158,11 +158,6 @@ class _TensorBoard:
         except Exception as error:  # file systems of buckets raise types of their own
             logging.warning("no more TensorBoard events: %s", cause(error))
             self._writer = None
-
-
-def is_remote(path: os.PathLike | str) -> bool:
-    """Whether a path is in a bucket rather than on a disk."""
-    return "://" in os.fspath(path)
 
 
 def _drop_after(path: epath.Path, step: int) -> None:

@@ -1,55 +1,24 @@
-"""What surrounds the steps of a long run: storage that fails for a while, signals, profiles, the compilation cache."""
+"""What surrounds the steps of a long run: signals, profiles, the compilation cache."""
 
 import contextlib
 import os
 import signal
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-T = TypeVar("T")
-ATTEMPTS = 4
-_FIRST_PAUSE = 1.0  # seconds; each further one is four times as long
+from openvla_jax.storage import copy_tree
+
 _CACHE_BYTES = 8 * 2**30
-
-
-class StorageError(OSError):
-    """A disk or bucket that went on failing after several attempts."""
 
 
 class NonFiniteError(FloatingPointError):
     """Too many losses or gradients were no finite numbers."""
-
-
-def retry(what: str, action: Callable[[], T]) -> T:
-    """`action()`, tried again after 1, 4 and 16 seconds; then StorageError with `what` and the cause in one line."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return action()
-        except Exception as error:  # file systems of buckets raise types of their own
-            if attempt == ATTEMPTS:
-                raise StorageError(f"{what} failed {ATTEMPTS} times: {cause(error)}") from error
-            logging.warning("%s failed (%s), trying again", what, cause(error))
-            pause(attempt)
-    raise AssertionError
-
-
-def pause(attempt: int) -> None:
-    time.sleep(_FIRST_PAUSE * 4 ** (attempt - 1))
-
-
-def cause(error: BaseException) -> str:
-    """The first line of an error, short."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
 
 
 class StopSignal(contextlib.AbstractContextManager):
@@ -130,15 +99,6 @@ class Profile:
         with self._folder as folder:
             copy_tree(folder, self._workdir / "profile")
         self._folder = None
-
-
-def copy_tree(source: str, target: epath.Path) -> None:
-    """Copies files to a folder that may be in a bucket."""
-    for path in Path(source).rglob("*"):
-        if path.is_file():
-            new = target / os.path.relpath(path, source)
-            new.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(path).copy(new, overwrite=True)
 
 
 def use_compilation_cache(folder: str) -> None:

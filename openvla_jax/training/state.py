@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.tuning import FULL, Tuning
-from openvla_jax.training.sharding import shardings
+from openvla_jax.parallel.sharding import shardings
 
 
 @struct.dataclass

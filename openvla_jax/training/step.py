@@ -16,11 +16,11 @@ from jaxtyping import Array
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.lora import LoRAConfig, dropout_key
 from openvla_jax.models.openvla import OpenVLA
-from openvla_jax.models.placement import activations_sharded
-from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
-from openvla_jax.tokens import ActionTokenizer
+from openvla_jax.models.tuning import FULL, Tuning, make_graph
+from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.sharding import BATCH
+from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
-from openvla_jax.training.sharding import BATCH
 from openvla_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Array]
@@ -90,7 +90,7 @@ def make_train_step(
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
     hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. With `kernels`
-    attention runs as a kernel of its own (`models/flash_attention.py`) where that takes it.
+    attention runs as a kernel of its own (`kernels/flash_attention.py`) where that takes it.
     """
     graph = make_graph(model, dtype, tuning)
     # Not beside adapters or frozen parts, which keep their widths, nor across chips that share an MLP.
@@ -157,11 +157,6 @@ def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
     return jax.tree.map(pad, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def make_graph(model: VLAConfig, dtype, tuning: Tuning) -> Any:
-    """The static part of the model as it is trained; `nnx.merge(graph, params, frozen)` is the model."""
-    return nnx.split(abstract_prepared(model, tuning, dtype), tuning.is_trainable, ...)[0]
-
-
 def make_tuning(config: ml_collections.ConfigDict) -> Tuning:
     """What a config trains and freezes; ValueError for settings that contradict each other."""
     patterns = tuple(part.strip() for part in config.trainable.split(",") if part.strip())
@@ -215,7 +210,7 @@ def make_augment(settings: ml_collections.ConfigDict):
     """`augment(key, images)` of the config, or None."""
     if not settings["enabled"]:
         return None
-    from openvla_jax.data.augment import AugmentConfig, augment
+    from openvla_jax.vision.augment import AugmentConfig, augment
 
     options = AugmentConfig(**{key: value for key, value in settings.items() if key != "enabled"})
     return lambda key, images: augment(key, images, options)

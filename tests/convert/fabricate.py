@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from openvla_jax.config import LlamaConfig, ProjectorConfig, VLAConfig, compose
 from openvla_jax.convert.describe import TIMM_IDS
 from openvla_jax.convert.names import source_shapes, table
-from openvla_jax.tokens import load_tokenizer, save_tokenizer
+from openvla_jax.tokens.tokenizer import load_tokenizer, save_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")  # a small vocabulary keeps the files small
 VOCABULARY = TOKENIZER.pad_token_id

@@ -18,9 +18,9 @@ from conftest import ROOT
 from fabricate import write_hf, write_native
 from safetensors.numpy import load_file, save_file
 
+from openvla_jax.checkpoint.load import load_model, save_model
+from openvla_jax.checkpoint.reading import load_contract
 from openvla_jax.convert import ConversionError, export_weights, import_weights, inspect_weights, verify_weights
-from openvla_jax.inference.load import load_model, save_model
-from openvla_jax.training.checkpoint import load_contract
 
 
 @pytest.fixture

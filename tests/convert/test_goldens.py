@@ -7,10 +7,10 @@ import pytest
 from conftest import golden
 from flax import nnx
 
+from openvla_jax.checkpoint.reading import load_contract, load_params
 from openvla_jax.convert import import_weights
 from openvla_jax.models.openvla import abstract_model
-from openvla_jax.tokens import ActionTokenizer, unnormalize_actions
-from openvla_jax.training.checkpoint import load_contract, load_params
+from openvla_jax.tokens.actions import ActionTokenizer, unnormalize_actions
 
 BOUND = 2e-4
 

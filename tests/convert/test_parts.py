@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from openvla_jax.checkpoint.reading import load_contract
 from openvla_jax.convert import ConversionError, export_weights, import_weights
 from openvla_jax.convert.parts import resample_positions
 from openvla_jax.convert.torch_io import read_torch_folder
-from openvla_jax.tokens import save_tokenizer
-from openvla_jax.training.checkpoint import load_contract
+from openvla_jax.tokens.tokenizer import save_tokenizer
 
 NAME = "prism-dinosiglip-224px+7b"
 PREFIXES = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}

@@ -10,12 +10,13 @@ from conftest import golden
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from openvla_jax.checkpoint.contract import CheckpointError
+from openvla_jax.checkpoint.load import load_adapted, load_model, tensor_mesh
+from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.convert import ConversionError, export_adapter, import_adapter, import_weights, merge_weights
 from openvla_jax.convert.peft import CONFIG, WEIGHTS, modules
 from openvla_jax.convert.sources import open_source
 from openvla_jax.convert.torch_io import fill, read_safetensors
-from openvla_jax.inference.load import load_adapted, load_model, tensor_mesh
-from openvla_jax.training.checkpoint import CheckpointError, load_contract, open_checkpoint
 
 BOUND = 2e-4
 

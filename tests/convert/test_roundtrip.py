@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 
+from openvla_jax.checkpoint.reading import load_contract, load_unused
 from openvla_jax.convert import ConversionError, export_weights, import_weights
 from openvla_jax.convert.orbax_io import OrbaxReader, OrbaxWriter, chunk_shape
 from openvla_jax.convert.sources import flatten, open_source
 from openvla_jax.convert.torch_io import lay_out_safetensors, read_pt, read_torch_folder
-from openvla_jax.training.checkpoint import load_contract, load_unused
 
 HF_VARIANTS = [variant for variant in VARIANTS if variant not in NATIVE_ONLY]
 

@@ -26,7 +26,9 @@ from openvla_jax.data import (
 )
 from openvla_jax.data.batches import make_eval_batches, make_train_iterator
 from openvla_jax.data.oxe import ActionEncoding
-from openvla_jax.tokens import ActionTokenizer, load_tokenizer, normalize_actions, prompt_ids
+from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions
+from openvla_jax.tokens.prompts import prompt_ids
+from openvla_jax.tokens.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")
 ACTIONS = ActionTokenizer(TOKENIZER.vocab_size)

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from openvla_jax.data import DataError, lerobot, npz
+from openvla_jax.data import DataError
 from openvla_jax.data.__main__ import main
-from openvla_jax.data.own import catalogue
+from openvla_jax.data.custom import catalogue
+from openvla_jax.data.ingest import lerobot, npz
 from openvla_jax.data.rlds import make_dataset
 
 FPS, LENGTHS = 10, (4, 6, 5)

@@ -10,13 +10,13 @@ import pytest
 from openvla_jax.data import DataError, DatasetNotFoundError
 from openvla_jax.data.__main__ import main
 from openvla_jax.data.batches import make_train_iterator
-from openvla_jax.data.directory import open_source
+from openvla_jax.data.ingest.stand_ins import write_stand_in
 from openvla_jax.data.inspection import validate
 from openvla_jax.data.mixture import open_phases
 from openvla_jax.data.oxe import DATASETS, MIXTURES
 from openvla_jax.data.oxe.schemas import SCHEMAS
-from openvla_jax.data.stand_ins import write_stand_in
-from openvla_jax.tokens import load_tokenizer
+from openvla_jax.data.source import open_source
+from openvla_jax.tokens.tokenizer import load_tokenizer
 
 
 def _episodes(count=4, steps=6):

@@ -10,9 +10,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
-from openvla_jax.data.directory import Source, open_source
 from openvla_jax.data.mixture import Mixture, nominal_length, open_phases, open_sources, probabilities
 from openvla_jax.data.oxe import DATASETS, ActionEncoding
+from openvla_jax.data.source import Source, open_source
 
 
 def _configs(**changes):

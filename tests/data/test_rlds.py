@@ -22,9 +22,9 @@ from openvla_jax.data import (
     trajectory,
 )
 from openvla_jax.data import __main__ as commands
-from openvla_jax.data.directory import Share, _part, find, open_source, shares
 from openvla_jax.data.episodes import clear_errors, read_episodes, trace
 from openvla_jax.data.rlds import dataset_statistics, make_dataset
+from openvla_jax.data.source import Share, _part, find, open_source, shares
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from conftest import golden
 from hypothesis.extra.numpy import arrays
 
 from openvla_jax.data import BadActionError, DataError, StatisticsError, statistics
-from openvla_jax.data.directory import open_source
 from openvla_jax.data.rlds import dataset_statistics
+from openvla_jax.data.source import open_source
 
 MASK = (True,) * 6 + (False,)
 

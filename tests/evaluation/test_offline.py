@@ -9,7 +9,7 @@ import pytest
 from openvla_jax import evaluate
 from openvla_jax.evaluation import figures, offline, quantization
 from openvla_jax.evaluation.harness import HarnessPolicy
-from openvla_jax.tokens import ActionTokenizer, unnormalize_actions
+from openvla_jax.tokens.actions import ActionTokenizer, unnormalize_actions
 
 ROW = {
     "q01": [-0.1, -2.0, 0.0],
@@ -107,8 +107,8 @@ def test_harness_conventions():
 
 def test_held_out_frames_are_the_dataset_s_own(shared, tmp_path, monkeypatch):
     tf = pytest.importorskip("tensorflow")
-    from openvla_jax.data.directory import open_source
     from openvla_jax.data.rlds import dataset_statistics, make_dataset
+    from openvla_jax.data.source import open_source
 
     data_dir = str(shared / "data")
     statistics = dataset_statistics(open_source("bridge_orig", data_dir), cache_dir=str(tmp_path))

@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from openvla_jax import evaluate
+from openvla_jax.checkpoint.contract import PREPROCESSING, Contract
 from openvla_jax.config import model_config
 from openvla_jax.evaluation import offline, run_report
 from openvla_jax.inference.policy import Policy
 from openvla_jax.models.openvla import count_parameters
-from openvla_jax.training.checkpoint import PREPROCESSING, Contract
 
 ACTION = {
     "q01": [-1.0, -2.0, 0.0],

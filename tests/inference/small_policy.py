@@ -2,11 +2,11 @@
 
 import jax
 
+from openvla_jax.checkpoint.contract import PREPROCESSING, Contract
 from openvla_jax.config import model_config
 from openvla_jax.inference.policy import Policy
 from openvla_jax.models.openvla import OpenVLA
-from openvla_jax.tokens import load_tokenizer
-from openvla_jax.training.checkpoint import PREPROCESSING, Contract
+from openvla_jax.tokens.tokenizer import load_tokenizer
 
 ROW = {"q01": [-0.1, -2.0, 0.0], "q99": [0.3, 2.0, 1.0], "mask": [True, True, False]}
 WIDE = {name: [*values, *values] for name, values in ROW.items()}

@@ -9,12 +9,13 @@ import pytest
 from conftest import OPTIMISED, golden
 from small_policy import INSTRUCTIONS, ROW, small_policy
 
+from openvla_jax.checkpoint.contract import CheckpointError
+from openvla_jax.checkpoint.load import save_model
 from openvla_jax.inference.decode import decode_actions
-from openvla_jax.inference.load import save_model
 from openvla_jax.inference.policy import Policy, reference_tokens
 from openvla_jax.models.quantize import count_bytes
-from openvla_jax.tokens import prompt_ids, unnormalize_actions
-from openvla_jax.training.checkpoint import CheckpointError
+from openvla_jax.tokens.actions import unnormalize_actions
+from openvla_jax.tokens.prompts import prompt_ids
 
 
 @pytest.fixture(scope="module")

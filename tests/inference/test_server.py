@@ -22,13 +22,13 @@ from conftest import xla_flags
 from fastapi.testclient import TestClient
 from small_policy import INSTRUCTIONS, STATISTICS, small_policy
 
+from openvla_jax.checkpoint.load import save_model
 from openvla_jax.evaluate import main as evaluate_command
 from openvla_jax.evaluation import figures
 from openvla_jax.evaluation.rollouts import evaluate
 from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
 from openvla_jax.inference.client import Client, ServerError
-from openvla_jax.inference.load import save_model
 from openvla_jax.inference.policy import Policy
 from openvla_jax.inference.server import Settings, make_app, warm_up
 from openvla_jax.models.quantize import count_bytes

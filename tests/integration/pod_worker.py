@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from openvla_jax.config import VLAConfig, tiny
-from openvla_jax.data import Batch, DataError
+from openvla_jax.data import DataError
+from openvla_jax.types import Batch
 
 STATISTICS = {"toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3}}
 

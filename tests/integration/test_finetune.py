@@ -14,13 +14,14 @@ from orbax.checkpoint import v1 as ocp
 
 from configs import debug
 from configs.finetune import frozen_vision, full, last_layer, lora, sandwich
+from openvla_jax.checkpoint.contract import CheckpointError
+from openvla_jax.checkpoint.load import load_model
+from openvla_jax.checkpoint.reading import load_contract, open_checkpoint, steps_in
 from openvla_jax.convert import merge_weights
-from openvla_jax.inference.load import load_model
 from openvla_jax.inference.policy import Policy
 from openvla_jax.models.tuning import MODES
 from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training import loop
-from openvla_jax.training.checkpoint import CheckpointError, load_contract, open_checkpoint, steps_in
 from openvla_jax.training.metrics import read_metrics
 from openvla_jax.training.step import make_tuning
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, xla_flags
 
-from openvla_jax.training.checkpoint import steps_in
+from openvla_jax.checkpoint.reading import steps_in
 from openvla_jax.training.hosts import LOST
 from openvla_jax.training.metrics import read_metrics
 

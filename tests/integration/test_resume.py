@@ -13,9 +13,9 @@ import one_tower
 import pytest
 from conftest import ROOT, xla_flags
 
+from openvla_jax.checkpoint.reading import steps_in
 from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training import loop
-from openvla_jax.training.checkpoint import steps_in
 
 STEPS = {1: 24, 8: 12}  # by devices: eight of them take longer than one
 

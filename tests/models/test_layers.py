@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from openvla_jax.config import LlamaConfig
-from openvla_jax.models import layers
+from openvla_jax.models import activations, linear, norms
+from openvla_jax.models import attention as attention_lib
+from openvla_jax.models import stack as stack_lib
 from openvla_jax.models.llama import Embedding
 
 torch = pytest.importorskip("torch")
@@ -44,7 +47,7 @@ def test_linear(bias):
     torch.manual_seed(0)
     theirs = torch.nn.Linear(24, 40, bias=bias)
     arrays = {"kernel": theirs.weight.detach().numpy().T} | ({"bias": theirs.bias.detach().numpy()} if bias else {})
-    ours = filled(lambda key: layers.Linear(key, 24, 40, ("embed", "mlp"), bias=bias), arrays)
+    ours = filled(lambda key: linear.Linear(key, 24, 40, ("embed", "mlp"), bias=bias), arrays)
     x = normal(0, 3, 5, 24)
     assert difference(ours(jnp.asarray(x)), theirs.double()(torch.tensor(x).double())) < 1e-6
 
@@ -52,7 +55,7 @@ def test_linear(bias):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_linear_scaled_and_its_gradients_are_those_of_the_plain_formula(dtype):
     arrays = {"kernel": normal(0, 24, 40) / 5, "bias": normal(1, 40)}
-    layer = filled(lambda key: layers.Linear(key, 24, 40, ("embed", "mlp"), bias=True), arrays)
+    layer = filled(lambda key: linear.Linear(key, 24, 40, ("embed", "mlp"), bias=True), arrays)
     scale, x = nnx.Param(jnp.asarray(normal(2, 40) / 10)), jnp.asarray(normal(3, 300, 24), dtype)
     weights = jnp.asarray(normal(4, 300, 40), dtype)
 
@@ -76,7 +79,7 @@ def test_linear_scaled_and_its_gradients_are_those_of_the_plain_formula(dtype):
 
 
 def test_the_gradient_of_a_scale_needs_no_product_again():
-    layer = layers.Linear(jax.random.key(0), 24, 40, ("embed", "mlp"), bias=True)
+    layer = linear.Linear(jax.random.key(0), 24, 40, ("embed", "mlp"), bias=True)
     scale, x = nnx.Param(jnp.ones(40)), jnp.ones((300, 24), jnp.bfloat16)
 
     def products(function):
@@ -87,7 +90,7 @@ def test_the_gradient_of_a_scale_needs_no_product_again():
         return compiled.as_text().count(" dot(")
 
     assert products(lambda layer, scale, x: layer(x, scale=scale)) == 3  # forward, to the input, to the kernel
-    assert products(lambda layer, scale, x: layers.by_row(jnp.multiply, layer(x), scale)) == 4
+    assert products(lambda layer, scale, x: linear.by_row(jnp.multiply, layer(x), scale)) == 4
 
 
 @few
@@ -95,7 +98,7 @@ def test_the_gradient_of_a_scale_needs_no_product_again():
 def test_layer_norm(seed, eps, offset):
     """Also where the mean is far from zero: a one-pass variance would lose three digits there."""
     x, scale, bias = normal(seed, 4, 48) + np.float32(offset), normal(seed + 1, 48), normal(seed + 2, 48)
-    ours = filled(lambda _: layers.LayerNorm(48, eps), {"scale": scale, "bias": bias})
+    ours = filled(lambda _: norms.LayerNorm(48, eps), {"scale": scale, "bias": bias})
     expected = torch.nn.functional.layer_norm(torch.tensor(x).double(), (48,), eps=eps)
     expected = expected * torch.tensor(scale) + torch.tensor(bias)
     assert difference(ours(jnp.asarray(x)), expected) < 1e-5
@@ -105,7 +108,7 @@ def test_layer_norm(seed, eps, offset):
 @hypothesis.given(seed=seeds, eps=st.sampled_from([1e-6, 1e-5, 1e-1]), size=st.sampled_from([1e-3, 1.0, 100.0]))
 def test_rms_norm(seed, eps, size):
     x, scale = normal(seed, 4, 48) * np.float32(size), normal(seed + 1, 48)
-    ours = filled(lambda _: layers.RMSNorm(48, eps), {"scale": scale})
+    ours = filled(lambda _: norms.RMSNorm(48, eps), {"scale": scale})
     wide = torch.tensor(x).double()
     expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * torch.tensor(scale)
     assert difference(ours(jnp.asarray(x)), expected) < 1e-6
@@ -116,7 +119,7 @@ def test_rms_norm_rounds_as_llama():
     x, scale = normal(0, 400, 64), 1 + normal(1, 64) / 4
     theirs = modeling_llama.LlamaRMSNorm(64, 1e-5)
     theirs.weight.data = torch.tensor(scale)
-    ours = filled(lambda _: layers.RMSNorm(64, 1e-5), {"scale": scale})
+    ours = filled(lambda _: norms.RMSNorm(64, 1e-5), {"scale": scale})
     jax_x, torch_x, _ = in_bfloat16(x)
     with torch.no_grad():
         expected = theirs.bfloat16()(torch_x).float().numpy()
@@ -134,8 +137,8 @@ def test_a_parameter_of_a_row_counts_every_row(function):
     x = jnp.asarray(normal(0, 5000, 4), jnp.bfloat16)
     row = nnx.Param(jnp.asarray(normal(1, 4)))
     plainly = function(x, row[...].astype(jnp.bfloat16))
-    np.testing.assert_array_equal(layers.by_row(function, x, row), plainly)
-    gradient = jax.jit(jax.grad(lambda row: layers.by_row(function, x, nnx.Param(row)).astype(jnp.float32).sum()))
+    np.testing.assert_array_equal(linear.by_row(function, x, row), plainly)
+    gradient = jax.jit(jax.grad(lambda row: linear.by_row(function, x, nnx.Param(row)).astype(jnp.float32).sum()))
     exact = np.asarray(x, np.float64).sum(0) if function is jnp.multiply else np.full(4, 5000.0)
     np.testing.assert_allclose(gradient(row[...]), exact, rtol=1e-5, atol=1e-3)
 
@@ -149,7 +152,7 @@ def test_rope(theta):
     cos, sin = modeling_llama.LlamaRotaryEmbedding(settings)(heads_first, torch.tensor(positions))
     expected = modeling_llama.apply_rotary_pos_emb(heads_first, heads_first, cos, sin)[0].transpose(1, 2)
     # The angles reach 2047 and are float32 on both sides: 2047 * 2**-24 = 1.2e-4 of a radian.
-    assert difference(layers.rope(jnp.asarray(x), jnp.asarray(positions), theta), expected) < 1e-4
+    assert difference(attention_lib.rope(jnp.asarray(x), jnp.asarray(positions), theta), expected) < 1e-4
 
 
 @few
@@ -159,7 +162,7 @@ def test_rope_scores_depend_on_distance_alone(seed, shift):
     positions = jnp.arange(6)[None]
 
     def scores(positions):
-        return jnp.einsum("BTNH,BSNH->TS", layers.rope(q, positions, 1e4), layers.rope(k, positions, 1e4))
+        return jnp.einsum("BTNH,BSNH->TS", attention_lib.rope(q, positions, 1e4), attention_lib.rope(k, positions, 1e4))
 
     np.testing.assert_allclose(scores(positions), scores(positions + shift), atol=1e-4)
 
@@ -169,13 +172,15 @@ def test_rope_on_a_tpu_is_the_same_number_for_number(dtype):
     x = jnp.asarray(normal(0, 2, 40, 3, 16), dtype)
     angles = normal(1, 2, 40, 1, 8)
     cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-    np.testing.assert_array_equal(layers._rotate_by_product(x, cos, sin), layers._rotate_halves(x, cos, sin))
+    np.testing.assert_array_equal(
+        attention_lib._rotate_by_product(x, cos, sin), attention_lib._rotate_halves(x, cos, sin)
+    )
 
 
 @pytest.mark.parametrize(("platform", "products"), [("tpu", 2), ("cpu", 0), ("cuda", 0)])
 def test_rope_exchanges_halves_by_a_product_on_tpus_alone(platform, products):
     def gradient(x):
-        return jax.value_and_grad(lambda x: layers.rope(x, jnp.arange(40)[None], 1e4).sum())(x)
+        return jax.value_and_grad(lambda x: attention_lib.rope(x, jnp.arange(40)[None], 1e4).sum())(x)
 
     lowered = jax.jit(gradient).trace(jnp.ones((2, 40, 3, 16))).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("dot_general") == products
@@ -187,9 +192,9 @@ def test_gradient_of_rope_is_that_of_the_plain_formula():
     angles = positions[..., None, None] * 1e4 ** (-np.arange(8) / 8)
 
     def plain(x):
-        return layers._rotate_halves(x, jnp.cos(angles), jnp.sin(angles))
+        return attention_lib._rotate_halves(x, jnp.cos(angles), jnp.sin(angles))
 
-    ours = jax.grad(lambda x: (layers.rope(x, positions, 1e4) * weight).sum())(x)
+    ours = jax.grad(lambda x: (attention_lib.rope(x, positions, 1e4) * weight).sum())(x)
     assert difference(ours, jax.grad(lambda x: (plain(x) * weight).sum())(x)) < 1e-5
 
 
@@ -198,7 +203,7 @@ def test_gradient_of_rope_is_that_of_the_plain_formula():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-attention = jax.jit(layers.attention)
+attention = jax.jit(attention_lib.attention)
 
 
 def torch_attention(q, k, v, mask):
@@ -242,10 +247,10 @@ TORCH_ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
 def test_activation(name):
     x = np.linspace(-8, 8, 4001, dtype=np.float32)
-    function, oracle = layers.ACTIVATIONS[name], TORCH_ACTIVATIONS[name]
+    function, oracle = activations.ACTIVATIONS[name], TORCH_ACTIVATIONS[name]
     assert np.abs(np.asarray(function(jnp.asarray(x))) - oracle(torch.tensor(x).double()).numpy()).max() < 1e-6
     jax_x, _, exact_x = in_bfloat16(x)
     exact = oracle(exact_x).numpy()
@@ -269,13 +274,13 @@ def test_embedding_gradient_adds_up_in_float32():
 
 class Stack(nnx.Module):
     def __init__(self, key):
-        self.linear = layers.Linear(key, 6, 6, ("embed", "mlp"), bias=True, layers=3)
+        self.linear = linear.Linear(key, 6, 6, ("embed", "mlp"), bias=True, layers=3)
 
 
 def test_scan_layers_runs_the_stack_in_order():
     stack = Stack(jax.random.key(0))
     x = jnp.asarray(normal(0, 2, 6))
-    scanned = jax.jit(lambda x, stack: layers.scan_layers(lambda l, x: jnp.tanh(l.linear(x)), x, stack))(x, stack)
+    scanned = jax.jit(lambda x, stack: stack_lib.scan_layers(lambda l, x: jnp.tanh(l.linear(x)), x, stack))(x, stack)
     kernel, bias = np.asarray(stack.linear.kernel[...], np.float64), np.asarray(stack.linear.bias[...], np.float64)
     expected = np.asarray(x, np.float64)
     for i in range(3):
@@ -285,23 +290,23 @@ def test_scan_layers_runs_the_stack_in_order():
 
 def test_unknown_remat_policy_lists_the_known():
     with pytest.raises(ValueError, match="unknown remat policy 'ful': one of full, save_qkv"):
-        layers.scan_layers(lambda layer, x: x, jnp.zeros(6), Stack(jax.random.key(0)), "ful")
+        stack_lib.scan_layers(lambda layer, x: x, jnp.zeros(6), Stack(jax.random.key(0)), "ful")
 
 
 def test_remat_keeps_what_it_names(capsys):
     def function(x):
-        return jnp.cos(layers.save_name(jnp.sin(layers.save_name(jnp.exp(x), "q")), "gate")).sum()
+        return jnp.cos(checkpoint_name(jnp.sin(checkpoint_name(jnp.exp(x), "q")), "gate")).sum()
 
     def kept(policy):
         jax.ad_checkpoint.print_saved_residuals(
-            jax.checkpoint(function, policy=layers.remat_policy(policy)), jnp.ones(3)
+            jax.checkpoint(function, policy=stack_lib.remat_policy(policy)), jnp.ones(3)
         )
         printed = capsys.readouterr().out
         return [name for name in ("q", "gate") if f"named '{name}'" in printed]
 
     assert (kept("full"), kept("q"), kept("gate,q"), kept("save_qkv")) == ([], ["q"], ["q", "gate"], ["q"])
     with pytest.raises(ValueError, match=r"unknown remat policy 'q,gat': .*of q, k, v"):
-        layers.remat_policy("q,gat")
+        stack_lib.remat_policy("q,gat")
 
 
 @pytest.mark.parametrize("policy", ["full", "o", "save_qkvo"])
@@ -309,10 +314,10 @@ def test_remat_keeps_the_statistics_of_softmax_and_norms(capsys, policy):
     q, k, v = jnp.asarray(normal(0, 3, 2, 5, 4, 8))
 
     def function(q):
-        q = layers.LayerNorm(8, 1e-6)(layers.RMSNorm(8, 1e-5)(q) * 2)
-        return jnp.sin(layers.attention(q, k, v)).sum()
+        q = norms.LayerNorm(8, 1e-6)(norms.RMSNorm(8, 1e-5)(q) * 2)
+        return jnp.sin(attention_lib.attention(q, k, v)).sum()
 
-    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(function, policy=layers.remat_policy(policy)), q)
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(function, policy=stack_lib.remat_policy(policy)), q)
     lines = capsys.readouterr().out.splitlines()
     kept = [re.search(r"\[(.*?)\]", line)[1] for line in lines if "named 'statistics'" in line]
     # Mean square; mean and variance; largest score and sum.
@@ -342,8 +347,8 @@ def test_attention_and_its_gradients_are_those_of_the_plain_formula(heads, kv_he
     with jax.enable_x64(True):
         expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float64) for x in (q, k, v)))
     seen = None if mask is None else jnp.asarray(mask)
-    ours = lambda q, k, v: (layers.attention(q, k, v, seen) * weight).sum()
-    policy = jax.checkpoint(ours, policy=layers.REMAT_POLICIES["save_dots"])
+    ours = lambda q, k, v: (attention_lib.attention(q, k, v, seen) * weight).sum()
+    policy = jax.checkpoint(ours, policy=stack_lib.REMAT_POLICIES["save_dots"])
     for function in (ours, policy):
         found = jax.value_and_grad(function, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)

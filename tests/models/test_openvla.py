@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from openvla_jax.config import LlamaConfig, ProjectorConfig, VisionConfig, VLAConfig, tiny
-from openvla_jax.models.layers import REMAT_POLICIES
 from openvla_jax.models.openvla import OpenVLA, Projector
+from openvla_jax.models.stack import REMAT_POLICIES
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference

@@ -8,9 +8,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
+from openvla_jax.checkpoint.load import abstract_quantized, load_model, save_model, stored_quantization
 from openvla_jax.config import model_config, preset, tiny
-from openvla_jax.inference.load import abstract_quantized, load_model, save_model, stored_quantization
-from openvla_jax.models.layers import matmul
+from openvla_jax.models.linear import matmul
 from openvla_jax.models.llama import Llama
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import (
@@ -25,8 +26,7 @@ from openvla_jax.models.quantize import (
     quantize_model,
     scaled,
 )
-from openvla_jax.tokens import load_tokenizer
-from openvla_jax.training.checkpoint import CheckpointError, Contract
+from openvla_jax.tokens.tokenizer import load_tokenizer
 
 
 def random_kernel(seed, rows, columns, spread=3.0):

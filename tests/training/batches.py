@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from openvla_jax.config import VLAConfig, tiny
-from openvla_jax.data import Batch
+from openvla_jax.types import Batch
 
 MODEL = tiny(base_vocab_size=700)
 ONE_TOWER = dataclasses.replace(MODEL, towers=MODEL.towers[1:])  # compiles faster

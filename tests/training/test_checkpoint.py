@@ -12,12 +12,14 @@ from training.batches import ONE_TOWER as MODEL
 from training.batches import random_batch
 from training.test_step import SETTINGS
 
+from openvla_jax.checkpoint import reading
+from openvla_jax.checkpoint.contract import CONFIG_FILE, PREPROCESSING, CheckpointError, Contract
+from openvla_jax.checkpoint.load import load_model
 from openvla_jax.config import tiny
-from openvla_jax.inference.load import load_model
-from openvla_jax.tokens import load_tokenizer
-from openvla_jax.training import checkpoint as lib
+from openvla_jax.parallel.sharding import global_batch, make_mesh
+from openvla_jax.tokens.tokenizer import load_tokenizer
+from openvla_jax.training import checkpoint
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
-from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import make_train_step
 
@@ -33,7 +35,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def contract(tokenizer):
-    return lib.Contract(MODEL, tokenizer, STATISTICS, training={"seed": 1})
+    return Contract(MODEL, tokenizer, STATISTICS, training={"seed": 1})
 
 
 def setup(sizes):
@@ -54,7 +56,7 @@ def saved(tmp_path_factory, contract):
     state = jax.device_put(jax.device_get(init_state(MODEL, jnp.float32, optimizer, one, seed=0)), placed)
     for i in range(2):
         state, _ = step(state, global_batch(random_batch(8, i), mesh))
-    checkpoints = lib.Checkpoints(workdir, keep_last=2, keep_every=None)
+    checkpoints = checkpoint.Checkpoints(workdir, keep_last=2, keep_every=None)
     checkpoints.save(2, state, contract, unused={"dino": {"norm": {"scale": np.arange(5.0, dtype=np.float32)}}})
     checkpoints.close()
     host_state = jax.device_get(state)
@@ -69,7 +71,7 @@ def saved(tmp_path_factory, contract):
 def test_state_returns_bit_for_bit_and_goes_on_on_another_mesh(saved):
     workdir, host_state, losses = saved
     mesh, _, abstract, placed, step = setup({"data": 2, "fsdp": 2, "tensor": 2})
-    state = lib.restore_state(workdir, 2, abstract, placed)
+    state = checkpoint.restore_state(workdir, 2, abstract, placed)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for before, after, where in zip(
         jax.tree.leaves(host_state), jax.tree.leaves(state), jax.tree.leaves(placed), strict=True
@@ -82,10 +84,10 @@ def test_state_returns_bit_for_bit_and_goes_on_on_another_mesh(saved):
 
 
 def test_contract_returns(saved, contract, tokenizer):
-    loaded = lib.load_contract(saved[0])
+    loaded = reading.load_contract(saved[0])
     assert loaded.model == contract.model
     assert loaded.statistics == STATISTICS
-    assert loaded.preprocessing == lib.PREPROCESSING
+    assert loaded.preprocessing == PREPROCESSING
     assert loaded.training == {"seed": 1}
     text = "In: What action should the robot take to pick up the red cube?\nOut:"
     assert loaded.tokenizer(text).input_ids == tokenizer(text).input_ids
@@ -100,72 +102,72 @@ def test_model_loads_for_inference_in_another_dtype(saved):
 
 
 def test_what_is_read_at_a_time_is_bounded(saved, monkeypatch):
-    whole, asked, load = load_model(saved[0])[0], [], lib.ocp.load_checkpointables
+    whole, asked, load = load_model(saved[0])[0], [], checkpoint.ocp.load_checkpointables
 
     def spy(path, items):
         asked.append([leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)])
         return load(path, items)
 
-    monkeypatch.setattr(lib.ocp, "load_checkpointables", spy)
-    monkeypatch.setattr(lib, "READ_BYTES", 2**16)
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", spy)
+    monkeypatch.setattr(reading, "READ_BYTES", 2**16)
     parts = load_model(saved[0])[0]
     assert len(asked) > 3 and all(len(sizes) == 1 or sum(sizes) <= 2**16 for sizes in asked)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
 
 
 def test_unused_tensors_travel_along(saved):
-    np.testing.assert_array_equal(lib.load_unused(saved[0])["dino"]["norm"]["scale"], np.arange(5.0))
+    np.testing.assert_array_equal(reading.load_unused(saved[0])["dino"]["norm"]["scale"], np.arange(5.0))
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/2"])
 def test_a_checkpoint_is_found_from_every_level(saved, below):
-    assert lib.open_checkpoint(saved[0] / below).name == "2"
+    assert reading.open_checkpoint(saved[0] / below).name == "2"
 
 
 def test_only_the_latest_are_kept_and_every_nth_for_good(tmp_path, contract):
     mesh, optimizer, *_ = setup({"fsdp": -1})
     state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
-    checkpoints = lib.Checkpoints(tmp_path, keep_last=1, keep_every=4)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=1, keep_every=4)
     for step in range(2, 9, 2):
         checkpoints.save(step, state, contract)
     checkpoints.close()
-    assert lib.steps_in(tmp_path / "checkpoints") == [4, 8]
+    assert reading.steps_in(tmp_path / "checkpoints") == [4, 8]
 
 
 def test_a_checkpoint_of_another_model_names_the_differences(saved):
     other = dataclasses.replace(tiny(base_vocab_size=900), towers=MODEL.towers)
     mesh, optimizer = make_mesh({"fsdp": -1}), make_optimizer(SETTINGS, make_schedule(SETTINGS, 10))
     abstract, _ = abstract_state(other, jnp.float32, optimizer, mesh)
-    with pytest.raises(lib.CheckpointError, match=r"embed/table has shape \(704, 64\), the model \(960, 64\)"):
-        lib.load_params(saved[0], abstract.params)
+    with pytest.raises(CheckpointError, match=r"embed/table has shape \(704, 64\), the model \(960, 64\)"):
+        reading.load_params(saved[0], abstract.params)
 
 
 def test_unfinished_and_foreign_directories_are_refused(tmp_path, saved):
-    with pytest.raises(lib.CheckpointError, match="does not exist"):
-        lib.open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        reading.open_checkpoint(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(lib.CheckpointError, match=r"holds: notes\.txt"):
-        lib.open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds: notes\.txt"):
+        reading.open_checkpoint(tmp_path)
     unfinished = tmp_path / "checkpoints" / "7"
     (unfinished / "params").mkdir(parents=True)  # as a crash during a copy would leave it
-    with pytest.raises(lib.CheckpointError, match="no complete checkpoint"):
-        lib.open_checkpoint(tmp_path)
-    with pytest.raises(lib.CheckpointError, match=r"no complete checkpoint of step 9; it has \[2\]"):
-        lib.open_checkpoint(saved[0], step=9)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        reading.open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 9; it has \[2\]"):
+        reading.open_checkpoint(saved[0], step=9)
 
 
 def test_a_checkpoint_without_its_commit_is_not_picked_up(tmp_path, saved):
     """In a bucket without renames a save has its final name from the start."""
     shutil.copytree(saved[0] / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
-    assert lib.steps_in(tmp_path / "checkpoints") == [2]
+    assert reading.steps_in(tmp_path / "checkpoints") == [2]
     notes = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
     whole = json.loads(notes.read_text())
     assert whole["commit_timestamp_nsecs"]
     for text in (json.dumps(whole | {"commit_timestamp_nsecs": None}), notes.read_text()[:20]):
         notes.write_text(text)
-        assert lib.steps_in(tmp_path / "checkpoints") == []
+        assert reading.steps_in(tmp_path / "checkpoints") == []
     notes.unlink()
-    assert lib.steps_in(tmp_path / "checkpoints") == []
+    assert reading.steps_in(tmp_path / "checkpoints") == []
 
 
 class Broken:
@@ -191,10 +193,10 @@ class Broken:
 
 def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_error(tmp_path, contract, monkeypatch):
     pauses = []
-    monkeypatch.setattr(lib, "pause", pauses.append)
+    monkeypatch.setattr(checkpoint, "pause", pauses.append)
     mesh, optimizer, *_ = setup({"fsdp": -1})
     state = init_state(MODEL, jnp.float32, optimizer, mesh, seed=0)
-    checkpoints = lib.Checkpoints(tmp_path, keep_last=2, keep_every=None)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=2, keep_every=None)
     checkpoints.save(1, state, contract)
     assert not checkpoints.failed(wait=True)
 
@@ -206,7 +208,7 @@ def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_err
     assert not (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
     checkpoints.save(3, state, contract)  # there is room again
     assert not checkpoints.failed(wait=True)
-    assert lib.steps_in(tmp_path / "checkpoints") == [1, 3] and pauses == [1]
+    assert reading.steps_in(tmp_path / "checkpoints") == [1, 3] and pauses == [1]
 
     for step, later in ((4, "now"), (5, ""), (6, "now")):
         checkpoints._checkpointer = Broken(later)
@@ -215,7 +217,7 @@ def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_err
     checkpoints._checkpointer = Broken("now")
     checkpoints.save(7, state, contract)
     with pytest.raises(
-        lib.StorageError, match=r"saving step 7 failed, 4 times in a row \(RESOURCE_EXHAUSTED"
+        checkpoint.StorageError, match=r"saving step 7 failed, 4 times in a row \(RESOURCE_EXHAUSTED"
     ) as caught:
         checkpoints.failed()
     assert "the last good checkpoint is step 3" in str(caught.value) and "\n" not in str(caught.value)
@@ -225,9 +227,9 @@ def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_err
 
 def test_a_damaged_contract_says_so(tmp_path, contract):
     contract.save(tmp_path)
-    (tmp_path / lib.CONFIG_FILE).write_text('{"format": 1, "model": {')
-    with pytest.raises(lib.CheckpointError, match=r"config.json is not JSON"):
-        lib.Contract.load(tmp_path)
-    (tmp_path / lib.CONFIG_FILE).write_text(json.dumps({"format": 99}))
-    with pytest.raises(lib.CheckpointError, match="format 99, this version reads 1"):
-        lib.Contract.load(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text('{"format": 1, "model": {')
+    with pytest.raises(CheckpointError, match=r"config.json is not JSON"):
+        Contract.load(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        Contract.load(tmp_path)

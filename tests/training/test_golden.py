@@ -7,11 +7,12 @@ import pytest
 from conftest import OPTIMISED, golden
 from ml_collections import ConfigDict
 
+from openvla_jax.checkpoint.reading import load_contract, load_params
 from openvla_jax.convert import import_weights
 from openvla_jax.data.batches import Batch
-from openvla_jax.training.checkpoint import load_contract, load_params, with_shardings
+from openvla_jax.models.tree import with_shardings
+from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
-from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import TrainState, abstract_state
 from openvla_jax.training.step import make_train_step
 

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
+from openvla_jax import storage
 from openvla_jax.training import metrics, runtime
 
 NO_WANDB = ConfigDict({"project": ""})
@@ -30,7 +31,7 @@ def test_what_fails_for_a_while_is_tried_again_with_longer_pauses(pauses):
             raise failures.pop(0)
         return "done"
 
-    assert runtime.retry("writing gs://b/x", action) == "done"
+    assert storage.retry("writing gs://b/x", action) == "done"
     assert pauses == [1, 4]
 
 
@@ -38,8 +39,8 @@ def test_what_goes_on_failing_is_told_in_one_line(pauses):
     def action():
         raise OSError(28, "No space left on device\nand more")
 
-    with pytest.raises(runtime.StorageError) as caught:
-        runtime.retry("writing gs://b/x", action)
+    with pytest.raises(storage.StorageError) as caught:
+        storage.retry("writing gs://b/x", action)
     assert str(caught.value) == "writing gs://b/x failed 4 times: [Errno 28] No space left on device"
     assert pauses == [1, 4, 16]
 

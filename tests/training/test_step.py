@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from training.batches import MODEL, random_batch
 
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
-from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import loss_and_metrics, make_train_step, pad_to_lanes, summarize
 

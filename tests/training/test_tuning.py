@@ -13,8 +13,8 @@ from openvla_jax.models.lora import LoRA, LoRAConfig, LoRAParam, dropout_key
 from openvla_jax.models.openvla import OpenVLA, count_parameters
 from openvla_jax.models.quantize import count_bytes
 from openvla_jax.models.tuning import MODES, Tuning, abstract_prepared, count_adapters, count_trainable, merge_tuned
+from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
-from openvla_jax.training.sharding import global_batch, make_mesh
 from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import make_train_step
 

@@ -1,0 +1,1 @@
+"""Devices: the mesh, sharding rules, activation constraints, and facts about TPUs."""

@@ -1,0 +1,1 @@
+"""Plans: the real programs, compiled by the real TPU compiler on a CPU."""

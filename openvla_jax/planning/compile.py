@@ -1,0 +1,121 @@
+"""Compiles a program for a TPU slice without one, and estimates its memory and time."""
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from openvla_jax.parallel.tpu import Slice
+from openvla_jax.planning.environment import schedules
+from openvla_jax.planning.hlo import Cost, Instruction, Program
+
+_OUT_OF_MEMORY = re.compile(r"(?:Used |\()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made, in one line."""
+
+
+class Compiled(NamedTuple):
+    """What the TPU compiler made of a program, for one chip."""
+
+    seconds: float  # of compiling
+    peak_bytes: int
+    memory: Any  # its memory analysis; None, as the cost, where the program does not fit
+    cost: Cost | None
+
+
+def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mapping[str, str] | None = None) -> Compiled:
+    """Compiles a lowered function called `name`, and estimates its cost from what the compiler wrote into `dump`."""
+    for path in schedules(dump).glob("*"):  # of the program before, whose instructions had the same names
+        path.unlink()
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=dict(options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(time.perf_counter() - began, _bytes_wanted(error), None, None)
+    seconds = time.perf_counter() - began
+    texts = [path for path in dump.glob("*.after_codegen.txt") if name in path.name]
+    if not texts:
+        raise PlanError(f"the compiler left no text in {dump}: set planning_environment() before jax is imported")
+    program = Program(max(texts, key=lambda path: path.stat().st_mtime_ns).read_text())
+    cost = program.cost(tpu.facts.clock, link_time(tpu), kernel_time(tpu, dump))
+    for path in texts:
+        path.unlink()
+    memory = compiled.memory_analysis()
+    # Not the sum of its parts: of a program with donated arguments, `temp_size_in_bytes` counts some of them again.
+    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    return Compiled(seconds, int(peak), memory, cost)
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Atomic."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(report, indent=2) + "\n")
+    new.replace(path)
+
+
+def topology_devices(tpu: Slice) -> list[Any]:
+    """Descriptions of the slice's devices, from libtpu; PlanError where that is missing or knows no such slice."""
+    from jax.experimental import topologies
+
+    three = tpu.facts.dimensions == 3
+    options: dict[str, Any] = {"chip_config_name": "megacore" if tpu.facts.megacore else "default"}
+    if tpu.hosts > 1:
+        options["chips_per_host_bounds"] = (2, 2, 1)
+    elif tpu.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if tpu.torus:
+        options["wrap"] = (True,) * 3 if three else (True, True, False)
+    if tpu.slices > 1:
+        options["num_slices"] = tpu.slices
+    try:
+        return list(
+            topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{tpu.generation}:{tpu.topology}", **options
+            ).devices
+        )
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "libtpu" in text and ("not found" in text or "No module" in text or "Unable" in text):
+            raise PlanError("planning needs the TPU compiler: pip install 'openvla_jax[tpu]' (x86-64 Linux)") from error
+        raise PlanError(f"libtpu knows no topology {tpu}: {text[:200]}") from error
+
+
+def link_time(tpu: Slice):
+    """Seconds of a collective: bytes received over all links of a chip; half of them where the slice is no torus."""
+    rate = tpu.facts.ici_bytes_per_second * (1.0 if tpu.torus else 0.5)
+    return lambda kind, size, group: size / rate
+
+
+def kernel_time(tpu: Slice, dump: Path):
+    """Seconds of a kernel: cycles that the compiler scheduled for a program, times programs over a chip's cores; or
+    those that HBM takes for its operands and results, if that is more.
+    """
+
+    def seconds(kernel: Instruction) -> float:
+        scheduled = sorted(schedules(dump).glob(f"*-{kernel.name}-*pre-delay*"))
+        if not scheduled or kernel.programs is None:
+            raise PlanError(f"the compiler left no schedule of kernel {kernel.name}; --config.train.kernels=False")
+        cycles = sum(line[:1].isdigit() for line in scheduled[-1].read_text().splitlines())
+        cores = 2 if tpu.facts.megacore else 1
+        computing = cycles * math.ceil(kernel.programs / cores) / tpu.facts.clock
+        return max(computing, kernel.kernel_bytes / tpu.facts.hbm_bytes_per_second)
+
+    return seconds
+
+
+def _bytes_wanted(error: Exception) -> int:
+    """What a program that the compiler could not fit would take; raises what is no lack of memory."""
+    found = _OUT_OF_MEMORY.search(str(error))
+    if found is None:
+        raise PlanError(f"the TPU compiler failed: {' '.join(str(error).split())[:300]}") from error
+    return int(float(found.group(1)) * _UNITS[found.group(2).upper()])

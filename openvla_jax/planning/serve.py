@@ -1,0 +1,180 @@
+"""Plans serving on TPUs before any is rented: one action, tensor-parallel over a slice, compiled ahead of time.
+
+The programs are those of `inference/decode.py`. What is reported are estimates, made as `planning/train.py` makes them,
+and beside them the time in which the chips read their weights once, below which no stage that touches them all can be.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from openvla_jax.checkpoint.load import abstract_quantized, placed, tensor_mesh
+from openvla_jax.config import VLAConfig
+from openvla_jax.inference.decode import decode_actions
+from openvla_jax.models.llama import Cache
+from openvla_jax.models.openvla import OpenVLA, abstract_model
+from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes
+from openvla_jax.parallel.tpu import Slice, parse_slice
+from openvla_jax.planning.compile import PlanError, compile_for, topology_devices, write_json
+from openvla_jax.planning.train import ACTION_DIM
+
+TEXT_LENGTH = 32  # the policy's bucket of a usual instruction
+ASSUMPTIONS = (
+    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock; communication from "
+    "bytes over published link rates; without the host's share (image decoding, resize, transfer, HTTP)."
+)
+
+
+class Stage(NamedTuple):
+    name: str
+    times: int  # in one action
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+
+
+def plan(
+    model: VLAConfig, topology: str, dump: Path, batch: int = 1, quantize: str | None = None,
+    exclude: Sequence[str] = EXCLUDE,
+) -> dict[str, Any]:  # fmt: skip
+    """Compiles one action of `batch` requests for `v5e:2x2` and the like, all chips sharing every layer.
+
+    `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, batch,
+    weights, weight_bytes (a chip's), hbm_capacity_bytes, fits, hbm_peak_bytes (of the whole action on a chip),
+    floor_seconds (to read the weights once), stages {name: {times, seconds, waiting_seconds, peak_bytes}} and
+    action_seconds, both None where the program does not fit. ValueError for a slice that does not exist or that does
+    not divide the model's heads.
+    """
+    tpu = parse_slice(topology)
+    if tpu.slices > 1:
+        raise PlanError(f"{topology}: one action is decoded within one slice")
+    try:
+        mesh = tensor_mesh(model, topology_devices(tpu))
+    except ValueError as error:
+        raise PlanError(f"{topology}: {error}") from None
+    network = abstract_model(model, jnp.bfloat16)
+    if quantize is not None:
+        network = abstract_quantized(model, quantize, choose_paths(network, exclude), jnp.bfloat16)
+    graph, params = nnx.split(network, nnx.Param)
+    params = placed(params, mesh, jnp.bfloat16)
+    weights = sum(count_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+                  for leaf in jax.tree.leaves(params))  # fmt: skip
+    entry: dict[str, Any] = {
+        "topology": str(tpu),
+        "chips": tpu.chips,
+        "batch": batch,
+        "weights": quantize or "bfloat16",
+        "weight_bytes": weights,
+        "hbm_capacity_bytes": int(tpu.facts.hbm_bytes),
+        "floor_seconds": weights / tpu.facts.hbm_bytes_per_second,
+        "stages": {},
+    }
+    for stage in stages(model, graph, params, mesh, batch):
+        found = _compile(stage, tpu, dump)
+        if not found["fits"]:
+            return entry | {
+                "fits": False,
+                "hbm_peak_bytes": found["peak_bytes"],
+                "stages": None,
+                "action_seconds": None,
+            }
+        entry["stages"][stage.name] = found | {"times": stage.times}
+    whole = entry["stages"].pop("action")
+    return entry | {"fits": True, "hbm_peak_bytes": whole["peak_bytes"], "action_seconds": whole["seconds"]}
+
+
+def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: int) -> list[Stage]:
+    """The whole action, and its parts as programs of their own."""
+    replicated = NamedSharding(mesh, P())
+    by_heads = NamedSharding(mesh, P(None, None, None, "tensor", None))
+    made = lambda shape, dtype, sharding=replicated: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    llama, size, positions = model.llama, model.image_size, model.patches + TEXT_LENGTH
+    images = made((batch, size, size, 3), jnp.uint8)
+    ids, row = made((batch, TEXT_LENGTH), jnp.int32), made((batch,), jnp.int32)
+    patches = made((batch, model.patches, llama.width), jnp.bfloat16)
+    slots = (llama.depth, batch, positions + ACTION_DIM, llama.kv_heads, llama.head_dim)
+    cache = Cache(*[made(slots, jnp.bfloat16, by_heads)] * 2)
+    merged: Callable[[Any], OpenVLA] = lambda params: nnx.merge(graph, params)
+
+    def action(params, images, ids, lengths):
+        return decode_actions(merged(params), images, ids, lengths, ACTION_DIM).tokens
+
+    def vision(params, images):
+        network = merged(params)
+        return network.project(network.normalize(images))
+
+    def prefill(params, patches, ids, lengths):
+        network = merged(params)
+        x = network.splice(patches, ids)
+        hidden, cache = network.llama.prefill(x, positions + ACTION_DIM, lengths + (model.patches - 1))
+        cache = jax.lax.with_sharding_constraint(cache, by_heads)
+        return network.llama.logits(hidden[:, 0]).argmax(axis=-1), cache
+
+    def decode_step(params, token, lengths, cache):
+        logits, cache = merged(params).decode(token, lengths, cache)
+        return logits.argmax(axis=-1), cache
+
+    return [
+        Stage("action", 1, action, (params, images, ids, row)),
+        Stage("vision", 1, vision, (params, images)),
+        Stage("prefill", 1, prefill, (params, patches, ids, row)),
+        Stage("decode step", ACTION_DIM - 1, decode_step, (params, row, row, cache), (3,)),
+    ]
+
+
+def run_plans(model: VLAConfig, topologies: Sequence[str], dump: Path, out: str | None = None, **settings: Any) -> bool:
+    """Plans for each slice, prints a table, writes JSON to `out`; whether every one fits."""
+    for topology in topologies:
+        parse_slice(topology)  # before the first minutes are spent
+    print(f"planning one action of {model.name} on {', '.join(topologies)}; minutes each for a 7B")
+    entries = []
+    for topology in topologies:
+        entries.append(plan(model, topology, dump, **settings))
+        print("\n".join(lines(entries[-1])), flush=True)
+    print(ASSUMPTIONS)
+    if out:
+        write_json(Path(out), {"assumptions": ASSUMPTIONS, "entries": entries})
+    return all(entry["fits"] for entry in entries)
+
+
+def lines(entry: Mapping[str, Any]) -> list[str]:
+    """A plan for people."""
+    gib = lambda size: f"{size / 2**30:.2f} GiB"
+    head = (
+        f"{entry['topology']}: {entry['chips']} chips, batch {entry['batch']}, {entry['weights']} weights, "
+        f"{gib(entry['weight_bytes'])} of them a chip; peak {gib(entry['hbm_peak_bytes'])} of "
+        f"{gib(entry['hbm_capacity_bytes'])}"
+    )
+    if not entry["fits"]:
+        over = entry["hbm_peak_bytes"] - entry["hbm_capacity_bytes"]
+        return [f"{head}: does not fit, by {gib(over)} a chip; take more chips, or --quantize int8"]
+    rows = [head, f"  {'stage':<14}{'ms each':>9}{'times':>7}{'ms':>9}{'waiting':>9}"]
+    for name, stage in entry["stages"].items():
+        each, times = 1e3 * stage["seconds"], stage["times"]
+        waiting = stage["waiting_seconds"] / stage["seconds"]
+        rows.append(f"  {name:<14}{each:>9.2f}{times:>7}{each * times:>9.2f}{waiting:>9.1%}")
+    seconds = entry["action_seconds"]
+    rows.append(f"  {'whole action':<14}{'':>16}{1e3 * seconds:>9.2f}         {entry['batch'] / seconds:.1f} actions/s")
+    rows.append(f"  reading the weights once takes {1e3 * entry['floor_seconds']:.2f} ms at the published bandwidth")
+    return rows
+
+
+def _compile(stage: Stage, tpu: Slice, dump: Path) -> dict[str, Any]:
+    stage.run.__name__ = f"serve_{stage.name.replace(' ', '_')}"
+    lowered = jax.jit(stage.run, donate_argnums=stage.donated).lower(*stage.arguments)
+    compiled = compile_for(lowered, stage.run.__name__, tpu, dump)
+    if compiled.cost is None:
+        return {"fits": False, "peak_bytes": compiled.peak_bytes}
+    cost = compiled.cost
+    return {
+        "fits": compiled.peak_bytes <= tpu.facts.hbm_bytes,
+        "seconds": cost.compute_seconds + cost.exposed_seconds,
+        "waiting_seconds": cost.exposed_seconds,
+        "peak_bytes": compiled.peak_bytes,
+    }

@@ -1,0 +1,278 @@
+"""Plans a run on TPUs before any is rented: compiles the same train step for a topology, ahead of time, on any machine.
+
+`plan` needs libtpu (the TPU compiler) and no TPU. Everything it reports is an estimate of the compiler or follows from
+published rates: compute time from the compiler's cycle estimates, communication from bytes over link rates.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.models.stack import remat_policy
+from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
+from openvla_jax.parallel.sharding import BATCH, check_batch, make_mesh
+from openvla_jax.parallel.tpu import Slice, compiler_options, parse_slice
+from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topology_devices, write_json
+from openvla_jax.training.metrics import duration
+from openvla_jax.training.step import make_job
+from openvla_jax.types import Batch
+
+ACTION_DIM = 7
+ASSUMPTIONS = (
+    "Estimates, not measurements: compute from the TPU compiler's cycle counts at the chip's clock, of kernels from "
+    "the schedules that it made of them; communication from bytes over published link rates, overlapped as scheduled; "
+    "no data loading, checkpoints or restarts. MFU counts model FLOPs (no recomputation, causal attention halved) "
+    "against the published bf16 peak."
+)
+
+
+def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[str, Any]:
+    """Compiles the config's train step for `v5p:4x4x4` and the like; the report's entry.
+
+    `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, hosts,
+    global_batch, per_chip_batch, accumulation, remat, params, trained_params, fits, hbm_capacity_bytes,
+    hbm_peak_bytes, args_bytes, temp_bytes, model_flops_per_step, compute_seconds, kernel_seconds (a part of it),
+    comm_seconds, exposed_comm_seconds, step_seconds, mfu, examples_per_second, days, collectives {kind: {count,
+    bytes}}, compiler_options, compile_seconds. Times, MFU and collectives are None where the program does not fit.
+    ValueError for a topology that does not exist or a batch that it does not divide.
+    """
+    tpu = parse_slice(topology)
+    train = config.train
+    remat_policy(train.remat)
+    model = planned_model(config)
+    mesh = make_mesh(config.mesh.to_dict(), topology_devices(tpu))
+    check_batch(train.batch_size, train.accumulation, mesh)
+    job = make_job(config, model, mesh, datasets=1)
+    arguments = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), job.abstract, job.placed
+    )
+    batch = abstract_batch(model, train.batch_size, config.data.text_length, NamedSharding(mesh, BATCH))
+    options = compiler_options(tpu.generation) if train.compiler_options == "tuned" else {}
+    entry: dict[str, Any] = {
+        "topology": str(tpu),
+        "chips": tpu.chips * tpu.slices,
+        "hosts": tpu.hosts * tpu.slices,
+        "global_batch": train.batch_size,
+        "per_chip_batch": train.batch_size / (tpu.chips * tpu.slices),
+        "accumulation": train.accumulation,
+        "remat": train.remat,
+        "params": sum(leaf.size for leaf in jax.tree.leaves((job.abstract.params, job.abstract.frozen))),
+        "trained_params": sum(leaf.size for leaf in jax.tree.leaves(job.abstract.params)),
+        "hbm_capacity_bytes": int(tpu.facts.hbm_bytes),
+        "model_flops_per_step": model_flops(model, config.data.text_length, job.tuning) * train.batch_size,
+        "compiler_options": options,
+    }
+    compiled = compile_for(job.step.lower(arguments, batch), "train_step", tpu, dump, options)
+    entry |= {"hbm_peak_bytes": compiled.peak_bytes, "compile_seconds": compiled.seconds}
+    return entry | _estimate(entry, config, tpu, compiled)
+
+
+# What a search tries, least memory first: the policies by name, without "none", with which no 7B compiles in reasonable
+# time, and what fitted slices better (docs/performance.md).
+SEARCHED = (
+    "full", "attention", "q,k,v,attention", "save_qkvo", "attention,gate,up", "q,k,v,attention,o,gate,up,activation",
+    "save_dots",
+)  # fmt: skip
+
+
+def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list[dict[str, Any]]:
+    """Plans with each of SEARCHED, and with more accumulation where none fits; fastest that fits first."""
+    entries: list[dict[str, Any]] = []
+    for accumulation in (1, 2, 4, 8):
+        for remat in SEARCHED:
+            changed = config.copy_and_resolve_references()
+            changed.train.remat, changed.train.accumulation = remat, config.train.accumulation * accumulation
+            try:
+                entry = plan(changed, topology, dump)
+            except ValueError:
+                if accumulation == 1:
+                    raise
+                break  # the batch divides no further
+            entries.append(entry)
+            print(row(entry), flush=True)
+            if not entry["fits"] and remat == SEARCHED[0]:
+                break  # nor does what keeps more
+        if any(entry["fits"] for entry in entries):
+            break
+    return sorted(entries, key=lambda e: (not e["fits"], e["step_seconds"] or e["hbm_peak_bytes"]))
+
+
+def run_plans(
+    config: ml_collections.ConfigDict,
+    topologies: Sequence[str],
+    dump: Path,
+    out: str | None = None,
+    tries: bool = False,
+) -> bool:
+    """Plans for each topology, prints the table and writes JSON to `out`; whether every topology has one that fits."""
+    for topology in topologies:
+        parse_slice(topology)  # before the first minutes are spent
+    print(f"planning {config.train.batch_size} examples a step on {', '.join(topologies)}; minutes each for a 7B")
+    print(HEADER)
+    entries: list[dict[str, Any]] = []
+    fits = True
+    for topology in topologies:
+        if tries:
+            found = search(config, topology, dump)
+            print(f"fastest that fits: remat {found[0]['remat']}, accumulation {found[0]['accumulation']}")
+        else:
+            found = [plan(config, topology, dump)]
+            print(row(found[0]), flush=True)
+        entries += found
+        fits &= found[0]["fits"]
+        if not found[0]["fits"]:
+            over = found[0]["hbm_peak_bytes"] - found[0]["hbm_capacity_bytes"]
+            print(f"{topology} does not fit, by {over / 2**30:.1f} GiB a chip: {_mend(config, tries)}")
+    print(ASSUMPTIONS)
+    if out:
+        write_json(Path(out), {"assumptions": ASSUMPTIONS, "entries": entries})
+    return fits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def planned_model(config: ml_collections.ConfigDict) -> VLAConfig:
+    """The model that the run would train; no tokenizer is read."""
+    if config.init_from:
+        from openvla_jax.checkpoint.reading import load_contract
+
+        return load_contract(config.init_from).model
+    if not config.model.preset:
+        raise PlanError("nothing names the model: give --config.init_from=CKPT or --config.model.preset=openvla-7b")
+    return model_config({key: value for key, value in config.model.to_dict().items() if value is not None})
+
+
+def abstract_batch(model: VLAConfig, rows: int, text_length: int, sharding: NamedSharding) -> Any:
+    """Shapes of one global batch."""
+
+    def make(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    size, targets = model.image_size, ACTION_DIM + 1
+    return Batch(
+        images=make((rows, size, size, 3), jnp.uint8),
+        tokens=make((rows, text_length), jnp.int32),
+        target_positions=make((rows, targets), jnp.int32),
+        target_mask=make((rows, targets), jnp.bool_),
+        dataset=make((rows,), jnp.int32),
+    )
+
+
+def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> float:
+    """FLOPs of the model's work on one example: forward and backward, every position of the static shape.
+
+    Of a product, 2 per parameter and position forward, 2 back through it where anything before or in it is trained, 2
+    for its own gradient where it is trained itself; attention likewise, half of it where that is causal; logits at the
+    target positions only. Neither recomputation nor the products of adapters (1-2%) count.
+    """
+    state = nnx.to_flat_state(nnx.state(abstract_prepared(model, tuning), nnx.Param))
+    trained = ["/".join(map(str, path)) for path, _ in state if tuning.is_trainable(path)]
+    begins = lambda *prefixes: any(path.startswith(prefixes) for path in trained)
+
+    def work(products: float, attention: float, through: bool, name: str) -> float:
+        weights = any(path.startswith(name) and "/lora/" not in path and path.endswith("/kernel") for path in trained)
+        return products * (2 + 2 * through + 2 * weights) + attention * (4 + 8 * through)
+
+    total = 0.0
+    for tower in model.towers:
+        name = f"vision/{tower.name}/"
+        tokens = tower.patches + tower.prefix_tokens
+        block = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
+        layers_tokens = (tower.depth - 1) * tokens
+        total += work(layers_tokens * block, layers_tokens * tokens * tower.width, begins(name), f"{name}blocks")
+        stem = 3 * tower.patch_size**2 * tower.width * tower.patches
+        total += work(stem, 0, False, f"{name}patch_embed")  # no gradient of pixels is taken,
+        total += 2 * stem * begins(f"{name}patch_embed/kernel")  # counted as if there were, as is usual
+    vision, llama = model.vision_width, model.llama
+    layers = {
+        "linear": (vision, llama.width),
+        "gelu-mlp": (vision, llama.width, llama.width),
+        "fused-gelu-mlp": (vision, 4 * vision, llama.width, llama.width),
+    }[model.projector.kind]
+    products = sum(a * b for a, b in pairwise(layers)) * model.patches
+    total += work(products, 0, begins("vision/", "projector/"), "projector/")
+    positions = model.patches + text_length
+    kv = llama.kv_heads * llama.head_dim
+    block = 2 * llama.width**2 + 2 * llama.width * kv + 3 * llama.width * llama.mlp_dim
+    scores = positions * llama.width / 2
+    before = ("vision/", "projector/", "llama/embed", "llama/blocks")
+    last = int(tuning.splits_last)
+    first = (llama.depth - last) * positions
+    total += work(first * block, first * scores, begins(*before), "llama/blocks/")
+    last *= positions
+    total += work(last * block, last * scores, begins(*before, "llama/last"), "llama/last/")
+    return float(total + work(llama.width * llama.vocab_size * (ACTION_DIM + 1), 0, bool(trained), "llama/head/"))
+
+
+def _estimate(
+    entry: Mapping[str, Any], config: ml_collections.ConfigDict, tpu: Slice, compiled: Compiled
+) -> dict[str, Any]:
+    if compiled.cost is None:
+        unknown = ("compute_seconds", "kernel_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu",
+                   "examples_per_second", "days", "collectives", "args_bytes", "temp_bytes")  # fmt: skip
+        return {key: None for key in unknown} | {"fits": False}
+    memory, cost = compiled.memory, compiled.cost
+    step = cost.compute_seconds + cost.exposed_seconds
+    return {
+        "fits": bool(compiled.peak_bytes <= tpu.facts.hbm_bytes),
+        "args_bytes": int(memory.argument_size_in_bytes),
+        "temp_bytes": int(memory.peak_memory_in_bytes - memory.argument_size_in_bytes),
+        "compute_seconds": cost.compute_seconds,
+        "kernel_seconds": cost.kernel_seconds,
+        "comm_seconds": cost.comm_seconds,
+        "exposed_comm_seconds": cost.exposed_seconds,
+        "step_seconds": step,
+        "mfu": entry["model_flops_per_step"] / (step * entry["chips"] * tpu.facts.flops),
+        "examples_per_second": config.train.batch_size / step,
+        "days": step * config.train.steps / 86400,
+        "collectives": {
+            kind: {"count": cost.counts[kind], "bytes": cost.collectives[kind]} for kind in sorted(cost.collectives)
+        },
+    }
+
+
+def _mend(config: ml_collections.ConfigDict, tried: bool) -> str:
+    if tried:
+        return "no remat policy and accumulation does; take more chips or a smaller batch"
+    if config.train.remat != "full":
+        return "--config.train.remat=full needs least memory; or let --plan_search look"
+    return f"--config.train.accumulation={2 * config.train.accumulation} halves the activations; or take more chips"
+
+
+HEADER = (
+    f"{'topology':<16}{'chips':>6}{'per chip':>9}{'HBM peak':>10}{'of':>7}  {'step':>8}{'waiting':>9}"
+    f"{'MFU':>7}{'examples/s':>12}{'run':>12}{'compiled':>10}  remat"
+)
+
+
+def row(entry: Mapping[str, Any]) -> str:
+    """One line of the table."""
+    gib = lambda size: f"{size / 2**30:.1f}"
+    head = (
+        f"{entry['topology']:<16}{entry['chips']:>6}{entry['per_chip_batch'] / entry['accumulation']:>9.4g}"
+        f"{gib(entry['hbm_peak_bytes']):>6} GiB{gib(entry['hbm_capacity_bytes']):>7}  "
+    )
+    if entry["step_seconds"] is None:
+        return f"{head}does not fit with remat {entry['remat']}"
+    return head + (
+        f"{entry['step_seconds']:>6.3f} s{entry['exposed_comm_seconds'] / entry['step_seconds']:>9.1%}"
+        f"{entry['mfu']:>7.1%}{entry['examples_per_second']:>12.0f}{entry['days']:>7.1f} days"
+        f"{duration(entry['compile_seconds']):>10}  {entry['remat']}"
+    )
+
+
+def collectives_table(entry: Mapping[str, Any]) -> Iterable[str]:
+    """Lines: each kind of collective, how often a step runs it, and GB that a chip receives."""
+    for kind, value in (entry["collectives"] or {}).items():
+        yield f"  {kind:<20}{value['count']:>8.0f} x {value['bytes'] / 1e9:>8.2f} GB a chip and step"

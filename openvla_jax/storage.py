@@ -1,0 +1,66 @@
+"""Local and remote files: paths, and writes that are tried again."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from absl import logging
+from etils import epath
+
+
+def absolute(path: os.PathLike | str) -> epath.Path:
+    """Orbax takes absolute paths only; remote ones (gs://) are."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+T = TypeVar("T")
+
+
+ATTEMPTS = 4
+
+
+_FIRST_PAUSE = 1.0  # seconds; each further one is four times as long
+
+
+class StorageError(OSError):
+    """A disk or bucket that went on failing after several attempts."""
+
+
+def retry(what: str, action: Callable[[], T]) -> T:
+    """`action()`, tried again after 1, 4 and 16 seconds; then StorageError with `what` and the cause in one line."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except Exception as error:  # file systems of buckets raise types of their own
+            if attempt == ATTEMPTS:
+                raise StorageError(f"{what} failed {ATTEMPTS} times: {cause(error)}") from error
+            logging.warning("%s failed (%s), trying again", what, cause(error))
+            pause(attempt)
+    raise AssertionError
+
+
+def pause(attempt: int) -> None:
+    time.sleep(_FIRST_PAUSE * 4 ** (attempt - 1))
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error, short."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+def copy_tree(source: str, target: epath.Path) -> None:
+    """Copies files to a folder that may be in a bucket."""
+    for path in Path(source).rglob("*"):
+        if path.is_file():
+            new = target / os.path.relpath(path, source)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(path).copy(new, overwrite=True)
+
+
+def is_remote(path: os.PathLike | str) -> bool:
+    """Whether a path is in a bucket rather than on a disk."""
+    return "://" in os.fspath(path)

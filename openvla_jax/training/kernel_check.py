@@ -1,0 +1,74 @@
+"""The attention kernel tried on a chip before a run trusts it: it was compiled for TPUs, but never run on one here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openvla_jax.config import VLAConfig
+from openvla_jax.models.attention import attention, attention_kernel, rope
+from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.sharding import make_mesh
+
+TOLERANCE = 0.03  # of a norm; both round to bfloat16
+
+
+class KernelError(ValueError):
+    """A kernel that a run must not trust, in one line."""
+
+
+def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> None:
+    """KernelError with the mend where a kernel that the model would use on `device` disagrees with the attention that
+    the compiler makes, in its result or a gradient.
+    """
+    llama = model.llama
+    stacks: dict[str, tuple[int, int, int, float | None]] = {
+        tower.name: (tower.patches + tower.prefix_tokens, tower.width, tower.heads, None) for tower in model.towers
+    }
+    if llama.heads == llama.kv_heads:
+        stacks["llama"] = (model.patches + text_length, llama.width, llama.heads, llama.rope_theta)
+    for name, (length, width, heads, theta) in stacks.items():
+        try:
+            difference = disagreement(length, width, heads, theta, device)
+        except jax.errors.JaxRuntimeError as error:
+            what = f"does not run: {' '.join(str(error).split())[:200]}"
+        else:
+            if difference is None or difference < TOLERANCE:  # not so where it is NaN
+                continue
+            what = f"differs from the compiler's attention by {difference:.1%}"
+        raise KernelError(
+            f"on {device.device_kind} the attention kernel of {name} {what}; go on with --config.train.kernels=False"
+        )
+
+
+def disagreement(length: int, width: int, heads: int, theta: float | None, device: jax.Device) -> float | None:
+    """The largest difference, to the norm, of attention's result and gradients; None where no kernel takes the shape.
+
+    With `theta` queries and keys are rotated and attention is causal.
+    """
+    mesh = make_mesh({"fsdp": 1}, [device])
+    rows = np.random.default_rng(0).standard_normal((4, 2, length, width))
+    q, k, v, gradient = (jax.device_put(jnp.asarray(row, jnp.bfloat16), device) for row in rows)
+    causal = theta is not None
+    with activations_sharded(mesh, kernels=True):
+        kernel = attention_kernel(q, heads, causal=causal, theta=theta)
+    if kernel is None:
+        return None
+
+    def made_by_compiler(*projections: jax.Array) -> jax.Array:
+        q, k, v = (x.reshape(2, length, heads, width // heads) for x in projections)
+        if theta is not None:
+            q, k = (rope(x, jnp.arange(length)[None], theta) for x in (q, k))
+        mask = jnp.tril(jnp.ones((1, length, length), bool)) if causal else None
+        return attention(q, k, v, mask).reshape(2, length, width)
+
+    def whole(function):
+        mixed, back = jax.vjp(function, q, k, v)
+        return [np.asarray(x, np.float32) for x in (mixed, *back(gradient))]
+
+    forms = [lambda *projections: kernel(*projections)]
+    if kernel.takes_merged:
+        forms.append(lambda *projections: kernel(jnp.concatenate(projections, axis=-1)))
+    expected = whole(jax.jit(made_by_compiler))
+    pairs = [pair for form in forms for pair in zip(whole(jax.jit(form)), expected, strict=True)]
+    # Not Python's max, which passes over a NaN.
+    return float(np.max([np.linalg.norm(one - other) / np.linalg.norm(other) for one, other in pairs]))

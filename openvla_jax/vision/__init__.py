@@ -1,0 +1,1 @@
+"""What the model sees: host preprocessing and device augmentation."""

@@ -1,0 +1,106 @@
+"""Image preparation: the Hugging Face processor's output, TensorFlow's, and refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import golden
+from PIL import Image
+
+from openvla_jax.config import preset, tiny
+from openvla_jax.vision.preprocess import (
+    center_crop,
+    check_preprocessing,
+    jpeg_round_trip,
+    prepare_image,
+    resize_bicubic,
+    resize_lanczos3,
+)
+
+BICUBIC = {"resize_kernel": "bicubic", "center_crop": False}
+RECIPES = {
+    "dinosiglip_naive": ("openvla-7b", "resize-naive"),
+    "dinosiglip_crop": ("openvla-7b", "resize-crop"),
+    "siglip_letterbox": ("openvla-v01-7b", "letterbox"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("number", range(6))
+def test_pixels_are_the_hugging_face_processor_s(recipe, number):
+    folder = golden("images")
+    (path,) = folder.glob(f"{number}_*.png")
+    with np.load(folder / "expected.npz", allow_pickle=False) as arrays:
+        expected = arrays[f"{recipe}/{number}"]
+    name, resize = RECIPES[recipe]
+    config = dataclasses.replace(preset(name), resize=resize)
+    prepared = prepare_image(np.asarray(Image.open(path)), config, BICUBIC)
+    pixels = [(prepared / np.float32(255) - np.float32(t.mean)) / np.float32(t.std) for t in config.towers]
+    got = np.concatenate(pixels, axis=-1).transpose(2, 0, 1)[:, ::5, ::5]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_odd_differences_crop_and_pad_as_torchvision_does():
+    image = np.random.default_rng(0).integers(0, 256, (11, 8, 3), dtype=np.uint8)
+    # (11 - 8) // 2 = 1 pixel on each side: 11 x 10, short side to 20 gives 22 rows, of which 1..20 stay.
+    padded = np.full((11, 10, 3), (1, 2, 3), np.uint8)
+    padded[:, 1:9] = image
+    wide = np.asarray(Image.fromarray(padded).resize((20, 22), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resize_bicubic(image, 20, "letterbox", (1, 2, 3)), wide[1:21])
+    # The short side, 8, to 20: int(20 * 11 / 8) = 27 rows; (27 - 20) / 2 = 3.5 rounds to even, 4.
+    tall = np.asarray(Image.fromarray(image).resize((20, 27), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resize_bicubic(image, 20, "resize-crop", (0, 0, 0)), tall[4:24])
+
+
+@pytest.mark.parametrize("size", [(100, 50), (56, 56), (30, 41), (480, 640)])
+def test_resize_equals_tensorflow(size):
+    tf = pytest.importorskip("tensorflow")
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    theirs = tf.image.resize(image, (56, 56), method="lanczos3", antialias=True)
+    theirs = tf.cast(tf.clip_by_value(tf.round(theirs), 0, 255), tf.uint8).numpy()
+    difference = np.abs(resize_lanczos3(image, 56, 56).astype(int) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_center_crop_equals_tensorflow():
+    tf = pytest.importorskip("tensorflow")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    offset = (1 - 0.9**0.5) / 2
+    box = [[offset, offset, 1 - offset, 1 - offset]]
+    theirs = tf.image.crop_and_resize(tf.image.convert_image_dtype(image, tf.float32)[None], box, [0], (64, 64))[0]
+    theirs = tf.image.convert_image_dtype(tf.clip_by_value(theirs, 0, 1), tf.uint8, saturate=True).numpy()
+    difference = np.abs(center_crop(image).astype(int) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-2
+
+
+def test_jpeg_round_trip_is_that_of_tensorflow_but_for_its_faster_decoder():
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(0)
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((256, 192)))
+    encoded = tf.io.encode_jpeg(image, quality=95)
+    got = jpeg_round_trip(image).astype(int)
+    accurate = tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE").numpy().astype(int)
+    np.testing.assert_array_equal(got, accurate)
+    fast = np.abs(got - tf.io.decode_image(encoded, expand_animations=False).numpy().astype(int))
+    assert 0 < np.abs(got - image).mean() < 3 and fast.mean() < 2
+
+
+def test_the_steps_come_in_the_order_of_the_reference_s_evaluation():
+    image = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    config = tiny()
+    settings = {"resize_kernel": "lanczos3", "center_crop": True, "jpeg": True}
+    expected = center_crop(resize_lanczos3(jpeg_round_trip(image), 56, 56))
+    np.testing.assert_array_equal(prepare_image(image, config, settings), expected)
+    plain = prepare_image(image, config, settings | {"jpeg": False, "center_crop": False})
+    np.testing.assert_array_equal(plain, resize_lanczos3(image, 56, 56))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"resize_kernel": "lanczos"}, "did you mean 'lanczos3'"), ({"jpeg": "yes"}, "jpeg is 'yes': true or false")],
+)
+def test_wrong_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_preprocessing(BICUBIC | change)
