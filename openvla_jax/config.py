@@ -164,11 +164,11 @@ class VLAConfig:
         """Inverse of `to_dict`; unknown keys raise with the nearest right one."""
         data = dict(data)
         if "towers" in data:
-            data["towers"] = tuple(_build(VisionConfig, tower, "towers") for tower in data["towers"])
+            data["towers"] = tuple(from_dict(VisionConfig, tower, "towers") for tower in data["towers"])
         for section, kind in (("llama", LlamaConfig), ("projector", ProjectorConfig)):
             if section in data:
-                data[section] = _build(kind, data[section], section)
-        return _build(cls, data, "model")
+                data[section] = from_dict(kind, data[section], section)
+        return from_dict(cls, data, "model")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -179,7 +179,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {listed or 'none'}"
 
 
-def _build(cls, data: Mapping[str, Any], where: str):
+def from_dict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    """Makes a dataclass from a mapping; lists become tuples. Raises ValueError that names an unknown or missing key."""
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:

@@ -161,10 +161,14 @@ def abstract_batch(model: VLAConfig, rows: int, text_length: int, sharding: Name
 
     size, targets = model.image_size, ACTION_DIM + 1
     return Batch(
-        images=make((rows, size, size, 3), jnp.uint8),
+        images=make((rows, 1, size, size, 3), jnp.uint8),
+        image_mask=make((rows, 1), jnp.bool_),
+        state=None,
         tokens=make((rows, text_length), jnp.int32),
         target_positions=make((rows, targets), jnp.int32),
         target_mask=make((rows, targets), jnp.bool_),
+        actions=make((rows, 1, ACTION_DIM), jnp.float32),
+        action_mask=make((rows, 1, ACTION_DIM), jnp.bool_),
         dataset=make((rows,), jnp.int32),
     )
 

@@ -133,7 +133,8 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
             statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
             **common, )  # fmt: skip
     if config.augment.enabled:  # validation sees what a policy trained with random crops is served
-        eval_batches = [b._replace(images=np.stack([center_crop(image) for image in b.images])) for b in eval_batches]
+        crop = lambda images: np.stack([center_crop(image) for image in images.reshape(-1, *images.shape[2:])])
+        eval_batches = [b._replace(images=crop(b.images).reshape(b.images.shape)) for b in eval_batches]
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)

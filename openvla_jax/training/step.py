@@ -33,8 +33,8 @@ def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, remat: str = "no
     behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin
     centres of normalised actions in [-1, 1]. Images are uint8; floating ones are taken as normalised already.
     """
-    normalised = jnp.issubdtype(batch.images.dtype, jnp.floating)
-    pixels = batch.images if normalised else model.normalize(batch.images)
+    images = batch.images[:, 0]
+    pixels = images if jnp.issubdtype(images.dtype, jnp.floating) else model.normalize(images)
     logits = model.target_logits(pixels, batch.tokens, batch.target_positions, remat)
     targets = jnp.take_along_axis(batch.tokens, batch.target_positions, axis=1)
     mask = batch.target_mask.astype(jnp.float32)
@@ -109,7 +109,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
             with jax.named_scope("augment"):
-                batch = batch._replace(images=augment(key, batch.images))
+                batch = batch._replace(images=augment(key, batch.images[:, 0])[:, None])
         keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
         total = batch.target_mask.sum().astype(jnp.float32)
         gradient = jax.grad(part_loss, has_aux=True)

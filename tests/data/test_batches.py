@@ -96,10 +96,14 @@ def test_rows_are_the_frames_that_were_written(fakes):
     seen = set()
     for _ in range(12):
         batch = next(iterator)
-        assert batch.images.shape == (4, 32, 32, 3)
-        assert [x.dtype.name for x in batch] == ["uint8", "int32", "int32", "bool", "int32"]
+        assert batch.images.shape == (4, 1, 32, 32, 3)
+        assert {name: x.dtype.name for name, x in batch._asdict().items() if x is not None} == {
+            "images": "uint8", "image_mask": "bool", "tokens": "int32", "target_positions": "int32",
+            "target_mask": "bool", "actions": "float32", "action_mask": "bool", "dataset": "int32",
+        }  # fmt: skip
         assert (batch.tokens.shape, batch.target_positions.shape) == ((4, 48), (4, 15))
-        for image, tokens, positions, mask, dataset in zip(*batch, strict=True):
+        rows = (batch.images, batch.tokens, batch.target_positions, batch.target_mask, batch.dataset)
+        for image, tokens, positions, mask, dataset in zip(*rows, strict=True):
             steps, width = ((5, 7), (4, 14))[dataset]
             level = int(np.median(image))  # the episode and its step are the gray level of the image
             number, t = next((i, t) for i in (*range(6), *range(20, 23)) for t in range(steps) if 7 * i + t == level)
@@ -136,7 +140,7 @@ def test_bridge_batches(shared, tmp_path):
             ids = tuple(batch.tokens[row][batch.target_positions[row]][:-1])
             if ids in known and known[ids][1] == 0:
                 found += 1
-                difference = batch.images[row].astype(int) - first[known[ids][0]].astype(int)
+                difference = batch.images[row, 0].astype(int) - first[known[ids][0]].astype(int)
                 assert np.abs(difference).mean() < 2  # decoders differ a little
     assert found >= 8
 

@@ -116,7 +116,7 @@ def test_an_accidental_replica_is_refused():
 def test_batch_is_split_over_data_and_fsdp():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     batch = sharding.global_batch(random_batch(16), mesh)
-    assert batch.images.shape == (16, MODEL.image_size, MODEL.image_size, 3)
+    assert batch.images.shape == (16, 1, MODEL.image_size, MODEL.image_size, 3)
     assert all(shard.data.shape[0] == 2 for shard in batch.tokens.addressable_shards)
 
 
