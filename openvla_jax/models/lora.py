@@ -6,7 +6,6 @@ whatever the base is stored as.
 """
 
 import contextlib
-import dataclasses
 import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from openvla_jax.config import LoRAConfig
 from openvla_jax.parallel.placement import gathered
 
 _DROPOUT: ContextVar[Array | None] = ContextVar("dropout", default=None)
@@ -23,32 +23,6 @@ _DROPOUT: ContextVar[Array | None] = ContextVar("dropout", default=None)
 
 class LoRAParam(nnx.Param):
     """A factor of an adapter."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """`targets`: "all" (every linear layer that is run), "reference" (what PEFT's all-linear adapts in OpenVLA: also
-    patch embeddings and the tensors that are never run), or path patterns separated by commas.
-
-    `alpha` None is min(rank, 16), the reference's choice; adapters are scaled by alpha / rank.
-    """
-
-    rank: int
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank {self.rank}: at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout {self.dropout}: at least 0 and below 1")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"lora.alpha {self.alpha}: above 0, or None for min(rank, 16)")
-
-    @property
-    def scale(self) -> float:
-        return (min(self.rank, 16) if self.alpha is None else self.alpha) / self.rank
 
 
 class LoRA(nnx.Module):

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -14,14 +13,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.lora import LoRAConfig, dropout_key
+from openvla_jax.models.lora import dropout_key
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.tuning import FULL, Tuning, make_graph
 from openvla_jax.parallel.placement import activations_sharded
 from openvla_jax.parallel.sharding import BATCH
+from openvla_jax.settings import AugmentConfig, Settings
 from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
+from openvla_jax.vision.augment import augment
 
 Metrics = dict[str, Array]
 
@@ -157,15 +158,12 @@ def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
     return jax.tree.map(pad, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def make_tuning(config: ml_collections.ConfigDict) -> Tuning:
-    """What a config trains and freezes; ValueError for settings that contradict each other."""
+def make_tuning(config: Settings) -> Tuning:
+    """Returns what a config trains and freezes. Raises ValueError for settings that contradict each other."""
     patterns = tuple(part.strip() for part in config.trainable.split(",") if part.strip())
-    lora = None
-    if config.lora.rank:
-        lora = LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     if config.quantize and patterns == FULL.trainable:
         raise ValueError("quantize needs frozen weights: train adapters (lora.rank, trainable='*/lora') or name parts")
-    return Tuning(patterns, lora, config.frozen_dtype, config.quantize or None)
+    return Tuning(patterns, config.lora if config.lora.rank else None, config.frozen_dtype, config.quantize or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +182,13 @@ class Job:
 
 
 def make_job(
-    config: ml_collections.ConfigDict,
+    config: Settings,
     model: VLAConfig,
     mesh: Mesh,
     datasets: int,
     compiler_options: dict[str, str] | None = None,
 ) -> Job:
-    """The job of a config (see `configs/common.py`); no arrays are made."""
+    """The job of a config (see `settings.py`); no arrays are made."""
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
     schedule = make_schedule(config.optimizer, train.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -206,14 +204,9 @@ def make_job(
     return Job(tuning, optimizer, abstract, placed, kernels, step)
 
 
-def make_augment(settings: ml_collections.ConfigDict):
-    """`augment(key, images)` of the config, or None."""
-    if not settings["enabled"]:
-        return None
-    from openvla_jax.vision.augment import AugmentConfig, augment
-
-    options = AugmentConfig(**{key: value for key, value in settings.items() if key != "enabled"})
-    return lambda key, images: augment(key, images, options)
+def make_augment(config: AugmentConfig) -> Callable[[Array, Array], Array] | None:
+    """Returns `augment(key, images)` as configured, or None if it is disabled."""
+    return (lambda key, images: augment(key, images, config)) if config.enabled else None
 
 
 def make_eval_step(

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from training.batches import ONE_TOWER, random_batch
 
+from openvla_jax.config import LoRAConfig
 from openvla_jax.kernels import flash_attention as flash
 from openvla_jax.models import vit
 from openvla_jax.models.attention import attention, attention_kernel, rope
-from openvla_jax.models.lora import LoRA, LoRAConfig
+from openvla_jax.models.lora import LoRA
 from openvla_jax.models.quantize import QTensor, quantize_array
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.parallel.placement import activations_sharded

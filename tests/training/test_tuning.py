@@ -8,8 +8,8 @@ from flax import nnx
 from training.batches import MODEL, ONE_TOWER, random_batch
 from training.test_step import SETTINGS
 
-from openvla_jax.config import preset
-from openvla_jax.models.lora import LoRA, LoRAConfig, LoRAParam, dropout_key
+from openvla_jax.config import LoRAConfig, preset
+from openvla_jax.models.lora import LoRA, LoRAParam, dropout_key
 from openvla_jax.models.openvla import OpenVLA, count_parameters
 from openvla_jax.models.quantize import count_bytes
 from openvla_jax.models.tuning import MODES, Tuning, abstract_prepared, count_adapters, count_trainable, merge_tuned
@@ -163,7 +163,7 @@ def test_dropout_falls_on_the_adapter_s_input_only():
             lambda: abstract_prepared(MODEL, Tuning(MODES["lora"], LoRAConfig(4, targets="llama/*/query"))),
             r"lora.targets: 'llama/\*/query' matches no layer",
         ),
-        (lambda: LoRAConfig(0), "lora.rank 0: at least 1"),
+        (lambda: Tuning(MODES["lora"], LoRAConfig(0)), "lora.rank is 0: adapters need a rank of at least 1"),
         (lambda: LoRAConfig(4, dropout=1.0), "lora.dropout 1.0"),
         (lambda: Tuning(()), "trainable is empty"),
         (lambda: Tuning(quantize="int3"), "unknown quantisation 'int3'"),
