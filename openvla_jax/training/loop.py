@@ -35,7 +35,7 @@ from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, resto
 from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
-from openvla_jax.training.step import make_eval_step, make_job, summarize
+from openvla_jax.training.step import make_job, summarize
 from openvla_jax.vision.preprocess import center_crop
 
 CONFIG_FILE = "config.json"
@@ -182,11 +182,8 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     )
 
     # -- Step ---------------------------------------------------------------------------------------------------------
-    if job.kernels:
+    if job.execution.kernels:
         check_kernels(model, config.data.text_length, jax.local_devices()[0])
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    eval_step = make_eval_step(model, dtype=dtype, datasets=datasets, tuning=tuning)
-    eval_fn = jax.jit(eval_step, out_shardings=everywhere)
     eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
     if start >= train.steps:
         log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
@@ -194,14 +191,23 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     began = time.perf_counter()
     batch = global_batch(next(iterator), mesh)
     log(f"first batch after {time.perf_counter() - began:.1f} s; resident memory {resident_memory_gb():.2f} GB")
+    # Both programs are compiled before the first step: the watch would take a later compilation for a hang.
     began = time.perf_counter()
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     if tuning.quantize == "int4":
         # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
-        step_fn = make_job(config, model, mesh, datasets, options).step
+        job = make_job(config, model, mesh, datasets, options)
+        step_fn, eval_fn = job.step, job.evaluate
+        if eval_batches:  # run once, which compiles it
+            jax.block_until_ready(eval_fn(state.params, state.frozen, eval_batches[0]))
     else:
-        step_fn = job.step.lower(state, batch).compile(compiler_options=options)
+        step_fn, eval_fn = job.step.lower(state, batch).compile(compiler_options=options), job.evaluate
         log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+        if eval_batches:
+            began = time.perf_counter()
+            lowered = eval_fn.lower(state.params, state.frozen, eval_batches[0])
+            eval_fn = lowered.compile(compiler_options=options)
+            log(f"compiled the evaluation in {time.perf_counter() - began:.1f} s")
     hosts.gather(hosts.client(), "compiled")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------

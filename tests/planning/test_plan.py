@@ -178,7 +178,7 @@ import jax
 import jax.numpy as jnp
 
 from openvla_jax.models.attention import attention_kernel
-from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.planning.compile import compile_for, topology_devices
 from openvla_jax.parallel.sharding import make_mesh
 
@@ -189,8 +189,7 @@ x = jax.ShapeDtypeStruct((64, 256, 512), jnp.bfloat16, sharding=place)
 
 
 def mixed(q, k, v):
-    with activations_sharded(mesh, kernels=True):
-        return attention_kernel(q, 4, causal=True, theta=1e4)(q, k, v)
+    return attention_kernel(q, 4, Execution(mesh, kernels=True), causal=True, theta=1e4)(q, k, v)
 
 
 def backward(q, k, v, gradient):
@@ -245,7 +244,7 @@ import jax
 import jax.numpy as jnp
 
 from openvla_jax.models.attention import attention_kernel
-from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.planning.compile import topology_devices
 from openvla_jax.parallel.sharding import make_mesh
 
@@ -254,10 +253,9 @@ place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def mixed(qkv):
-    with activations_sharded(mesh, kernels=True):
-        kernel = attention_kernel(qkv[..., :1152], 16, causal=False)
-        assert kernel.takes_merged
-        return kernel(qkv)
+    kernel = attention_kernel(qkv[..., :1152], 16, Execution(mesh, kernels=True), causal=False)
+    assert kernel.takes_merged
+    return kernel(qkv)
 
 
 qkv, gradient = (jax.ShapeDtypeStruct((8, 256, n * 1152), jnp.bfloat16, sharding=place) for n in (3, 1))

@@ -9,6 +9,7 @@ from conftest import OPTIMISED, golden
 from openvla_jax.checkpoint.reading import load_contract, load_params
 from openvla_jax.convert import import_weights
 from openvla_jax.models.tree import with_shardings
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.settings import OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
@@ -34,7 +35,7 @@ def test_twenty_steps_give_the_losses_of_pytorch(tmp_path, shared):
     abstract, placed = abstract_state(model, jnp.float32, optimizer, mesh)
     params = load_params(tmp_path / "start", with_shardings(abstract.params, placed.params))
     state = jax.device_put(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), placed)
-    step = make_train_step(model, optimizer, schedule, mesh, dtype=jnp.float32, datasets=1)
+    step = make_train_step(model, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=1)
     step = jax.jit(step, out_shardings=(placed, None), compiler_options=OPTIMISED)
 
     batches = []

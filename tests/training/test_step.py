@@ -11,6 +11,7 @@ from flax import nnx
 from training.batches import MODEL, random_batch
 
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.settings import OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
@@ -25,7 +26,9 @@ def make_step(mesh, accumulation=1):
     schedule = make_schedule(SETTINGS, 10)
     optimizer = make_optimizer(SETTINGS, schedule)
     _, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
-    step = make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2, accumulation=accumulation)
+    step = make_train_step(
+        MODEL, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=2, accumulation=accumulation
+    )
     return jax.jit(step, out_shardings=(placed, None)), placed
 
 
