@@ -5,6 +5,7 @@ loop's body stands there once; its instructions count as often as the loop runs.
 overlap with what is scheduled between; they share the chip's links, one after another.
 """
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -43,6 +44,17 @@ class Instruction(NamedTuple):
         """How often a kernel runs, from its metadata."""
         found = re.search(r'"programs":\s*"(\d+)"', self.text)
         return int(found.group(1)) if found else None
+
+    @property
+    def kernel_code(self) -> str:
+        """What a kernel runs: the configuration of its call, with the body that Pallas made."""
+        _, found, config = self.text.partition("backend_config=")
+        call = json.JSONDecoder().raw_decode(config)[0].get("custom_call_config", {}) if found else {}
+        if not call.get("body"):
+            raise ValueError(
+                f"kernel {self.name}: no body in the compiler's text; its format is not the one known here"
+            )
+        return json.dumps(call, sort_keys=True)
 
     @property
     def kernel_bytes(self) -> float:
@@ -102,6 +114,22 @@ class Program:
                 current[-1] = current[-1]._replace(text=current[-1].text + line)
         if not self.entry:
             raise ValueError("no entry computation in the compiler's text: its format is not the one known here")
+
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """Returns what identifies the machine code of each kernel, by the kernel's name.
+
+        That is what it runs, and the types of its result and operands: their layouts and memory spaces change the code.
+        The compiler makes code once for kernels that agree in all of it. ValueError for text of an unknown form.
+        """
+        kernels: dict[str, tuple[str, ...]] = {}
+        for instructions in self.computations.values():
+            types = {instruction.name: instruction.type for instruction in instructions}
+            for kernel in filter(lambda instruction: instruction.is_kernel, instructions):
+                unknown = [operand for operand in kernel.operands if operand not in types]
+                if unknown:
+                    raise ValueError(f"kernel {kernel.name}: its operand {unknown[0]} is not in the compiler's text")
+                kernels[kernel.name] = (kernel.kernel_code, kernel.type, *(types[name] for name in kernel.operands))
+        return kernels
 
     def cost(self, clock: float, seconds: LinkTime, kernel_seconds: KernelTime | None = None) -> Cost:
         """The estimate: `seconds(kind, bytes, group)` is the time that a collective takes on the links, and
