@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,14 +47,14 @@ class Instruction(NamedTuple):
 
     @property
     def kernel_code(self) -> str:
-        """What a kernel runs: the configuration of its call, with the body that Pallas made."""
+        """What a kernel runs: its call's configuration with the body that Pallas made, without source locations."""
         _, found, config = self.text.partition("backend_config=")
         call = json.JSONDecoder().raw_decode(config)[0].get("custom_call_config", {}) if found else {}
         if not call.get("body"):
             raise ValueError(
                 f"kernel {self.name}: no body in the compiler's text; its format is not the one known here"
             )
-        return json.dumps(call, sort_keys=True)
+        return json.dumps({key: value for key, value in call.items() if key != "debug_locations"}, sort_keys=True)
 
     @property
     def kernel_bytes(self) -> float:
@@ -125,10 +125,9 @@ class Program:
         for instructions in self.computations.values():
             types = {instruction.name: instruction.type for instruction in instructions}
             for kernel in filter(lambda instruction: instruction.is_kernel, instructions):
-                unknown = [operand for operand in kernel.operands if operand not in types]
-                if unknown:
-                    raise ValueError(f"kernel {kernel.name}: its operand {unknown[0]} is not in the compiler's text")
-                kernels[kernel.name] = (kernel.kernel_code, kernel.type, *(types[name] for name in kernel.operands))
+                operands = re.findall(r"%([\w.\-]+(?:#\d+)*)", kernel.text.split("), ", 1)[0])
+                operand_types = [_operand_type(types, operand) for operand in operands]
+                kernels[kernel.name] = (kernel.kernel_code, kernel.type, *operand_types)
         return kernels
 
     def cost(self, clock: float, seconds: LinkTime, kernel_seconds: KernelTime | None = None) -> Cost:
@@ -273,3 +272,29 @@ def group_size(text: str) -> int:
 
 def _size(dtype: str, dimensions: str) -> float:
     return _BYTES.get(dtype, 0) * math.prod(int(d) for d in dimensions.split(",") if d)
+
+
+def _operand_type(types: Mapping[str, str], operand: str) -> str:
+    """Returns the type of `name`, or of element 2 of the tuple for `name#2`; ValueError if `types` has none."""
+    name, *indices = operand.split("#")
+    found = types.get(name, "")
+    for index in map(int, indices):
+        elements = _elements(found)
+        found = elements[index] if index < len(elements) else ""
+    if not found:
+        raise ValueError(f"operand {operand}: its type is not in the compiler's text, whose format is unknown")
+    return found
+
+
+def _elements(tuple_type: str) -> list[str]:
+    """Returns the types of a tuple's elements; none of any other type."""
+    if not tuple_type.startswith("("):
+        return []
+    parts, depth = [""], 0
+    for character in re.sub(r"/\*index=\d+\*/", "", tuple_type)[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
