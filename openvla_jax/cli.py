@@ -5,7 +5,6 @@ Exit codes: 0 done; 2 bad input, reported in one line on stderr; 130 stopped by 
 """
 
 import argparse
-import functools
 import os
 import sys
 import traceback
@@ -45,7 +44,6 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     `run` returns the exit code, or None for 0. Its USER_ERRORS end the process through `bad_input`.
     """
 
-    @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(sys.argv[1:] if argv is None else argv) or 0

@@ -126,5 +126,5 @@ def test_names_lists_what_find_finds(monkeypatch, tmp_path):
 
 def test_importing_the_command_line_is_light():
     heavy = "{'jax', 'flax', 'tensorflow', 'transformers', 'orbax'}"
-    code = f"import sys, openvla_jax.__main__, openvla_jax.train; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    code = f"import sys, openvla_jax.__main__, openvla_jax.train; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
