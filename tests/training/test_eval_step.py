@@ -54,7 +54,6 @@ def test_evaluation_needs_the_memory_of_a_devices_own_rows():
         run(mesh, rows, jnp.bfloat16)[0].memory_analysis().temp_size_in_bytes
         for mesh, rows in ((one_device(), ROWS // 8), (make_mesh({"fsdp": 8}), ROWS))
     )
-    print(alone / 2**20, spread / 2**20, weights / 2**20)
     assert spread < alone + weights
 
 
