@@ -1,5 +1,6 @@
 """What every test stands on: eight CPU devices, checked signatures, and the shared reference files."""
 
+import functools
 import os
 from collections import Counter
 from importlib.metadata import version
@@ -53,6 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long"))
     whole_runs = ROOT / "tests" / "integration"
     items.sort(key=lambda item: (whole_runs not in item.path.parents, -slow[item.path]))
+
+
+def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process take one device: programs for eight take longer to compile."""
+    import jax
+
+    from openvla_jax.training import loop
+
+    one = functools.partial(loop.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", one)
 
 
 def shared_dir() -> Path:
