@@ -164,11 +164,37 @@ class VLAConfig:
         """Inverse of `to_dict`; unknown keys raise with the nearest right one."""
         data = dict(data)
         if "towers" in data:
-            data["towers"] = tuple(_build(VisionConfig, tower, "towers") for tower in data["towers"])
+            data["towers"] = tuple(from_dict(VisionConfig, tower, "towers") for tower in data["towers"])
         for section, kind in (("llama", LlamaConfig), ("projector", ProjectorConfig)):
             if section in data:
-                data[section] = _build(kind, data[section], section)
-        return _build(cls, data, "model")
+                data[section] = from_dict(kind, data[section], section)
+        return from_dict(cls, data, "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside frozen kernels (`models/lora.py`), scaled by alpha / rank.
+
+    `targets`: "all" (every linear layer that is run), "reference" (what PEFT's all-linear adapts in OpenVLA: also patch
+    embeddings and the tensors that are never run), or path patterns separated by commas.
+    """
+
+    rank: int = 0  # 0: no adapters
+    alpha: float | None = None  # None: min(rank, 16), the reference's choice
+    dropout: float = 0.0
+    targets: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank {self.rank}: at least 1, or 0 for no adapters")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout {self.dropout}: at least 0 and below 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora.alpha {self.alpha}: above 0, or None for min(rank, 16)")
+
+    @property
+    def scale(self) -> float:
+        return (min(self.rank, 16) if self.alpha is None else self.alpha) / self.rank
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -179,7 +205,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {listed or 'none'}"
 
 
-def _build(cls, data: Mapping[str, Any], where: str):
+def from_dict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    """Makes a dataclass from a mapping; lists become tuples. Raises ValueError that names an unknown or missing key."""
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:

@@ -135,10 +135,14 @@ class _Encoder:
         there = np.nonzero(np.arange(self.action_dims.max()) < dims[:, None])  # actions of all rows, without padding
         tokens[there[0], positions[there]] = self.action_tokenizer.encode(rows["action"])[there]
         return Batch(
-            images=rows["image"],
+            images=rows["image"][:, None],
+            image_mask=np.ones((len(dims), 1), bool),
+            state=None,
             tokens=tokens,
             target_positions=positions,
             target_mask=np.arange(positions.shape[1]) <= dims[:, None],
+            actions=rows["action"][:, None],
+            action_mask=(np.arange(self.action_dims.max()) < dims[:, None])[:, None],
             dataset=rows["dataset"],
         )
 

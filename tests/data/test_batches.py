@@ -96,16 +96,20 @@ def test_rows_are_the_frames_that_were_written(fakes):
     seen = set()
     for _ in range(12):
         batch = next(iterator)
-        assert batch.images.shape == (4, 32, 32, 3)
-        assert [x.dtype.name for x in batch] == ["uint8", "int32", "int32", "bool", "int32"]
+        assert batch.images.shape == (4, 1, 32, 32, 3)
+        assert {name: x.dtype.name for name, x in batch._asdict().items() if x is not None} == {
+            "images": "uint8", "image_mask": "bool", "tokens": "int32", "target_positions": "int32",
+            "target_mask": "bool", "actions": "float32", "action_mask": "bool", "dataset": "int32",
+        }  # fmt: skip
         assert (batch.tokens.shape, batch.target_positions.shape) == ((4, 48), (4, 15))
-        for image, tokens, positions, mask, dataset in zip(*batch, strict=True):
+        rows = (batch.images, batch.tokens, batch.target_positions, batch.target_mask, batch.dataset)
+        for image, tokens, positions, mask, dataset in zip(*rows, strict=True):
             steps, width = ((5, 7), (4, 14))[dataset]
             level = int(np.median(image))  # the episode and its step are the gray level of the image
             number, t = next((i, t) for i in (*range(6), *range(20, 23)) for t in range(steps) if 7 * i + t == level)
             assert (number >= 20) == dataset
             step = fake_rlds.episode(number, steps=steps, action_dim=width)["steps"][t]
-            np.testing.assert_array_equal(image, images.resize(step["observation"]["image"], 32))
+            np.testing.assert_array_equal(image[0], images.resize(step["observation"]["image"], 32))
             instruction = f"FOLD {number - 20}" if dataset else f"pick up cube {number}"
             stats = iterator.statistics[iterator.dataset_names[dataset]]["action"]
             ids = ACTIONS.encode(normalize_actions(step["action"], stats).astype(np.float32))
@@ -136,7 +140,7 @@ def test_bridge_batches(shared, tmp_path):
             ids = tuple(batch.tokens[row][batch.target_positions[row]][:-1])
             if ids in known and known[ids][1] == 0:
                 found += 1
-                difference = batch.images[row].astype(int) - first[known[ids][0]].astype(int)
+                difference = batch.images[row, 0].astype(int) - first[known[ids][0]].astype(int)
                 assert np.abs(difference).mean() < 2  # decoders differ a little
     assert found >= 8
 
@@ -273,7 +277,7 @@ print(json.dumps(seen))
 def test_two_and_four_real_processes_share_the_frames(tmp_path):
     """Each sees its part again and again; the parts are disjoint and make up the whole."""
     (tmp_path / "mine.py").write_text(
-        "from openvla_jax.data.own import Columns, describe\n"
+        "from openvla_jax.data.custom import Columns, describe\n"
         "DATASETS = [describe('mine', cameras={'primary': 'image'}, action=[Columns('action', 0, 7)])]\n"
     )
     episodes = [[fake_rlds.episode(2 * file), fake_rlds.episode(2 * file + 1)] for file in range(4)]  # 7 levels apart

@@ -16,7 +16,7 @@ from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.tokens.tokenizer import load_tokenizer
 
 FILE = """
-from openvla_jax.data.own import Columns, describe
+from openvla_jax.data.custom import Columns, describe
 
 def louder(trajectory):
     trajectory["action"] = 2 * trajectory["action"]
@@ -80,7 +80,7 @@ def test_a_described_dataset_is_trained_on_by_its_mixture(mine):
 
 
 FLAT = """
-from openvla_jax.data.own import Columns, describe
+from openvla_jax.data.custom import Columns, describe
 
 def nested(trajectory):
     trajectory["observation"] = {"image": trajectory["frames"]}
@@ -110,7 +110,7 @@ def test_steps_need_no_observation_of_their_own(tmp_path):
         "text_length": 48,
     }  # fmt: skip
     images = next(make_train_iterator(data, load_tokenizer("tiny"), batch_size=5, image_size=16, seed=0)).images
-    assert images.shape == (5, 16, 16, 3)
+    assert images.shape == (5, 1, 16, 16, 3)
     levels = images.reshape(5, -1)
     assert np.all(levels == levels[:, :1]) and set(levels[:, 0].tolist()) <= {21, 22, 23, 24, 25}
 

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import jax
+
 from openvla_jax.config import VLAConfig, tiny
 from openvla_jax.data import DataError
 from openvla_jax.types import Batch
@@ -50,7 +52,8 @@ class Stream:
         index, count = self._shard
         batch = random_batch(self._rows * count, seed=self._position, model=self._model)
         self._position += 1
-        return Batch(*(x[index * self._rows : (index + 1) * self._rows] for x in batch))
+        rows = slice(index * self._rows, (index + 1) * self._rows)
+        return jax.tree.map(lambda x: x[rows], batch)
 
     def save(self, directory: str) -> None:
         if self._shard[0] == 0:

@@ -12,12 +12,13 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from configs.common import base
 from openvla_jax.config import preset, tiny
 from openvla_jax.models.openvla import OpenVLA
-from openvla_jax.models.stack import remat_policy
+from openvla_jax.models.stack import REMAT_POLICIES, remat_policy
 from openvla_jax.planning import train as planner
+from openvla_jax.planning.compile import scheduled_cycles
 from openvla_jax.planning.train import model_flops
+from openvla_jax.settings import Settings
 
 
 def test_the_7b_does_13_7_teraflop_an_example():
@@ -83,7 +84,7 @@ def test_a_search_proposes_the_fastest_that_fits(monkeypatch, tmp_path, capsys, 
         }  # fmt: skip
 
     monkeypatch.setattr(planner, "plan", estimate)
-    found = planner.search(base(), "v5e:2x2", tmp_path)
+    found = planner.search(Settings(), "v5e:2x2", tmp_path)
     assert ((found[0]["remat"], found[0]["accumulation"]), len(found)) == (fastest, planned)
     assert len(capsys.readouterr().out.splitlines()) == planned
 
@@ -118,14 +119,15 @@ DONATED = """
 import os, re, sys
 from pathlib import Path
 
-from openvla_jax.training.tpu import parse_slice, planning_environment
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
 
 dump = Path(sys.argv[1])
 os.environ.update(planning_environment(os.environ, dump))
 import jax
 import jax.numpy as jnp
 
-from openvla_jax.training.plan import compile_for, topology_devices
+from openvla_jax.planning.compile import compile_for, topology_devices
 
 tpu = parse_slice("v4:2x2x1")
 place = jax.sharding.SingleDeviceSharding(topology_devices(tpu)[0])
@@ -162,7 +164,8 @@ ATTENTION = """
 import os, sys
 from pathlib import Path
 
-from openvla_jax.training.tpu import parse_slice, planning_environment
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
 
 dump, topology = Path(sys.argv[1]), sys.argv[2]
 environment = planning_environment(os.environ, dump)
@@ -175,10 +178,10 @@ import re
 import jax
 import jax.numpy as jnp
 
-from openvla_jax.models.layers import attention_kernel
-from openvla_jax.models.placement import activations_sharded
-from openvla_jax.training.plan import compile_for, topology_devices
-from openvla_jax.training.sharding import make_mesh
+from openvla_jax.models.attention import attention_kernel
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.planning.compile import compile_for, topology_devices
+from openvla_jax.parallel.sharding import make_mesh
 
 tpu = parse_slice(topology)
 mesh = make_mesh({"fsdp": 1}, topology_devices(tpu)[:1])
@@ -187,8 +190,7 @@ x = jax.ShapeDtypeStruct((64, 256, 512), jnp.bfloat16, sharding=place)
 
 
 def mixed(q, k, v):
-    with activations_sharded(mesh, kernels=True):
-        return attention_kernel(q, 4, causal=True, theta=1e4)(q, k, v)
+    return attention_kernel(q, 4, Execution(mesh, kernels=True), causal=True, theta=1e4)(q, k, v)
 
 
 def backward(q, k, v, gradient):
@@ -215,6 +217,92 @@ def test_kernels_cost_what_the_compiler_says_of_them_alone(tmp_path, topology):
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+REMATERIALISED = """
+import json, os, sys
+from pathlib import Path
+
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
+
+dump = Path(sys.argv[1])
+os.environ.update(planning_environment(os.environ, dump))
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from openvla_jax.config import LlamaConfig
+from openvla_jax.models.llama import Llama
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.planning.compile import compile_for, topology_devices
+from openvla_jax.parallel.sharding import make_mesh
+
+tpu = parse_slice("v5e:1x1")
+mesh = make_mesh({"fsdp": 1}, topology_devices(tpu))
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+on_chip = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=place)
+config = LlamaConfig(width=128, depth=2, heads=1, kv_heads=1, mlp_dim=128, vocab_size=64)
+graph, params = nnx.split(jax.eval_shape(lambda key: Llama(key, config), jax.random.key(0)), nnx.Param)
+params, x = jax.tree.map(on_chip, (params, jnp.zeros((4, 16, 128))))
+
+
+def kernel_seconds(remat):
+    def loss(params, x):
+        return nnx.merge(graph, params)(x, Execution(mesh, True, remat)).astype(jnp.float32).sum()
+
+    # Everything in HBM, as what a 7B keeps: the two runs of a layer's forward kernel are then the same code.
+    compiled = compile_for(jax.jit(jax.grad(loss)).lower(params, x), "loss", tpu, dump, {"xla_msa_enable": "false"})
+    return compiled.cost.kernel_seconds
+
+
+print(json.dumps({remat: kernel_seconds(remat) for remat in sys.argv[2:]}))
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_plans_count_a_recomputed_kernel_under_every_remat_policy(tmp_path):
+    pytest.importorskip("libtpu")
+    policies = [*REMAT_POLICIES, *(name for name in planner.SEARCHED if name not in REMAT_POLICIES)]
+    command = [sys.executable, "-c", REMATERIALISED, str(tmp_path), *policies]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    seconds = json.loads(result.stdout.splitlines()[-1])
+    once = seconds["none"]
+    twice = seconds["full"]
+    assert 1.2 * once < twice < 2 * once, "the forward kernel runs again, the backward kernel does not"
+    recomputing = {"full", "save_qkv"}  # the others keep the result of attention
+    assert seconds == pytest.approx({name: twice if name in recomputing else once for name in policies})
+
+
+CODE, OTHER = ("body", "bf16[8]{0}"), ("body", "bf16[8]{0:S(1)}")
+SCHEDULE = "== CAPACTIY:\nMXU, XLU\n    4     3\n== UTILIZATION:\n0 1\n4 0\n1 1\n"
+FILE = "17-{}-00-pre-delay_hlo-static-per-bundle-utilization.txt"
+
+
+def test_schedules_are_found_by_code(tmp_path):
+    (tmp_path / FILE.format("kernel.1")).write_text(SCHEDULE)
+    (tmp_path / FILE.format("kernel.10")).write_text(SCHEDULE + "0 0\n")
+    (tmp_path / FILE.format("fusion.1")).write_text("of no kernel: never read")
+    kernels = {"kernel.1": CODE, "kernel.2": CODE, "kernel.10": OTHER}
+    assert scheduled_cycles(kernels, tmp_path) == {CODE: 3, OTHER: 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (FILE.format("kernel.2"), SCHEDULE + "0 0\n", "kernel kernel.2: scheduled in 4 cycles"),
+        (FILE.format("kernel.2"), SCHEDULE + "== MORE:\n0 0\n", "format"),
+        (FILE.format("kernel.2"), "== UTILIZATION:\n", "format"),
+        ("kernel.2-pre-delay_bundles.txt", SCHEDULE, "format"),
+    ],
+)
+def test_schedules_of_an_unknown_form_are_refused(tmp_path, name, text, message):
+    (tmp_path / FILE.format("kernel.1")).write_text(SCHEDULE)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(planner.PlanError, match=message):
+        scheduled_cycles({"kernel.1": CODE, "kernel.2": CODE}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -235,26 +323,26 @@ import os
 import sys
 from pathlib import Path
 
-from openvla_jax.training.tpu import parse_slice, planning_environment
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
 
 os.environ.update(planning_environment(os.environ, Path(sys.argv[1])))
 import jax
 import jax.numpy as jnp
 
-from openvla_jax.models.layers import attention_kernel
-from openvla_jax.models.placement import activations_sharded
-from openvla_jax.training.plan import topology_devices
-from openvla_jax.training.sharding import make_mesh
+from openvla_jax.models.attention import attention_kernel
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.planning.compile import topology_devices
+from openvla_jax.parallel.sharding import make_mesh
 
 mesh = make_mesh({"fsdp": 1}, topology_devices(parse_slice(sys.argv[2]))[:1])
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def mixed(qkv):
-    with activations_sharded(mesh, kernels=True):
-        kernel = attention_kernel(qkv[..., :1152], 16, causal=False)
-        assert kernel.takes_merged
-        return kernel(qkv)
+    kernel = attention_kernel(qkv[..., :1152], 16, Execution(mesh, kernels=True), causal=False)
+    assert kernel.takes_merged
+    return kernel(qkv)
 
 
 qkv, gradient = (jax.ShapeDtypeStruct((8, 256, n * 1152), jnp.bfloat16, sharding=place) for n in (3, 1))

@@ -25,6 +25,17 @@ def random_batch(
         positions[row] = np.arange(length - action_dim - 1, length)
         tokens[row, positions[row, :-1]] = rng.integers(model.base_vocab_size - 256, model.base_vocab_size, action_dim)
         tokens[row, length - 1] = 2
-    images = rng.integers(0, 256, (rows, model.image_size, model.image_size, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (rows, 1, model.image_size, model.image_size, 3), dtype=np.uint8)
     dataset = (np.arange(rows) % 2).astype(np.int32)
-    return Batch(images, tokens, positions, np.ones(positions.shape, bool), dataset)
+    actions = rng.uniform(-1, 1, (rows, 1, action_dim)).astype(np.float32)
+    return Batch(
+        images=images,
+        image_mask=np.ones((rows, 1), bool),
+        state=None,
+        tokens=tokens,
+        target_positions=positions,
+        target_mask=np.ones(positions.shape, bool),
+        actions=actions,
+        action_mask=np.ones(actions.shape, bool),
+        dataset=dataset,
+    )
