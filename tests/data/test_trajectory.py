@@ -8,12 +8,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import golden, shared_dir
+from conftest import golden, goldens_dir
 
 from openvla_jax.data import DataError, StatisticsError, trajectory
 from openvla_jax.data.oxe import DATASETS, ActionEncoding
 
-_MANIFEST = shared_dir() / "goldens" / "oxe_restructured" / "manifest.json"
+_MANIFEST = goldens_dir() / "oxe_restructured" / "manifest.json"
 _RESTRUCTURED = json.loads(_MANIFEST.read_text()) if _MANIFEST.exists() else {}
 
 

@@ -96,10 +96,9 @@ def test_a_plan_whose_evaluation_does_not_fit_does_not_fit():
     step = {"topology": "v5e:2x2", "fits": True, "hbm_peak_bytes": 1, "hbm_capacity_bytes": 16 * 2**30}
     entry = planner.with_evaluation(step, over)
     assert entry["fits"] is False
-    said = planner._misfit(entry, base(), tried=False)
+    said = planner._misfit(entry, Settings(), tried=False)
     assert "the evaluation does not fit, by 24.0 GiB a chip" in said and "--config.train.eval_every=0" in said
-    never = base()
-    never.train.eval_every = 0
+    never = Settings.from_dict({"train": {"eval_every": 0}})
     assert planner.with_evaluation(step, planner.plan_evaluation(never, "v5e:2x2", ROOT))["fits"]
 
 
