@@ -16,6 +16,8 @@ def base() -> ConfigDict:
     config.tokenizer = ""
     config.model = ConfigDict({"preset": "openvla-7b"})  # and overrides, see openvla_jax.config.model_config
 
+    config.action = ConfigDict({"bins": placeholder(int)})  # values of a token; default: the checkpoint's, else 256
+
     config.statistics = "replace"  # action statistics of the checkpoint: the data's instead, or "join" both
 
     # What is trained: patterns of parameter paths, separated by commas (openvla_jax.models.tuning); the rest is frozen.

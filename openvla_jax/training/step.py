@@ -20,13 +20,17 @@ from openvla_jax.models.tuning import FULL, Tuning, make_graph
 from openvla_jax.parallel.placement import activations_sharded
 from openvla_jax.parallel.sharding import BATCH
 from openvla_jax.tokens.actions import ActionTokenizer
+from openvla_jax.training.contract import augment_config
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
+from openvla_jax.types import ActionSpec
 
 Metrics = dict[str, Array]
 
 
-def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, remat: str = "none") -> tuple[Array, Metrics]:
+def loss_and_metrics(
+    model: OpenVLA, batch: Any, datasets: int, remat: str = "none", bins: int = ActionSpec.bins
+) -> tuple[Array, Metrics]:
     """Summed cross-entropy over the batch's target tokens, and sums for the metrics.
 
     Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
@@ -40,7 +44,7 @@ def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, remat: str = "no
     mask = batch.target_mask.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
 
-    tokenizer = ActionTokenizer(model.config.base_vocab_size, model.config.action_bins)
+    tokenizer = ActionTokenizer(model.config.base_vocab_size, bins)
     centers = jnp.asarray(tokenizer.bin_centers, jnp.float32)
     decode = lambda ids: centers[jnp.clip(model.config.base_vocab_size - ids - 1, 0, len(centers) - 1)]
     predicted = logits.argmax(axis=-1)
@@ -83,6 +87,7 @@ def make_train_step(
     seed: int = 0,
     tuning: Tuning = FULL,
     kernels: bool = False,
+    bins: int = ActionSpec.bins,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)` on the global batch.
 
@@ -101,7 +106,7 @@ def make_train_step(
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
         params = pad_to_lanes(params) if whole_lanes else params
         with activations_sharded(mesh, kernels), dropout_key(key if drops else None):
-            loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat)
+            loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat, bins)
         return loss / total, sums
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -189,6 +194,7 @@ def make_job(
     mesh: Mesh,
     datasets: int,
     compiler_options: dict[str, str] | None = None,
+    bins: int = ActionSpec.bins,
 ) -> Job:
     """The job of a config (see `configs/common.py`); no arrays are made."""
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
@@ -199,7 +205,7 @@ def make_job(
     step = make_train_step(
         model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
         remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
-        kernels=kernels,
+        kernels=kernels, bins=bins,
     )  # fmt: skip
     everywhere = NamedSharding(mesh, P())  # every host reads the metrics
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)
@@ -208,21 +214,21 @@ def make_job(
 
 def make_augment(settings: ml_collections.ConfigDict):
     """`augment(key, images)` of the config, or None."""
-    if not settings["enabled"]:
+    options = augment_config(settings)
+    if options is None:
         return None
-    from openvla_jax.vision.augment import AugmentConfig, augment
+    from openvla_jax.vision.augment import augment
 
-    options = AugmentConfig(**{key: value for key, value in settings.items() if key != "enabled"})
     return lambda key, images: augment(key, images, options)
 
 
 def make_eval_step(
-    model: VLAConfig, *, dtype, datasets: int, tuning: Tuning = FULL
+    model: VLAConfig, *, dtype, datasets: int, tuning: Tuning = FULL, bins: int = ActionSpec.bins
 ) -> Callable[[nnx.State, nnx.State, Any], Metrics]:
     """`(params, frozen, batch) -> sums` of `loss_and_metrics`, to be added over batches and given to `summarize`."""
     graph = make_graph(model, dtype, tuning)
 
     def eval_step(params: nnx.State, frozen: nnx.State, batch: Any) -> Metrics:
-        return loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets)[1]
+        return loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, bins=bins)[1]
 
     return eval_step
