@@ -33,6 +33,7 @@ from configs.common import base  # noqa: E402
 from openvla_jax.config import VLAConfig, tiny  # noqa: E402
 from openvla_jax.models.lora import LoRAConfig  # noqa: E402
 from openvla_jax.models.tuning import FULL, MODES, Tuning  # noqa: E402
+from openvla_jax.parallel.execution import Execution  # noqa: E402
 from openvla_jax.parallel.sharding import global_batch, make_mesh  # noqa: E402
 from openvla_jax.planning.train import model_flops  # noqa: E402
 from openvla_jax.training.optimizer import make_optimizer, make_schedule  # noqa: E402
@@ -67,7 +68,7 @@ def ours(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: str) 
     state = init_state(config, jnp.dtype(dtype), optimizer, mesh, 0, tuning)
     _, placed = abstract_state(config, jnp.dtype(dtype), optimizer, mesh, tuning)
     step = make_train_step(
-        config, optimizer, schedule, mesh, dtype=jnp.dtype(dtype), datasets=2, remat=remat, tuning=tuning
+        config, optimizer, schedule, Execution(mesh, remat=remat), dtype=jnp.dtype(dtype), datasets=2, tuning=tuning
     )
     batch = global_batch(batch, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))

@@ -33,6 +33,7 @@ from openvla_jax.config import LlamaConfig, VisionConfig, VLAConfig, preset  # n
 from openvla_jax.inference.decode import decode_actions  # noqa: E402
 from openvla_jax.models.openvla import abstract_model  # noqa: E402
 from openvla_jax.models.quantize import choose_paths, count_bytes, quantize_model  # noqa: E402
+from openvla_jax.parallel.execution import PLAIN  # noqa: E402
 
 MAX_RATIO = 0.9  # of PyTorch's latency, on a CPU in float32
 STEPS = 7
@@ -99,8 +100,8 @@ def ours(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -
     def prefill(leaves, patches, ids, lengths):
         model = unflatten(leaves)
         x = model.splice(patches, ids)
-        hidden, cache = model.llama.prefill(x, x.shape[1] + STEPS, lengths + (model.config.patches - 1))
-        return model.llama.logits(hidden[:, 0]), cache
+        hidden, cache = model.llama.prefill(x, x.shape[1] + STEPS, PLAIN, lengths + (model.config.patches - 1))
+        return model.llama.logits(hidden[:, 0], PLAIN), cache
 
     @jax.jit
     def step(leaves, tokens, lengths, cache):

@@ -168,6 +168,32 @@ class VLAConfig:
         return from_dict(cls, data, "model")
 
 
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside frozen kernels (`models/lora.py`), scaled by alpha / rank.
+
+    `targets`: "all" (every linear layer that is run), "reference" (what PEFT's all-linear adapts in OpenVLA: also patch
+    embeddings and the tensors that are never run), or path patterns separated by commas.
+    """
+
+    rank: int = 0  # 0: no adapters
+    alpha: float | None = None  # None: min(rank, 16), the reference's choice
+    dropout: float = 0.0
+    targets: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank {self.rank}: at least 1, or 0 for no adapters")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout {self.dropout}: at least 0 and below 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora.alpha {self.alpha}: above 0, or None for min(rank, 16)")
+
+    @property
+    def scale(self) -> float:
+        return (min(self.rank, 16) if self.alpha is None else self.alpha) / self.rank
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the closest of the known names, then all of them (at most 20)."""
     known = sorted(str(k) for k in known)

@@ -84,7 +84,7 @@ def open_adapter(path: str | Path, base: Source) -> Adapter:
 
 
 def source_fingerprint(source: Source) -> str:
-    """`training.adapter.fingerprint` of weights on disk, some layers at a time."""
+    """`checkpoint.base.fingerprint` of weights on disk, some layers at a time."""
     samples = {}
     for leaf, (_, shape) in source.weights.leaves.items():
         if leaf.startswith("params/"):

@@ -29,7 +29,7 @@ from openvla_jax.data.source import shares
 
 NAME = "bench_two_cameras"
 MODULE = f"""
-from openvla_jax.data.own import Columns, describe
+from openvla_jax.data.custom import Columns, describe
 
 DATASETS = [
     describe(

@@ -150,7 +150,7 @@ def catalogue(module: str | None) -> tuple[Mapping[str, DatasetConfig], Mapping[
     entries = list(datasets.values()) if isinstance(datasets, Mapping) else datasets
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, DatasetConfig) for entry in entries):
         raise DataError(
-            f"data.module {module!r} defines no DATASETS: give a list of openvla_jax.data.own.describe(...)"
+            f"data.module {module!r} defines no DATASETS: give a list of openvla_jax.data.custom.describe(...)"
         )
     configs = {entry.name: entry for entry in entries}
     mixtures = getattr(user, "MIXTURES", {})

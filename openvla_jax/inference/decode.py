@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.types import ActionSpec
 
@@ -33,6 +34,7 @@ def decode_actions(
     constrained: bool = True,
     sampling: Sampling | None = None,
     bins: int = ActionSpec.bins,
+    execution: Execution = PLAIN,
 ) -> Decoded:
     """Action tokens, `steps` per row, greedy or sampled.
 
@@ -57,11 +59,11 @@ def decode_actions(
 
     def step(carry, index):
         token, cache = carry
-        logits, cache = model.decode(token, lengths + index - 1, cache)
+        logits, cache = model.decode(token, lengths + index - 1, cache, execution)
         token, outside = choose(logits, index)
         return (token, cache), (token, outside)
 
-    first_logits, cache = model.prefill(model.normalize(images), input_ids, lengths, steps)
+    first_logits, cache = model.prefill(model.normalize(images), input_ids, lengths, steps, execution)
     first, first_outside = choose(first_logits, 0)
     _, (tokens, outside) = jax.lax.scan(step, (first, cache), jnp.arange(1, steps))
     return Decoded(

@@ -62,8 +62,8 @@ class _Shape(NamedTuple):
         return self.dim**-0.5
 
     @property
-    def exponent(self) -> float:
-        """Of two, for a score of one."""
+    def log2_scale(self) -> float:
+        """scale * log2(e): the softmax is computed in base 2."""
         return self.scale * math.log2(math.e)
 
     def lanes(self, head: int) -> slice:
@@ -75,7 +75,7 @@ class _Shape(NamedTuple):
         return ref[0, : self.keys, lanes]
 
     def write(self, refs: Sequence[Any], part: int, head: int, rows: slice, x: Array) -> None:
-        """The other way round."""
+        """Writes one head's rows into the ref that `read` reads from."""
         ref, lanes = self._place(refs, part, head)
         ref[0, rows, lanes] = x
 
@@ -91,8 +91,8 @@ class _Shape(NamedTuple):
             yield slice(first, first + LANES), [slice(i, min(i + LANES, seen)) for i in range(0, seen, LANES)]
 
     def product(self, a: Array, b: Array, dimensions: Any = (((1,), (0,)), ((), ()))) -> Array:
-        """In float32."""
-        if self.interpreted:  # not every version of a CPU's compiler has the product of bfloat16 in float32
+        """Returns the matrix product accumulated in float32."""
+        if self.interpreted:  # not every version of XLA's CPU compiler multiplies bfloat16 into float32
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -229,18 +229,18 @@ def _forward_kernel(*refs, shape: _Shape, projections: int):
     *angles, out_ref, sums_ref, q, k, v_across, weights_ref, inverse_ref = refs
     _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
-        v_across[head] = _transposed(_real(shape.read(qkv, 2, head), 0, shape.length))
+        v_across[head] = _transposed(zero_padding(shape.read(qkv, 2, head), 0, shape.length))
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
             scores = shape.product(k[head, keys], q[head, queries], _TRANSPOSED)  # [S, T]
-            scores = jnp.concatenate([_hide(scores[part], part, queries, shape, _LOWEST) for part in seen])
+            scores = jnp.concatenate([mask_scores(scores[part], part, queries, shape, _LOWEST) for part in seen])
             largest = scores.max(axis=0, keepdims=True)
-            weights = jnp.exp2((scores - largest) * shape.exponent)
+            weights = jnp.exp2((scores - largest) * shape.log2_scale)
             total = weights.sum(axis=0, keepdims=True)
             weights_ref[head, keys, queries] = weights.astype(weights_ref.dtype)
             inverse_ref[head, :, queries] = 1 / total
-            sums_ref[0, head, :, queries] = largest * shape.exponent + jnp.log2(total)
+            sums_ref[0, head, :, queries] = largest * shape.log2_scale + jnp.log2(total)
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
@@ -257,8 +257,8 @@ def _backward_kernel(*refs, shape: _Shape, projections: int):
     _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
         k_across[head] = _transposed(k[head])
-        v[head] = _real(shape.read(qkv, 2, head), 0, shape.length)
-        gradient[head] = _real(gradient_ref[0, :, shape.lanes(head)], 0, shape.length)
+        v[head] = zero_padding(shape.read(qkv, 2, head), 0, shape.length)
+        gradient[head] = zero_padding(gradient_ref[0, :, shape.lanes(head)], 0, shape.length)
 
     def rotated_back(x, at: slice):
         if not angles:
@@ -278,7 +278,7 @@ def _backward_kernel(*refs, shape: _Shape, projections: int):
             through_sum = jnp.zeros_like(sums)
             for part in seen:
                 scores = shape.product(k[head, part], q[head, queries], _TRANSPOSED)  # [S, T]
-                weights = _hide(jnp.exp2(scores * shape.exponent - sums), part, queries, shape, 0.0)
+                weights = mask_scores(jnp.exp2(scores * shape.log2_scale - sums), part, queries, shape, 0.0)
                 to_weights = shape.product(v[head, part], gradient[head, queries], _TRANSPOSED)
                 through_sum += (weights * to_weights).sum(axis=0, keepdims=True)
                 weights_ref[head, part, queries] = weights.astype(dtype)
@@ -308,7 +308,7 @@ def _load_rotated(qkv, angles, q, k, shape: _Shape) -> None:
             x = shape.read(qkv, part, head)
             if cos_and_sin:
                 x = _rotate(x.astype(jnp.float32), *cos_and_sin).astype(to.dtype)
-            to[head, : shape.keys] = _real(x, 0, shape.length)  # after the rotation: angles end there too
+            to[head, : shape.keys] = zero_padding(x, 0, shape.length)  # after the rotation: angles end there too
         if shape.queries > shape.keys:
             q[head, shape.keys :] = jnp.zeros((shape.queries - shape.keys, shape.dim), q.dtype)
 
@@ -318,16 +318,19 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     return x * cos + pltpu.roll(x, LANES // 2, 1) * sin
 
 
-def _real(x: Array, first: int, length: int) -> Array:
-    """Rows from position `length` on, where anything may lie, as 0; `first` is the position of row 0."""
+def zero_padding(x: Array, first: int, length: int) -> Array:
+    """Replaces rows at and after position `length` by zeros; `first` is the position of row 0.
+
+    Beyond the sequence a block holds whatever was in memory, NaN included.
+    """
     if first + x.shape[0] <= length:
         return x
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     return jnp.where(row < length - first, x, jnp.zeros_like(x))
 
 
-def _hide(x: Array, keys: slice, queries: slice, shape: _Shape, value: float) -> Array:
-    """[S, T] with `value` where the query does not see the key."""
+def mask_scores(x: Array, keys: slice, queries: slice, shape: _Shape, value: float) -> Array:
+    """Replaces scores or weights [S, T] by `value` if the query must not attend to the key."""
     key = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     if shape.causal and keys.stop - 1 > queries.start:
         query = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)

@@ -10,10 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from openvla_jax.kernels import flash_attention
-from openvla_jax.models.linear import (
-    matmul_precision,
-)
-from openvla_jax.parallel.placement import kernel_mesh
+from openvla_jax.models.linear import matmul_precision
+from openvla_jax.parallel.execution import Execution
 
 
 def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
@@ -60,8 +58,9 @@ _rotate.defvjp(
 
 
 class AttentionKernel(NamedTuple):
-    """Attention of a whole sequence as a kernel: of queries, keys and values [B, T, D], or where it `takes_merged` of
-    one array [B, T, 3 D] of them, to their mix [B, T, D].
+    """Attention over a full sequence as a Pallas kernel: queries, keys and values [B, T, D] to outputs [B, T, D].
+
+    If it `takes_merged`, it also accepts the three side by side in one array [B, T, 3 D].
     """
 
     run: Callable[[tuple[Array, ...]], Array]
@@ -71,16 +70,19 @@ class AttentionKernel(NamedTuple):
         if len(qkv) == 3:
             return self.run(tuple(checkpoint_name(x, name) for x, name in zip(qkv, "qkv", strict=True)))
         (x,) = qkv
-        for name in "qkv":  # kept whole where a policy names any of them
+        for name in "qkv":  # kept as one array if a policy names any of them
             x = checkpoint_name(x, name)
         return self.run((x,))
 
 
 def attention_kernel(
-    x: Float[Array, "B T D"], heads: int, *, causal: bool, theta: float | None = None
+    x: Float[Array, "B T D"], heads: int, execution: Execution, *, causal: bool, theta: float | None = None
 ) -> AttentionKernel | None:
-    """The kernel, where one is wanted and takes projections like `x`; else None. `theta` rotates queries and keys."""
-    mesh = kernel_mesh()
+    """Returns the Pallas attention for projections like `x`, or None if disabled or unsupported.
+
+    `theta` is the base of the rotary embedding of queries and keys; None leaves them as they are.
+    """
+    mesh = execution.kernel_mesh
     if mesh is None or not flash_attention.fits(x, heads, theta is not None, mesh):
         return None
     angles = None

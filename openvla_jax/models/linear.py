@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from openvla_jax.models.lora import LoRA
 from openvla_jax.models.quantize import BlockedQTensor, QTensor
-from openvla_jax.parallel import placement
-from openvla_jax.parallel.placement import gathered, weights_are_spread
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.parallel.placement import all_gather_weights, fsdp_enabled, fsdp_matmul
 
 Kernel = nnx.Param | QTensor | BlockedQTensor
 
@@ -54,34 +54,46 @@ def is_rounded(kernel: Kernel, dtype) -> bool:
 
 
 def matmul(
-    x: Float[Array, "... i"], kernel: Kernel, preferred_element_type=None, scale: Float[Array, "o"] | None = None
+    x: Float[Array, "... i"],
+    kernel: Kernel,
+    execution: Execution,
+    preferred_element_type=None,
+    scale: Float[Array, "o"] | None = None,
 ) -> Float[Array, "... o"]:
-    """`x @ kernel` in the dtype of `x`, whatever the kernel is stored as; `scale` is for one that `is_rounded`."""
+    """Returns `x @ kernel` in the dtype of `x`, whatever the kernel is stored as.
+
+    `scale` multiplies the kernel's columns; only for a kernel that `is_rounded`.
+    """
     precision = matmul_precision(x.dtype)
     if isinstance(kernel, QTensor | BlockedQTensor):
         return kernel.matmul(x, precision, preferred_element_type)
     stored = kernel[...] if scale is None else kernel[...] * scale
-    return _matmul(x, stored, kernel.axes[-1] == "embed", preferred_element_type)
+    return _matmul(x, stored, kernel.axes[-1] == "embed", execution, preferred_element_type)
 
 
-def _matmul(x: Array, stored: Array, by_outputs: bool, preferred_element_type=None) -> Array:
-    """`x @ stored`, of an array that is spread over chips by what comes out (`by_outputs`) or by what goes in."""
+def _matmul(x: Array, stored: Array, by_outputs: bool, execution: Execution, preferred_element_type=None) -> Array:
+    """Returns `x @ stored` for an array that is sharded by outputs (`by_outputs`) or by inputs."""
     precision = matmul_precision(x.dtype)
     product = partial(jnp.matmul, precision=precision, preferred_element_type=preferred_element_type)
     if stored.dtype != x.dtype:
         weights = stored.astype(x.dtype)
         if precision is None and (by_outputs or preferred_element_type is not None):
-            return placement.product(x, weights, by_outputs, preferred_element_type)
+            return fsdp_matmul(x, weights, by_outputs, execution.mesh, preferred_element_type)
         return product(x, weights)
-    if weights_are_spread():
-        # Kept for the backward pass is this chip's part, not what was gathered.
-        return jax.checkpoint(lambda x, weights: product(x, gathered(weights)), prevent_cse=False)(x, stored)
+    if fsdp_enabled(execution.mesh):
+        # The backward pass then keeps this chip's shard instead of the gathered weights.
+        gathered = lambda x, weights: product(x, all_gather_weights(weights, execution.mesh))
+        return jax.checkpoint(gathered, prevent_cse=False)(x, stored)
     return product(x, stored)
 
 
-def by_row(function: Callable[[Array, Array], Array], x: Float[Array, "... D"], row: nnx.Param | Array) -> Array:
-    """`function` of x and a parameter [D], both in the dtype of x. Written in float32 the result is the same, and the
-    row's gradient is summed up and stays in float32: in bfloat16 a sum of thousands loses most of them.
+def apply_row_parameter(
+    function: Callable[[Array, Array], Array], x: Float[Array, "... D"], row: nnx.Param | Array
+) -> Array:
+    """Returns `function(x, row)` of a parameter [D], as if both were in the dtype of `x`.
+
+    It is computed in float32, with the same result, so that the gradient of `row` is summed and kept in float32. A sum
+    of thousands in bfloat16 loses most of its terms.
     """
     exact = row[...].astype(jnp.float32)
     rounded = exact + jax.lax.stop_gradient(exact.astype(x.dtype).astype(jnp.float32) - exact)
@@ -104,30 +116,37 @@ class Linear(nnx.Module):
         self.lora = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "... i"], preferred_element_type=None, scale: nnx.Param | None = None
+        self,
+        x: Float[Array, "... i"],
+        execution: Execution,
+        preferred_element_type=None,
+        scale: nnx.Param | None = None,
     ) -> Float[Array, "... o"]:
-        """The result times `scale` [o], if there is one. Where the kernel is rounded for use, `scale` goes into it: its
-        gradient then comes from the kernel's, and nothing needs the unscaled result once more.
+        """Returns the layer's output, times `scale` [o] if there is one.
+
+        If the kernel is rounded for use, `scale` is multiplied into it. Its gradient then follows from the kernel's,
+        and the backward pass does not need the unscaled output again.
         """
         folded = None
         if scale is not None and self.lora is None and is_rounded(self.kernel, x.dtype):
             folded = scale[...].astype(jnp.float32)
-        y = matmul(x, self.kernel, preferred_element_type, folded)
+        y = matmul(x, self.kernel, execution, preferred_element_type, folded)
         if self.lora is not None:
-            y = y + self.lora(x, matmul_precision(x.dtype)).astype(y.dtype)
+            y = y + self.lora(x, execution, matmul_precision(x.dtype)).astype(y.dtype)
         if self.bias is not None:
-            y = by_row(jnp.add, y, self.bias if folded is None else self.bias[...] * folded)
-        return y if scale is None or folded is not None else by_row(jnp.multiply, y, scale)
+            y = apply_row_parameter(jnp.add, y, self.bias if folded is None else self.bias[...] * folded)
+        return y if scale is None or folded is not None else apply_row_parameter(jnp.multiply, y, scale)
 
 
-def merged(x: Float[Array, "... i"], layers: Sequence[Linear]) -> Float[Array, "... o"]:
-    """The results of several layers of x side by side; by one product, where kernels are not quantised. For layers that
-    are spread over chips by what goes in, without adapters of their own.
+def merged(x: Float[Array, "... i"], layers: Sequence[Linear], execution: Execution) -> Float[Array, "... o"]:
+    """Returns the outputs of several layers side by side, by one product if no kernel is quantised.
+
+    The layers must be sharded by inputs and carry no adapters of their own.
     """
     kernels = [layer.kernel[...] for layer in layers if isinstance(layer.kernel, nnx.Param)]
     if len(kernels) < len(layers):
-        return jnp.concatenate([layer(x) for layer in layers], axis=-1)
+        return jnp.concatenate([layer(x, execution) for layer in layers], axis=-1)
     assert all(layer.lora is None for layer in layers)
-    y = _matmul(x, jnp.concatenate(kernels, axis=-1), by_outputs=False)
+    y = _matmul(x, jnp.concatenate(kernels, axis=-1), by_outputs=False, execution=execution)
     biases = [layer.bias[...] for layer in layers if layer.bias is not None]
-    return by_row(jnp.add, y, jnp.concatenate(biases, axis=-1)) if biases else y
+    return apply_row_parameter(jnp.add, y, jnp.concatenate(biases, axis=-1)) if biases else y

@@ -20,7 +20,8 @@ from openvla_jax.models.linear import Kernel, Linear, make_param
 from openvla_jax.models.norms import RMSNorm
 from openvla_jax.models.quantize import BlockedQTensor, QTensor
 from openvla_jax.models.stack import scan_layers, scan_stack
-from openvla_jax.parallel.placement import take_rows
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.parallel.placement import embedding_lookup
 
 
 class Cache(NamedTuple):
@@ -43,28 +44,38 @@ class Attention(nnx.Module):
         self.config = config
 
     @jax.named_scope("attention")
-    def project(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> tuple[Array, Array, Array]:
-        """Queries, keys (both rotated) and values: [B, T, heads, H]."""
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], execution: Execution
+    ) -> tuple[Array, Array, Array]:
+        """Returns queries, keys (both rotated) and values: [B, T, heads, H]."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        q, k = (rope(y.reshape(shape), positions, self.config.rope_theta) for y in (self.q(x), self.k(x)))
-        # Kept by heads and rotated: neither is done again in the backward pass.
-        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(self.v(x).reshape(shape), "v")
+        rotated = lambda y: rope(y.reshape(shape), positions, self.config.rope_theta)
+        q, k = (rotated(layer(x, execution)) for layer in (self.q, self.k))
+        # Named after the reshape and the rotation, so that the backward pass repeats neither.
+        q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
+        return q, k, checkpoint_name(self.v(x, execution).reshape(shape), "v")
 
     @jax.named_scope("attention")
-    def whole(self, x: Float[Array, "B T D"], mask: Array, causal: bool) -> Float[Array, "B T D"]:
-        """Of positions 0..T-1 to each other; `causal` says that `mask` is that and nothing else."""
+    def self_attention(
+        self, x: Float[Array, "B T D"], mask: Array, causal: bool, execution: Execution
+    ) -> Float[Array, "B T D"]:
+        """Self-attention over the full sequence.
+
+        `causal=True` asserts that `mask` is exactly causal, so that the kernel may be used.
+        """
         config = self.config
         kernel = None
         if causal and config.heads == config.kv_heads:
-            kernel = attention_kernel(x, config.heads, causal=True, theta=config.rope_theta)
+            kernel = attention_kernel(x, config.heads, execution, causal=True, theta=config.rope_theta)
         if kernel is None:
-            return self.attend(*self.project(x, _positions(x)), mask)
-        return checkpoint_name(self.o(kernel(self.q(x), self.k(x), self.v(x))), "o")
+            return self.attend(*self.project(x, _positions(x), execution), mask, execution)
+        mixed = kernel(*(layer(x, execution) for layer in (self.q, self.k, self.v)))
+        return checkpoint_name(self.o(mixed, execution), "o")
 
     @jax.named_scope("attention")
-    def attend(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B T D"]:
+    def attend(self, q: Array, k: Array, v: Array, mask: Array, execution: Execution) -> Float[Array, "B T D"]:
         mixed = attention(q, k, v, mask)
-        return checkpoint_name(self.o(mixed.reshape(*mixed.shape[:2], -1)), "o")
+        return checkpoint_name(self.o(mixed.reshape(*mixed.shape[:2], -1), execution), "o")
 
 
 class MLP(nnx.Module):
@@ -77,9 +88,9 @@ class MLP(nnx.Module):
         self.down = Linear(keys[2], config.mlp_dim, config.width, ("mlp", "embed"), bias=False, layers=layers)
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
-        return self.down(ACTIVATIONS["silu"](gate) * up)
+    def __call__(self, x: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T D"]:
+        gate, up = checkpoint_name(self.gate(x, execution), "gate"), checkpoint_name(self.up(x, execution), "up")
+        return self.down(ACTIVATIONS["silu"](gate) * up, execution)
 
 
 class LlamaBlock(nnx.Module):
@@ -99,10 +110,10 @@ class Embedding(nnx.Module):
     def __init__(self, key, config: LlamaConfig):
         self.table = make_param(key, (config.vocab_size, config.width), ("vocab", "embed"), scale=0.02)
 
-    def __call__(self, ids: Int[Array | np.ndarray, "B T"], dtype) -> Float[Array, "B T D"]:
+    def __call__(self, ids: Int[Array | np.ndarray, "B T"], dtype, execution: Execution) -> Float[Array, "B T D"]:
         if isinstance(self.table, QTensor | BlockedQTensor):
             return self.table.rows(ids, dtype)
-        return take_rows(self.table[...], jnp.asarray(ids), dtype)
+        return embedding_lookup(self.table[...], jnp.asarray(ids), dtype, execution.mesh)
 
 
 class Llama(nnx.Module):
@@ -120,7 +131,7 @@ class Llama(nnx.Module):
 
     @jax.named_scope("llama")
     def __call__(
-        self, x: Float[Array, "B T D"], remat: str = "none", keys: Bool[Array, "B T"] | None = None
+        self, x: Float[Array, "B T D"], execution: Execution, keys: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Normed hidden states of a whole sequence at positions 0..T-1.
 
@@ -133,20 +144,20 @@ class Llama(nnx.Module):
         if keys is not None:
             mask = mask & keys[:, None]
 
-        def body(block: LlamaBlock, x: Array) -> Array:
-            x = x + block.attention.whole(block.norm1(x), mask, causal)
-            return x + block.mlp(block.norm2(x))
+        def body(block: LlamaBlock, x: Array, execution: Execution) -> Array:
+            x = x + block.attention.self_attention(block.norm1(x), mask, causal, execution)
+            return x + block.mlp(block.norm2(x), execution)
 
-        x = scan_layers(body, x, self.blocks, remat)
-        return self.norm(x if self.last is None else scan_layers(body, x, self.last, remat))
+        x = scan_layers(body, x, self.blocks, execution)
+        return self.norm(x if self.last is None else scan_layers(body, x, self.last, execution))
 
     @jax.named_scope("llama/head")
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    def logits(self, hidden: Float[Array, "... D"], execution: Execution) -> Float[Array, "... V"]:
         """float32 logits over the padded vocabulary."""
-        return self.head(hidden, preferred_element_type=jnp.float32)[..., : self.config.vocab_size]
+        return self.head(hidden, execution, preferred_element_type=jnp.float32)[..., : self.config.vocab_size]
 
     def prefill(
-        self, x: Float[Array, "B T D"], length: int, last: Int[Array, "B"] | None = None
+        self, x: Float[Array, "B T D"], length: int, execution: Execution, last: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """As `__call__`, and the keys and values in a cache of `length` >= T positions.
 
@@ -158,13 +169,13 @@ class Llama(nnx.Module):
         def step(x, scanned, last=None):
             (block,) = scanned
             normed = block.norm1(x)
-            q, k, v = block.attention.project(normed, positions)
+            q, k, v = block.attention.project(normed, positions, execution)
             queries = positions
             if last is not None:
                 x, queries = _pick(x, last), last[:, None]
-                q, _, _ = block.attention.project(_pick(normed, last), queries)
-            x = x + block.attention.attend(q, k, v, self._visible(queries, slots))
-            return x + block.mlp(block.norm2(x)), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
+                q, _, _ = block.attention.project(_pick(normed, last), queries, execution)
+            x = x + block.attention.attend(q, k, v, self._visible(queries, slots), execution)
+            return x + block.mlp(block.norm2(x), execution), Cache(jnp.pad(k, padding), jnp.pad(v, padding))
 
         if last is None or not isinstance(self.blocks, nnx.List) or len(self.blocks) == 1:
             x, cache = scan_stack(step, x, self.blocks)
@@ -175,7 +186,7 @@ class Llama(nnx.Module):
         return self.norm(x), Cache([*cache.k, final.k], [*cache.v, final.v])
 
     def decode(
-        self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache
+        self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """One token per row at its own position; rows of different length share a batch."""
         slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])
@@ -184,10 +195,10 @@ class Llama(nnx.Module):
 
         def step(x, scanned):
             block, (k_cache, v_cache) = scanned
-            q, k, v = block.attention.project(block.norm1(x), positions[:, None])
+            q, k, v = block.attention.project(block.norm1(x), positions[:, None], execution)
             k_cache, v_cache = jnp.where(write, k, k_cache), jnp.where(write, v, v_cache)
-            x = x + block.attention.attend(q, k_cache, v_cache, mask)
-            return x + block.mlp(block.norm2(x)), Cache(k_cache, v_cache)
+            x = x + block.attention.attend(q, k_cache, v_cache, mask, execution)
+            return x + block.mlp(block.norm2(x), execution), Cache(k_cache, v_cache)
 
         x, cache = scan_stack(step, x, self.blocks, cache)
         return self.norm(x), cache

@@ -5,50 +5,20 @@ standard deviation 1 / rank, B is zero, as PEFT's "gaussian" initialisation: at 
 whatever the base is stored as.
 """
 
-import contextlib
-import dataclasses
 import zlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from openvla_jax.parallel.placement import gathered
-
-_DROPOUT: ContextVar[Array | None] = ContextVar("dropout", default=None)
+from openvla_jax.config import LoRAConfig
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.parallel.placement import all_gather_weights
 
 
 class LoRAParam(nnx.Param):
     """A factor of an adapter."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """`targets`: "all" (every linear layer that is run), "reference" (what PEFT's all-linear adapts in OpenVLA: also
-    patch embeddings and the tensors that are never run), or path patterns separated by commas.
-
-    `alpha` None is min(rank, 16), the reference's choice; adapters are scaled by alpha / rank.
-    """
-
-    rank: int
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank {self.rank}: at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout {self.dropout}: at least 0 and below 1")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"lora.alpha {self.alpha}: above 0, or None for min(rank, 16)")
-
-    @property
-    def scale(self) -> float:
-        return (min(self.rank, 16) if self.alpha is None else self.alpha) / self.rank
 
 
 class LoRA(nnx.Module):
@@ -63,32 +33,16 @@ class LoRA(nnx.Module):
         self.b = LoRAParam(jnp.zeros((*lead, config.rank, columns)), axes=(*axes, "rank", "adapter"))
         self.scale, self.dropout = config.scale, config.dropout
 
-    def __call__(self, x: Float[Array, "... i"], precision=None) -> Float[Array, "... o"]:
-        """The adapter's part of the output, in the dtype of `x`."""
-        key = _DROPOUT.get()
+    def __call__(self, x: Float[Array, "... i"], execution: Execution, precision=None) -> Float[Array, "... o"]:
+        """Returns the adapter's part of the output, in the dtype of `x`."""
+        key = execution.dropout_key
         if self.dropout and key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(key, self.salt), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        a, b = (gathered(factor[...].astype(x.dtype)) for factor in (self.a, self.b))
+        a, b = (all_gather_weights(factor[...].astype(x.dtype), execution.mesh) for factor in (self.a, self.b))
         return jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision) * self.scale
 
     def delta(self) -> Float[Array, "*lead i o"]:
         """What the adapter adds to its kernel, float32; of an adapter of one layer only, or of a small one."""
         product = jnp.matmul(self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST)
         return product * self.scale
-
-
-@contextlib.contextmanager
-def dropout_key(key: Array | None) -> Iterator[None]:
-    """While a model is traced in here its adapters drop inputs, drawn from `key`; without a key nothing is dropped."""
-    token = _DROPOUT.set(key)
-    try:
-        yield
-    finally:
-        _DROPOUT.reset(token)
-
-
-def layer_keys(layers: int) -> Array | None:
-    """A key for each layer of a stack, or None outside `dropout_key`."""
-    key = _DROPOUT.get()
-    return None if key is None else jax.random.split(key, layers)

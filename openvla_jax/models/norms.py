@@ -6,7 +6,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from openvla_jax.models.linear import by_row, make_param, stack_shape
+from openvla_jax.models.linear import apply_row_parameter, make_param, stack_shape
 
 
 class LayerNorm(nnx.Module):
@@ -39,4 +39,4 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = checkpoint_name(jnp.square(x32).mean(axis=-1), "statistics")[..., None]
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        return by_row(jnp.multiply, normed.astype(x.dtype), self.scale)
+        return apply_row_parameter(jnp.multiply, normed.astype(x.dtype), self.scale)

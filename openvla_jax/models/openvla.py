@@ -15,6 +15,7 @@ from openvla_jax.models.llama import Cache, Embedding, Llama
 from openvla_jax.models.quantize import QTensor
 from openvla_jax.models.stack import unstack
 from openvla_jax.models.vit import UnusedViT, ViT
+from openvla_jax.parallel.execution import PLAIN, Execution
 
 HostOrDevice = Array | np.ndarray
 
@@ -38,9 +39,9 @@ class Projector(nnx.Module):
             )
         self.layers = len(sizes) - 1
 
-    def __call__(self, x: Float[Array, "B P D_in"]) -> Float[Array, "B P D_out"]:
+    def __call__(self, x: Float[Array, "B P D_in"], execution: Execution) -> Float[Array, "B P D_out"]:
         for i in range(1, self.layers + 1):
-            x = getattr(self, f"fc{i}")(x)
+            x = getattr(self, f"fc{i}")(x, execution)
             if i < self.layers:
                 x = ACTIVATIONS["gelu"](x)
         return x
@@ -67,7 +68,7 @@ class OpenVLA(nnx.Module):
         self,
         pixel_values: Float[HostOrDevice, "B height width channels"],
         input_ids: Int[HostOrDevice, "B T"],
-        remat: str = "none",
+        execution: Execution = PLAIN,
     ) -> Float[Array, "B S V"]:
         """Logits at every position: S = patches + T.
 
@@ -76,32 +77,33 @@ class OpenVLA(nnx.Module):
         """
         input_ids = jnp.asarray(input_ids)
         seen = jnp.pad(input_ids != self.config.pad_token, ((0, 0), (self.config.patches, 0)), constant_values=True)
-        x = self.splice(self.project(pixel_values, remat), input_ids)
-        return self.llama.logits(self.llama(x, remat, seen))
+        x = self.splice(self.project(pixel_values, execution), input_ids, execution)
+        return self.llama.logits(self.llama(x, execution, seen), execution)
 
     def hidden(
-        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], remat: str = "none"
+        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], execution: Execution = PLAIN
     ) -> Float[Array, "B S D"]:
         """Final normed hidden states of the multimodal sequence."""
-        return self.llama(self.splice(self.project(pixel_values, remat), input_ids), remat)
+        x = self.splice(self.project(pixel_values, execution), input_ids, execution)
+        return self.llama(x, execution)
 
     def target_logits(
         self,
         pixel_values: HostOrDevice,
         input_ids: Int[HostOrDevice, "B T"],
         targets: Int[HostOrDevice, "B N"],
-        remat: str = "none",
+        execution: Execution = PLAIN,
     ) -> Float[Array, "B N V"]:
         """Logits that predict the tokens at text indices `targets` (each from the position before it), and no
         others.
         """
-        hidden = self.hidden(pixel_values, input_ids, remat)
+        hidden = self.hidden(pixel_values, input_ids, execution)
         before = jnp.asarray(targets) + (self.config.patches - 1)
         # A product with rows of an identity, exact in any dtype: the gradient of a gather is a scatter, which is slow
         # on TPUs, and wrong when the compiler splits it over two mesh axes.
         pick = jax.nn.one_hot(before, hidden.shape[1], dtype=hidden.dtype)
         chosen = jnp.einsum("BNS,BSD->BND", pick, hidden, precision=matmul_precision(hidden.dtype))
-        return self.llama.logits(chosen)
+        return self.llama.logits(chosen, execution)
 
     def normalize(self, images: UInt8[HostOrDevice, "B height width 3"]) -> Float[Array, "B height width channels"]:
         """uint8 RGB to each tower's normalised pixels, stacked on channels."""
@@ -111,7 +113,7 @@ class OpenVLA(nnx.Module):
         return jnp.concatenate(pixels, axis=-1)
 
     def project(
-        self, pixel_values: Float[HostOrDevice, "B height width channels"], remat: str = "none"
+        self, pixel_values: Float[HostOrDevice, "B height width channels"], execution: Execution = PLAIN
     ) -> Float[Array, "B P D"]:
         """Projected patch embeddings: each tower reads its own three channels; features are joined in tower order."""
         size, towers = self.config.image_size, self.config.towers
@@ -123,13 +125,15 @@ class OpenVLA(nnx.Module):
         features = []
         for i, tower in enumerate(towers):
             with jax.named_scope(f"vision/{tower.name}"):  # profiles then read like the model
-                features.append(self.vision[tower.name](pixels[..., 3 * i : 3 * i + 3], remat))
+                features.append(self.vision[tower.name](pixels[..., 3 * i : 3 * i + 3], execution))
         with jax.named_scope("projector"):
-            return self.projector(jnp.concatenate(features, axis=-1))
+            return self.projector(jnp.concatenate(features, axis=-1), execution)
 
-    def splice(self, patches: Float[Array, "B P D"], input_ids: Int[HostOrDevice, "B T"]) -> Float[Array, "B P+T D"]:
+    def splice(
+        self, patches: Float[Array, "B P D"], input_ids: Int[HostOrDevice, "B T"], execution: Execution = PLAIN
+    ) -> Float[Array, "B P+T D"]:
         """Patches go directly after BOS, without separators."""
-        text = self.llama.embed(input_ids, self.dtype)
+        text = self.llama.embed(input_ids, self.dtype, execution)
         return jnp.concatenate([text[:, :1], patches, text[:, 1:]], axis=1)
 
     def prefill(
@@ -138,24 +142,25 @@ class OpenVLA(nnx.Module):
         input_ids: Int[HostOrDevice, "B T"],
         lengths: Int[HostOrDevice, "B"],
         steps: int,
+        execution: Execution = PLAIN,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of the token after each row's `lengths` text tokens, and a cache with room for `steps` more."""
-        x = self.splice(self.project(pixel_values), input_ids)
+        x = self.splice(self.project(pixel_values, execution), input_ids, execution)
         last = jnp.asarray(lengths) + (self.config.patches - 1)
-        hidden, cache = self.llama.prefill(x, x.shape[1] + steps, last)
-        return self.llama.logits(hidden[:, 0]), cache
+        hidden, cache = self.llama.prefill(x, x.shape[1] + steps, execution, last)
+        return self.llama.logits(hidden[:, 0], execution), cache
 
     def decode(
-        self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache
+        self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token, which is text token number `lengths` of its row."""
-        x = self.llama.embed(tokens[:, None], self.dtype)
-        hidden, cache = self.llama.decode(x, jnp.asarray(lengths) + self.config.patches, cache)
-        return self.llama.logits(hidden[:, 0]), cache
+        x = self.llama.embed(tokens[:, None], self.dtype, execution)
+        hidden, cache = self.llama.decode(x, jnp.asarray(lengths) + self.config.patches, cache, execution)
+        return self.llama.logits(hidden[:, 0], execution), cache
 
     def unstack(self) -> None:
         """Gives every layer arrays of its own, and integers the form of `BlockedQTensor`, in place: what is fastest on
-        a CPU (see `layers.unstack`).
+        a CPU (see `stack.unstack`).
         """
         self.llama.blocks = unstack(self.llama.blocks)
         for tower in self.vision.values():

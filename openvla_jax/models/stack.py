@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from openvla_jax.models.lora import dropout_key, layer_keys
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.placement import shard_rows
 
 # Activations that the backward pass may keep instead of recomputing them; `checkpoint_name` marks them.
@@ -44,19 +44,20 @@ def remat_policy(name: str) -> Callable[..., Any] | None:
     return _keep(*kept)
 
 
-def scan_layers(body: Callable[[Any, Array], Array], x: Array, layers: Any, remat: str = "none") -> Array:
-    """Runs a stack of layers: `x = body(layer, x)` for each slice of `layers` along its leading axis.
+def scan_layers(body: Callable[[Any, Array, Execution], Array], x: Array, layers: Any, execution: Execution) -> Array:
+    """Runs a stack of layers: `x = body(layer, x, execution)` for each slice of `layers` along its leading axis.
 
-    The body returns activations only: returning parameters makes XLA copy the whole stack.
+    Each layer gets a dropout key of its own. The body returns activations only: returning parameters makes XLA copy the
+    whole stack. ValueError for an unknown `execution.remat`.
     """
 
     def step(carry, scanned):
         layer, *key = scanned
-        with dropout_key(key[0] if key else None):
-            return shard_rows(body(layer, shard_rows(carry))), None
+        own = execution.with_dropout_key(key[0] if key else None)
+        return shard_rows(body(layer, shard_rows(carry, own.mesh), own), own.mesh), None
 
-    policy = remat_policy(remat)
-    keys = layer_keys(jax.tree.leaves(layers)[0].shape[0])
+    policy = remat_policy(execution.remat)
+    keys = execution.layer_keys(jax.tree.leaves(layers)[0].shape[0])
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return scan_stack(step, x, layers, *([] if keys is None else [keys]))[0]

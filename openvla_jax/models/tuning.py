@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from openvla_jax.config import VLAConfig, nearest
+from openvla_jax.config import LoRAConfig, VLAConfig, nearest
 from openvla_jax.models.linear import Linear
-from openvla_jax.models.lora import LoRA, LoRAConfig, LoRAParam
+from openvla_jax.models.lora import LoRA, LoRAParam
 from openvla_jax.models.openvla import OpenVLA, abstract_unused
 from openvla_jax.models.quantize import EXCLUDE, QTensor, check_kind, choose_paths, quantize_model
 from openvla_jax.models.vit import Attention, PatchEmbed
@@ -50,6 +50,8 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.quantize is not None:
             check_kind(self.quantize)
+        if self.lora is not None and self.lora.rank < 1:
+            raise ValueError(f"lora.rank is {self.lora.rank}: adapters need a rank of at least 1")
         if not self.trainable:
             raise ValueError(f"trainable is empty: nothing would be trained; {ADAPTERS!r} trains adapters, '*' all")
 

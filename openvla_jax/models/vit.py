@@ -18,6 +18,7 @@ from openvla_jax.models.linear import Linear, make_param, matmul, matmul_precisi
 from openvla_jax.models.lora import LoRA
 from openvla_jax.models.norms import LayerNorm
 from openvla_jax.models.stack import scan_layers
+from openvla_jax.parallel.execution import Execution
 
 
 class PatchEmbed(nnx.Module):
@@ -33,15 +34,15 @@ class PatchEmbed(nnx.Module):
         self.lora = nnx.data(None)
         self.size = size
 
-    def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P D"]:
+    def __call__(self, pixels: Float[Array, "B height width 3"], execution: Execution) -> Float[Array, "B P D"]:
         batch, rows, columns = pixels.shape[0], pixels.shape[1] // self.size, pixels.shape[2] // self.size
         # Pixels beyond the last whole patch are ignored, as by a VALID convolution.
         x = pixels[:, : rows * self.size, : columns * self.size]
         x = x.reshape(batch, rows, self.size, columns, self.size, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, rows * columns, -1)
-        y = matmul(x, self.kernel)
+        y = matmul(x, self.kernel, execution)
         if self.lora is not None:
-            y = y + self.lora(x, matmul_precision(x.dtype))
+            y = y + self.lora(x, execution, matmul_precision(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -63,24 +64,26 @@ class Attention(nnx.Module):
         self.qkv = nnx.data(None)
 
     @jax.named_scope("attention")
-    def __call__(self, x: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
-        added = None if self.qkv is None else self.qkv["lora"](x, matmul_precision(x.dtype))
-        kernel = attention_kernel(x, self.heads, causal=False)
+    def __call__(
+        self, x: Float[Array, "B T D"], scale: nnx.Param | None, execution: Execution
+    ) -> Float[Array, "B T D"]:
+        added = None if self.qkv is None else self.qkv["lora"](x, execution, matmul_precision(x.dtype))
+        kernel = attention_kernel(x, self.heads, execution, causal=False)
         if kernel is not None and kernel.takes_merged:
-            qkv = merged(x, [self.q, self.k, self.v])
+            qkv = merged(x, [self.q, self.k, self.v], execution)
             mixed = kernel(qkv if added is None else qkv + added)
-            return checkpoint_name(self.o(mixed, scale=scale), "o")
-        q, k, v = self.q(x), self.k(x), self.v(x)
+            return checkpoint_name(self.o(mixed, execution, scale=scale), "o")
+        q, k, v = (layer(x, execution) for layer in (self.q, self.k, self.v))
         if added is not None:
             q, k, v = (y + part for y, part in zip((q, k, v), jnp.split(added, 3, axis=-1), strict=True))
         if kernel is not None:
-            return checkpoint_name(self.o(kernel(q, k, v), scale=scale), "o")
+            return checkpoint_name(self.o(kernel(q, k, v), execution, scale=scale), "o")
         shape = (*x.shape[:2], self.heads, -1)
         # Kept by heads, as attention takes them.
         q = checkpoint_name(q.reshape(shape), "q")
         k = checkpoint_name(k.reshape(shape), "k")
         v = checkpoint_name(v.reshape(shape), "v")
-        return checkpoint_name(self.o(attention(q, k, v).reshape(x.shape), scale=scale), "o")
+        return checkpoint_name(self.o(attention(q, k, v).reshape(x.shape), execution, scale=scale), "o")
 
 
 class MLP(nnx.Module):
@@ -91,10 +94,12 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
-        up = checkpoint_name(self.up(x), "up")
+    def __call__(
+        self, x: Float[Array, "B T D"], scale: nnx.Param | None, execution: Execution
+    ) -> Float[Array, "B T D"]:
+        up = checkpoint_name(self.up(x, execution), "up")
         # Kept too: an erf costs more than its place.
-        return self.down(checkpoint_name(ACTIVATIONS[self.activation](up), "activation"), scale=scale)
+        return self.down(checkpoint_name(ACTIVATIONS[self.activation](up), "activation"), execution, scale=scale)
 
 
 class ViTBlock(nnx.Module):
@@ -112,9 +117,9 @@ class ViTBlock(nnx.Module):
         self.scale1 = make_param(None, *scale, value=0.1) if config.layer_scale else None
         self.scale2 = make_param(None, *scale, value=0.1) if config.layer_scale else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = x + self.attention(self.norm1(x), self.scale1)
-        return x + self.mlp(self.norm2(x), self.scale2)
+    def __call__(self, x: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T D"]:
+        x = x + self.attention(self.norm1(x), self.scale1, execution)
+        return x + self.mlp(self.norm2(x), self.scale2, execution)
 
 
 class ViT(nnx.Module):
@@ -137,9 +142,9 @@ class ViT(nnx.Module):
         self.blocks = ViTBlock(keys[4], config, config.depth - 1)
         self.config = config
 
-    def __call__(self, pixels: Float[Array, "B height width 3"], remat: str = "none") -> Float[Array, "B P D"]:
+    def __call__(self, pixels: Float[Array, "B height width 3"], execution: Execution) -> Float[Array, "B P D"]:
         config = self.config
-        x = self.patch_embed(pixels)
+        x = self.patch_embed(pixels, execution)
         position = self.position[...].astype(x.dtype)
         if not config.position_for_class_token:
             x = x + position
@@ -151,7 +156,7 @@ class ViT(nnx.Module):
             x = x + position
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x = scan_layers(lambda block, x: block(x), x, self.blocks, remat)
+        x = scan_layers(ViTBlock.__call__, x, self.blocks, execution)
         return x[:, config.prefix_tokens :]
 
 

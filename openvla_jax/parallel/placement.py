@@ -1,8 +1,8 @@
-"""Where a traced model's activations and weights lie on the mesh, said where the compiler's own choice is a bad one."""
+"""Sharding constraints on activations and weights, for the places where the compiler alone chooses badly.
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+Every function takes the mesh of an `Execution` and does nothing special without one.
+"""
+
 from functools import partial
 
 import jax
@@ -11,87 +11,62 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 ROWS = ("data", "fsdp")  # the mesh's axes over which a batch is split
-_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
-_KERNELS: ContextVar[bool] = ContextVar("kernels", default=False)
 
 
-@contextlib.contextmanager
-def activations_sharded(mesh: Mesh, kernels: bool = False) -> Iterator[None]:
-    """While a model is traced in here, `shard_rows` and `gathered` hold it to `mesh`, and with `kernels` layers may run
-    as kernels of their own on its chips.
+def shard_rows(x: Array, mesh: Mesh | None) -> Array:
+    """Constrains an activation to be sharded along its batch axis.
+
+    Left alone, the compiler may gather the whole batch to match the shards of a kernel, which no memory holds.
+    No constraint with a tensor axis: on a 2x2x2 mesh gradients were wrong (jax 0.10.2).
     """
-    tokens = _MESH.set(mesh), _KERNELS.set(kernels)
-    try:
-        yield
-    finally:
-        _MESH.reset(tokens[0])
-        _KERNELS.reset(tokens[1])
-
-
-def kernel_mesh() -> Mesh | None:
-    """The mesh of chips for which layers may be kernels of their own; None for layers that the compiler makes. With a
-    tensor axis there are none: heads are then spread over chips.
-    """
-    mesh = _MESH.get()
-    return mesh if mesh is not None and _KERNELS.get() and mesh.shape["tensor"] == 1 else None
-
-
-def shard_rows(x: Array) -> Array:
-    """Keeps an activation split along its batch axis. Left to itself the compiler may gather the batch to match a
-    kernel's shards, which no memory holds. With a tensor axis it is left to itself: held so, its gradients came out
-    wrong on 2 x 2 x 2 devices.
-    """
-    mesh = _MESH.get()
     if mesh is None or mesh.shape["tensor"] > 1:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, *free)))
 
 
-def gathered(x: Array) -> Array:
-    """A layer's weights whole on every chip, where they are used.
+def fsdp_enabled(mesh: Mesh | None) -> bool:
+    """Returns whether weights are sharded over `fsdp` and gathered for use."""
+    return mesh is not None and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
 
-    Weights that are stored as float32 and used as bfloat16 are gathered by the compiler's own choice, once for each
-    use. With frozen ones, which are stored as they are used, it moves pieces of weights and activations round and round
-    instead, many times the bytes. With a tensor axis it is left to itself, as in `shard_rows`.
+
+def all_gather_weights(x: Array, mesh: Mesh | None) -> Array:
+    """Constrains a layer's weights to be replicated on every chip, at the place of use.
+
+    Weights stored as float32 and used as bfloat16 need no constraint: the compiler gathers them once for each use.
+    Frozen weights are stored as they are used. For these it permutes pieces of weights and activations instead, which
+    sends many times the bytes. No constraint with a tensor axis, as in `shard_rows`.
     """
-    mesh = _MESH.get()
-    if mesh is None or not weights_are_spread():
+    if mesh is None or not fsdp_enabled(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def weights_are_spread() -> bool:
-    """Whether `gathered` does anything."""
-    mesh = _MESH.get()
-    return mesh is not None and mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1
+def embedding_lookup(table: Array, ids: Array, dtype, mesh: Mesh | None) -> Array:
+    """Returns rows [B, T, D] of a table [V, D], in `dtype`.
 
-
-def take_rows(table: Array, ids: Array, dtype) -> Array:
-    """Rows [B, T, D] of a table [V, D], in `dtype`.
-
-    Rows first, then the cast: a chip's gradient adds up in float32, as in bfloat16 a token seen 4096 times counts 256.
-    Between chips it goes in `dtype`, as those of products do, and each gets its part of the table only. The compiler
-    alone sends all of it to all in float32. What is looked up moves to the chips of its examples as rows of tokens:
-    with axes of its own for examples and tokens it is copied about before and after, by twenty times as long a program.
+    The cast follows the lookup, so that a chip accumulates the gradient in float32. In bfloat16 a token seen 4096 times
+    would count 256 times. Between chips the gradient is sent in `dtype`, like those of matrix products, and each chip
+    receives its own part of the table. The compiler alone would send the whole table in float32 to every chip.
     """
-    mesh = _MESH.get()
-    if mesh is None or not weights_are_spread() or table.shape[1] % mesh.shape["fsdp"]:
+    if mesh is None or not fsdp_enabled(mesh) or table.shape[1] % mesh.shape["fsdp"]:
         return table[ids].astype(dtype)
-    rows = shard_rows(_take_rows(mesh, jnp.dtype(dtype), table, ids.reshape(-1)))
+    # Keep the gathered rows flat, [B*T, D], while they move to the data shards. With separate B and T axes XLA inserts
+    # copies on both sides, and the program is 20 times longer.
+    rows = shard_rows(_embedding_lookup(mesh, jnp.dtype(dtype), table, ids.reshape(-1)), mesh)
     return rows.reshape(*ids.shape, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _take_rows(mesh: Mesh, dtype, table: Array, ids: Array) -> Array:
+def _embedding_lookup(mesh: Mesh, dtype, table: Array, ids: Array) -> Array:
     return table[ids].astype(dtype)
 
 
-def _take_rows_forward(mesh: Mesh, dtype, table: Array, ids: Array) -> tuple[Array, tuple[Array, int]]:
-    return _take_rows(mesh, dtype, table, ids), (ids, table.shape[0])
+def _embedding_lookup_forward(mesh: Mesh, dtype, table: Array, ids: Array) -> tuple[Array, tuple[Array, int]]:
+    return _embedding_lookup(mesh, dtype, table, ids), (ids, table.shape[0])
 
 
-def _take_rows_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
+def _embedding_lookup_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
     ids, size = residuals
 
     def on_each_chip(ids: Array, gradient: Array) -> Array:
@@ -104,37 +79,36 @@ def _take_rows_backward(mesh: Mesh, dtype, residuals: tuple[Array, int], gradien
     return summed(ids, gradient), None
 
 
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+_embedding_lookup.defvjp(_embedding_lookup_forward, _embedding_lookup_backward)
 
 
-def product(x: Array, weights: Array, by_outputs: bool, result_dtype=None) -> Array:
-    """`x @ weights`, of weights [in, out] that are spread over chips by what goes in or by what comes out.
+def fsdp_matmul(x: Array, weights: Array, by_outputs: bool, mesh: Mesh | None, result_dtype=None) -> Array:
+    """Returns `x @ weights` for weights [in, out] that are sharded by outputs (`by_outputs`) or by inputs.
 
-    Their gradient goes between chips in their own dtype, and is made with the dimension first by which they are spread:
-    a chip's part then lies in one piece. Of parts of every row some compilers make no reduce-scatter, but send the
-    whole to all.
+    The weights' gradient is sent between chips in their own dtype. It is computed with the sharded dimension first, so
+    that each chip's part is contiguous. Otherwise some compilers make no reduce-scatter, but send all of it to every
+    chip.
     """
-    mesh = _MESH.get()
-    if mesh is None or not weights_are_spread() or weights.shape[by_outputs] % mesh.shape["fsdp"]:
+    if mesh is None or not fsdp_enabled(mesh) or weights.shape[by_outputs] % mesh.shape["fsdp"]:
         return jnp.matmul(x, weights, preferred_element_type=result_dtype)
-    return _product(mesh, by_outputs, result_dtype, x, weights)
+    return _fsdp_matmul(mesh, by_outputs, result_dtype, x, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(mesh: Mesh, by_outputs: bool, result_dtype, x: Array, weights: Array) -> Array:
+def _fsdp_matmul(mesh: Mesh, by_outputs: bool, result_dtype, x: Array, weights: Array) -> Array:
     return jnp.matmul(x, weights, preferred_element_type=result_dtype)
 
 
-def _product_forward(mesh: Mesh, by_outputs: bool, result_dtype, x: Array, weights: Array):
-    return _product(mesh, by_outputs, result_dtype, x, weights), (x, weights)
+def _fsdp_matmul_forward(mesh: Mesh, by_outputs: bool, result_dtype, x: Array, weights: Array):
+    return _fsdp_matmul(mesh, by_outputs, result_dtype, x, weights), (x, weights)
 
 
-def _product_backward(mesh: Mesh, by_outputs: bool, result_dtype, residuals: tuple[Array, Array], gradient: Array):
+def _fsdp_matmul_backward(mesh: Mesh, by_outputs: bool, result_dtype, residuals: tuple[Array, Array], gradient: Array):
     x, weights = residuals
-    gradient = gradient.astype(weights.dtype)  # as a TPU's product takes it in any case
+    gradient = gradient.astype(weights.dtype)  # a TPU's matrix unit would cast it anyway
     to_weights = jnp.einsum("...o,...i->oi" if by_outputs else "...o,...i->io", gradient, x)
     to_weights = jax.lax.with_sharding_constraint(to_weights, NamedSharding(mesh, PartitionSpec("fsdp")))
     return jnp.matmul(gradient, weights.T), to_weights.T if by_outputs else to_weights
 
 
-_product.defvjp(_product_forward, _product_backward)
+_fsdp_matmul.defvjp(_fsdp_matmul_forward, _fsdp_matmul_backward)

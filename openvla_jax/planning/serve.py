@@ -20,6 +20,7 @@ from openvla_jax.inference.decode import decode_actions
 from openvla_jax.models.llama import Cache
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.tpu import Slice, parse_slice
 from openvla_jax.planning.compile import PlanError, compile_for, topology_devices, write_json
 from openvla_jax.planning.train import ACTION_DIM
@@ -100,24 +101,25 @@ def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: i
     patches = made((batch, model.patches, llama.width), jnp.bfloat16)
     slots = (llama.depth, batch, positions + ACTION_DIM, llama.kv_heads, llama.head_dim)
     cache = Cache(*[made(slots, jnp.bfloat16, by_heads)] * 2)
+    execution = Execution(mesh)
     merged: Callable[[Any], OpenVLA] = lambda params: nnx.merge(graph, params)
 
     def action(params, images, ids, lengths):
-        return decode_actions(merged(params), images, ids, lengths, ACTION_DIM).tokens
+        return decode_actions(merged(params), images, ids, lengths, ACTION_DIM, execution=execution).tokens
 
     def vision(params, images):
         network = merged(params)
-        return network.project(network.normalize(images))
+        return network.project(network.normalize(images), execution)
 
     def prefill(params, patches, ids, lengths):
         network = merged(params)
-        x = network.splice(patches, ids)
-        hidden, cache = network.llama.prefill(x, positions + ACTION_DIM, lengths + (model.patches - 1))
+        x = network.splice(patches, ids, execution)
+        hidden, cache = network.llama.prefill(x, positions + ACTION_DIM, execution, lengths + (model.patches - 1))
         cache = jax.lax.with_sharding_constraint(cache, by_heads)
-        return network.llama.logits(hidden[:, 0]).argmax(axis=-1), cache
+        return network.llama.logits(hidden[:, 0], execution).argmax(axis=-1), cache
 
     def decode_step(params, token, lengths, cache):
-        logits, cache = merged(params).decode(token, lengths, cache)
+        logits, cache = merged(params).decode(token, lengths, cache, execution)
         return logits.argmax(axis=-1), cache
 
     return [

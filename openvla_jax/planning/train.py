@@ -4,6 +4,7 @@
 published rates: compute time from the compiler's cycle estimates, communication from bytes over link rates.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -21,6 +21,7 @@ from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.parallel.sharding import BATCH, check_batch, make_mesh
 from openvla_jax.parallel.tpu import Slice, compiler_options, parse_slice
 from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topology_devices, write_json
+from openvla_jax.settings import Settings
 from openvla_jax.training.metrics import duration
 from openvla_jax.training.step import make_job
 from openvla_jax.types import Batch
@@ -34,7 +35,7 @@ ASSUMPTIONS = (
 )
 
 
-def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[str, Any]:
+def plan(config: Settings, topology: str, dump: Path) -> dict[str, Any]:
     """Compiles the config's train step for `v5p:4x4x4` and the like; the report's entry.
 
     `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, hosts,
@@ -48,7 +49,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, dump: Path) -> dict[s
     train = config.train
     remat_policy(train.remat)
     model = planned_model(config)
-    mesh = make_mesh(config.mesh.to_dict(), topology_devices(tpu))
+    mesh = make_mesh(dataclasses.asdict(config.mesh), topology_devices(tpu))
     check_batch(train.batch_size, train.accumulation, mesh)
     job = make_job(config, model, mesh, datasets=1)
     arguments = jax.tree.map(
@@ -83,15 +84,15 @@ SEARCHED = (
 )  # fmt: skip
 
 
-def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list[dict[str, Any]]:
+def search(config: Settings, topology: str, dump: Path) -> list[dict[str, Any]]:
     """Plans with each of SEARCHED, and with more accumulation where none fits; fastest that fits first."""
     entries: list[dict[str, Any]] = []
     for accumulation in (1, 2, 4, 8):
         for remat in SEARCHED:
-            changed = config.copy_and_resolve_references()
-            changed.train.remat, changed.train.accumulation = remat, config.train.accumulation * accumulation
+            parts = config.train.accumulation * accumulation
+            train = dataclasses.replace(config.train, remat=remat, accumulation=parts)
             try:
-                entry = plan(changed, topology, dump)
+                entry = plan(dataclasses.replace(config, train=train), topology, dump)
             except ValueError:
                 if accumulation == 1:
                     raise
@@ -106,13 +107,14 @@ def search(config: ml_collections.ConfigDict, topology: str, dump: Path) -> list
 
 
 def run_plans(
-    config: ml_collections.ConfigDict,
+    config: Any,
     topologies: Sequence[str],
     dump: Path,
     out: str | None = None,
     tries: bool = False,
 ) -> bool:
     """Plans for each topology, prints the table and writes JSON to `out`; whether every topology has one that fits."""
+    config = Settings.from_dict(config.to_dict())
     for topology in topologies:
         parse_slice(topology)  # before the first minutes are spent
     print(f"planning {config.train.batch_size} examples a step on {', '.join(topologies)}; minutes each for a 7B")
@@ -142,15 +144,15 @@ def run_plans(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def planned_model(config: ml_collections.ConfigDict) -> VLAConfig:
+def planned_model(config: Settings) -> VLAConfig:
     """The model that the run would train; no tokenizer is read."""
     if config.init_from:
         from openvla_jax.checkpoint.reading import load_contract
 
         return load_contract(config.init_from).model
-    if not config.model.preset:
+    if not config.model.get("preset"):
         raise PlanError("nothing names the model: give --config.init_from=CKPT or --config.model.preset=openvla-7b")
-    return model_config({key: value for key, value in config.model.to_dict().items() if value is not None})
+    return model_config({key: value for key, value in config.model.items() if value is not None})
 
 
 def abstract_batch(model: VLAConfig, rows: int, text_length: int, sharding: NamedSharding) -> Any:
@@ -219,9 +221,7 @@ def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> fl
     return float(total + work(llama.width * llama.vocab_size * (ACTION_DIM + 1), 0, bool(trained), "llama/head/"))
 
 
-def _estimate(
-    entry: Mapping[str, Any], config: ml_collections.ConfigDict, tpu: Slice, compiled: Compiled
-) -> dict[str, Any]:
+def _estimate(entry: Mapping[str, Any], config: Settings, tpu: Slice, compiled: Compiled) -> dict[str, Any]:
     if compiled.cost is None:
         unknown = ("compute_seconds", "kernel_seconds", "comm_seconds", "exposed_comm_seconds", "step_seconds", "mfu",
                    "examples_per_second", "days", "collectives", "args_bytes", "temp_bytes")  # fmt: skip
@@ -246,7 +246,7 @@ def _estimate(
     }
 
 
-def _mend(config: ml_collections.ConfigDict, tried: bool) -> str:
+def _mend(config: Settings, tried: bool) -> str:
     if tried:
         return "no remat policy and accumulation does; take more chips or a smaller batch"
     if config.train.remat != "full":

@@ -6,7 +6,7 @@ import numpy as np
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.attention import attention, attention_kernel, rope
-from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import make_mesh
 
 TOLERANCE = 0.03  # of a norm; both round to bfloat16
@@ -17,8 +17,8 @@ class KernelError(ValueError):
 
 
 def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> None:
-    """KernelError with the mend where a kernel that the model would use on `device` disagrees with the attention that
-    the compiler makes, in its result or a gradient.
+    """Raises KernelError, naming the flag to set, if a Pallas kernel differs from XLA's attention on `device` by more
+    than TOLERANCE, in output or gradient.
     """
     llama = model.llama
     stacks: dict[str, tuple[int, int, int, float | None]] = {
@@ -49,8 +49,7 @@ def disagreement(length: int, width: int, heads: int, theta: float | None, devic
     rows = np.random.default_rng(0).standard_normal((4, 2, length, width))
     q, k, v, gradient = (jax.device_put(jnp.asarray(row, jnp.bfloat16), device) for row in rows)
     causal = theta is not None
-    with activations_sharded(mesh, kernels=True):
-        kernel = attention_kernel(q, heads, causal=causal, theta=theta)
+    kernel = attention_kernel(q, heads, Execution(mesh, kernels=True), causal=causal, theta=theta)
     if kernel is None:
         return None
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
@@ -27,15 +27,16 @@ from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
 from openvla_jax.parallel.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.parallel.tpu import compiler_options, generation_of
+from openvla_jax.settings import Settings
 from openvla_jax.storage import absolute, retry
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
-from openvla_jax.training.contract import action_bins, build_contract, policy_crop_area
+from openvla_jax.training.contract import build_contract, choose_specs
 from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
-from openvla_jax.training.step import make_eval_step, make_job, summarize
+from openvla_jax.training.step import make_job, summarize
 from openvla_jax.vision.preprocess import center_crop
 
 CONFIG_FILE = "config.json"
@@ -50,13 +51,16 @@ FIXED = (
 LATER = ("trainable", "lora", "quantize", "frozen_dtype", "action.bins")  # settings that old checkpoints do not know
 
 
-def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> TrainState:
-    """Trains as `config` says (see `configs/common.py`), resuming from the latest complete checkpoint in `directory`.
+def run(config: Any, directory: os.PathLike | str) -> TrainState:
+    """Trains as `config` says, resuming from the latest complete checkpoint in `directory`.
+
+    `config` is a `ConfigDict` made by `configs/common.py: base()`, or `Settings`.
 
     Returns the final state. Raises ValueError, FileNotFoundError or CheckpointError with one line for bad input, before
     anything is written; NonFiniteError if too many losses are no number; StorageError if saving goes on failing.
     With several processes (`hosts.initialize`) all of them call it alike; where one is lost the others end themselves.
     """
+    config = Settings.from_dict(config.to_dict())
     store = hosts.client()
     hosts.leave_obituary(store)
     timeout = config.train.hang_timeout
@@ -64,7 +68,7 @@ def run(config: ml_collections.ConfigDict, directory: os.PathLike | str) -> Trai
         return train(config, directory, watch)
 
 
-def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch: hosts.Watch) -> TrainState:
+def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) -> TrainState:
     """`run`, while `watch` looks after the hosts."""
     # TensorFlow comes with it
     from openvla_jax.data.batches import make_eval_batches, make_train_iterator, resident_memory_gb
@@ -75,12 +79,8 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     dtype = jnp.dtype(train.dtype)
 
     # -- Mesh -----------------------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh.to_dict())
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
     remat_policy(train.remat)
-    if config.statistics not in ("replace", "join"):
-        raise ValueError(f"unknown statistics {config.statistics!r}: replace (the checkpoint's) or join (them)")
-    if train.compiler_options not in ("tuned", "default"):
-        raise ValueError(f"unknown train.compiler_options {train.compiler_options!r}: tuned or default")
     check_batch(train.batch_size, train.accumulation, mesh)
     log(
         f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, "
@@ -90,13 +90,14 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
     base = load_contract(config.init_from) if config.init_from else None
     model, tokenizer = resolve_model(config, base)
-    bins, crop_area = action_bins(config, base), policy_crop_area(config.augment)
+    _, action = choose_specs(config, base)
+    crop_area = config.augment.policy_crop_area
 
     # -- Data -------------------------------------------------------------------------------------------------------
     start = max(steps_in(workdir / "checkpoints"), default=0)
     if start:
         check_same_run(workdir, config)
-    data = config.data.to_dict()
+    data = dataclasses.asdict(config.data)
     if data["statistics"] == "base":
         if base is None:
             raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
@@ -141,7 +142,7 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)
-    job = make_job(config, model, mesh, datasets, bins=bins)
+    job = make_job(config, model, mesh, datasets, bins=action.bins)
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
     log(f"model: {model.name}; {describe_training(model, tuning)}")
     adapter = frozen = None
@@ -171,11 +172,8 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     contract = build_contract(config, model, tokenizer, base, iterator, adapter)
 
     # -- Step ---------------------------------------------------------------------------------------------------------
-    if job.kernels:
+    if job.execution.kernels:
         check_kernels(model, config.data.text_length, jax.local_devices()[0])
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    eval_step = make_eval_step(model, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
-    eval_fn = jax.jit(eval_step, out_shardings=everywhere)
     eval_batches = [global_batch(batch, mesh) for batch in eval_batches]
     if start >= train.steps:
         log(f"nothing to do: {workdir} is at step {start} of {train.steps}")
@@ -183,14 +181,23 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
     began = time.perf_counter()
     batch = global_batch(next(iterator), mesh)
     log(f"first batch after {time.perf_counter() - began:.1f} s; resident memory {resident_memory_gb():.2f} GB")
+    # Both programs are compiled before the first step: the watch would take a later compilation for a hang.
     began = time.perf_counter()
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     if tuning.quantize == "int4":
         # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
-        step_fn = make_job(config, model, mesh, datasets, options, bins).step
+        job = make_job(config, model, mesh, datasets, options, action.bins)
+        step_fn, eval_fn = job.step, job.evaluate
+        if eval_batches:  # run once, which compiles it
+            jax.block_until_ready(eval_fn(state.params, state.frozen, eval_batches[0]))
     else:
-        step_fn = job.step.lower(state, batch).compile(compiler_options=options)
+        step_fn, eval_fn = job.step.lower(state, batch).compile(compiler_options=options), job.evaluate
         log(f"compiled the step in {time.perf_counter() - began:.1f} s")
+        if eval_batches:
+            began = time.perf_counter()
+            lowered = eval_fn.lower(state.params, state.frozen, eval_batches[0])
+            eval_fn = lowered.compile(compiler_options=options)
+            log(f"compiled the evaluation in {time.perf_counter() - began:.1f} s")
     hosts.gather(hosts.client(), "compiled")
 
     # -- Loop: only from here on is anything written ------------------------------------------------------------------
@@ -319,7 +326,7 @@ def next_batch(
     return batch
 
 
-def facts(config: ml_collections.ConfigDict, workdir: epath.Path, start: int, iterator: Any) -> dict[str, Any]:
+def facts(config: Settings, workdir: epath.Path, start: int, iterator: Any) -> dict[str, Any]:
     """What must be the same on all hosts, by name: where they differ, the names and values are the message."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
@@ -332,7 +339,7 @@ def facts(config: ml_collections.ConfigDict, workdir: epath.Path, start: int, it
         f"{name} version": importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")
     }
     stream = {key: value for key, value in getattr(iterator, "identity", {}).items() if key != "process_index"}
-    settings = {f"config.{name}": str(value) for name, value in flat_items(json.loads(config.to_json_best_effort()))}
+    settings = {f"config.{name}": str(value) for name, value in flat_items(config.to_dict())}
     return (
         settings
         | versions
@@ -356,14 +363,14 @@ def flat_items(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return found
 
 
-def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> tuple[VLAConfig, Any]:
+def resolve_model(config: Settings, base: Contract | None) -> tuple[VLAConfig, Any]:
     """The model to train and its tokenizer: the checkpoint's where there is one, else the config's.
 
     The config may name the checkpoint's model again but not change it. A fresh model is sized by its tokenizer.
     """
     from openvla_jax.tokens.tokenizer import load_tokenizer
 
-    settings = {key: value for key, value in config.model.to_dict().items() if value is not None}
+    settings = {key: value for key, value in config.model.items() if value is not None}
     tokenizer = base.tokenizer if base else load_tokenizer(config.tokenizer)
     if base is None:
         model = model_config({"base_vocab_size": tokenizer.vocab_size} | settings)
@@ -383,20 +390,19 @@ def resolve_model(config: ml_collections.ConfigDict, base: Contract | None) -> t
 
 def resume_mode(mode: str, state_bytes: int) -> str:
     """`exact` or `reseed`, from `data.resume` and the size of the data stream's state."""
-    if mode not in ("auto", "exact", "reseed"):
-        raise ValueError(f"unknown data.resume {mode!r}: auto, exact or reseed")
     if mode == "auto":
         return "exact" if state_bytes <= EXACT_RESUME_LIMIT else "reseed"
     return mode
 
 
-def check_same_run(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+def check_same_run(workdir: epath.Path, config: Settings) -> None:
     """A workdir is resumed only by a config that agrees with the saved one in what makes the run."""
     saved = json.loads((open_checkpoint(workdir) / "contract" / CONFIG_FILE).read_text())["training"]
-    now = json.loads(config.to_json_best_effort())
+    now = config.to_dict()
     differences = []
     for name in FIXED:
-        before, after = saved, now
+        before: Any = saved
+        after: Any = now
         for part in name.split("."):
             before, after = (before or {}).get(part), after.get(part)
         if before != after and (before is not None or name not in LATER):

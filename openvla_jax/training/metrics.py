@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
+from openvla_jax.settings import WandbSettings
 from openvla_jax.storage import cause, copy_tree, is_remote, retry
 
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
@@ -31,7 +31,7 @@ class MetricLog:
     once a minute, and by `flush`. A write that fails is retried (`runtime.StorageError`).
     """
 
-    def __init__(self, workdir: os.PathLike | str, resume_step: int, wandb: ConfigDict, config: Mapping[str, Any]):
+    def __init__(self, workdir: os.PathLike | str, resume_step: int, wandb: WandbSettings, config: Mapping[str, Any]):
         self._path = epath.Path(workdir) / METRICS_FILE
         if self._path.exists():
             _drop_after(self._path, resume_step)
@@ -43,11 +43,11 @@ class MetricLog:
         self._written = time.monotonic()
         self._tensorboard = _TensorBoard(epath.Path(workdir) / "tensorboard", resume_step)
         self._wandb = None
-        if wandb.get("project"):
+        if wandb.project:
             import wandb as client  # an optional dependency, asked for by the config
 
             self._wandb = client.init(
-                project=wandb["project"], entity=wandb.get("entity") or None, group=wandb.get("group") or None,
+                project=wandb.project, entity=wandb.entity or None, group=wandb.group or None,
                 name=epath.Path(workdir).name, config=dict(config), dir=os.fspath(workdir), resume="allow",
                 id=_wandb_id(epath.Path(workdir)),
             )  # fmt: skip

@@ -6,24 +6,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 
-SCHEDULES = ("constant", "cosine")
+from openvla_jax.settings import OptimizerSettings
 
 
-def make_schedule(settings: ConfigDict, steps: int) -> optax.Schedule:
+def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up over `warmup_steps`, then constant, or cosine to `final_fraction` of the
     peak.
 
     The update that makes step 1 uses the value at 0: without warm-up that is the peak, as in the reference.
     """
-    peak, warmup = settings["learning_rate"], settings["warmup_steps"]
-    if settings["schedule"] not in SCHEDULES:
-        raise ValueError(f"unknown optimizer.schedule {settings['schedule']!r}: {' or '.join(SCHEDULES)}")
-    if settings["schedule"] == "constant":
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
-        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=settings["final_fraction"])
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=settings.final_fraction)
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -44,18 +41,18 @@ def decays(params: Any) -> Any:
     return jax.tree.map(lambda v: v.replace(decayed(v)), params, is_leaf=is_variable)
 
 
-def make_optimizer(settings: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (float32 moments) after clipping by the global norm (0 = no clipping)."""
     adamw = optax.adamw(
         schedule,
-        b1=settings["b1"],
-        b2=settings["b2"],
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
-        mask=decays if settings["weight_decay"] else None,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=decays if settings.weight_decay else None,
     )
-    if settings["clip_norm"]:
-        return optax.chain(clip_by_global_norm(settings["clip_norm"]), adamw)
+    if settings.clip_norm:
+        return optax.chain(clip_by_global_norm(settings.clip_norm), adamw)
     return optax.chain(optax.identity(), adamw)
 
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -14,24 +13,24 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.lora import LoRAConfig, dropout_key
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.tuning import FULL, Tuning, make_graph
-from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import BATCH
+from openvla_jax.settings import AugmentConfig, Settings
 from openvla_jax.tokens.actions import ActionTokenizer
-from openvla_jax.training.contract import augment_config
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
 from openvla_jax.types import ActionSpec
+from openvla_jax.vision.augment import augment
 
 Metrics = dict[str, Array]
 
 
 def loss_and_metrics(
-    model: OpenVLA, batch: Any, datasets: int, remat: str = "none", bins: int = ActionSpec.bins
+    model: OpenVLA, batch: Any, datasets: int, execution: Execution = PLAIN, bins: int = ActionSpec.bins
 ) -> tuple[Array, Metrics]:
-    """Summed cross-entropy over the batch's target tokens, and sums for the metrics.
+    """Returns the summed cross-entropy over the batch's target tokens, and sums for the metrics.
 
     Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
     behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin
@@ -39,7 +38,7 @@ def loss_and_metrics(
     """
     images = batch.images[:, 0]
     pixels = images if jnp.issubdtype(images.dtype, jnp.floating) else model.normalize(images)
-    logits = model.target_logits(pixels, batch.tokens, batch.target_positions, remat)
+    logits = model.target_logits(pixels, batch.tokens, batch.target_positions, execution)
     targets = jnp.take_along_axis(batch.tokens, batch.target_positions, axis=1)
     mask = batch.target_mask.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
@@ -73,40 +72,64 @@ def summarize(sums: Metrics) -> Metrics:
     }
 
 
+def make_forward(
+    model: VLAConfig, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL, bins: int = ActionSpec.bins
+) -> Callable[..., tuple[Array, Metrics]]:
+    """Makes `(params, frozen, batch, dropout_key=None) -> (summed loss, sums)` of `loss_and_metrics`.
+
+    The train step and the eval step both run this function, so they agree in sharding, kernels and padding.
+
+    Args:
+        model: The model's config.
+        execution: How the model runs; it needs a mesh.
+        dtype: Of activations and products.
+        datasets: Number of datasets that the sums are split by.
+        tuning: Which parameters are in `params`, and which are in `frozen`.
+        bins: Values of an action token, which the metrics decode.
+    """
+    graph, mesh = make_graph(model, dtype, tuning), execution.mesh
+    if mesh is None:
+        raise ValueError("execution has no mesh: a step needs one; pass Execution(make_mesh({'fsdp': 1}, devices))")
+    # Not beside adapters or frozen parts, which keep their widths, nor across chips that share an MLP.
+    everything = tuning.trainable == FULL.trainable and tuning.lora is None and mesh.shape["tensor"] == 1
+    whole_lanes = everything and mesh.devices.flat[0].platform == "tpu"
+
+    def forward(params: nnx.State, frozen: nnx.State, batch: Any, dropout_key: Array | None = None):
+        params = pad_to_lanes(params) if whole_lanes else params
+        network = nnx.merge(graph, params, frozen)
+        return loss_and_metrics(network, batch, datasets, execution.with_dropout_key(dropout_key), bins)
+
+    return forward
+
+
 def make_train_step(
     model: VLAConfig,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    mesh: Mesh,
+    execution: Execution,
     *,
     dtype,
     datasets: int,
     accumulation: int = 1,
-    remat: str = "none",
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
     tuning: Tuning = FULL,
-    kernels: bool = False,
     bins: int = ActionSpec.bins,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """`(state, batch) -> (state, metrics)` on the global batch.
+    """Makes `(state, batch) -> (state, metrics)` on the global batch.
 
     Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
     hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
-    gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. With `kernels`
-    attention runs as a kernel of its own (`kernels/flash_attention.py`) where that takes it.
+    gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. `execution`
+    needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number.
     """
-    graph = make_graph(model, dtype, tuning)
-    # Not beside adapters or frozen parts, which keep their widths, nor across chips that share an MLP.
-    everything = tuning.trainable == FULL.trainable and tuning.lora is None and mesh.shape["tensor"] == 1
-    whole_lanes = everything and mesh.devices.flat[0].platform == "tpu"
+    forward = make_forward(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
+    mesh = cast(Mesh, execution.mesh)
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
-        params = pad_to_lanes(params) if whole_lanes else params
-        with activations_sharded(mesh, kernels), dropout_key(key if drops else None):
-            loss, sums = loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, remat, bins)
+        loss, sums = forward(params, frozen, batch, key if drops else None)
         return loss / total, sums
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -162,73 +185,82 @@ def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
     return jax.tree.map(pad, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def make_tuning(config: ml_collections.ConfigDict) -> Tuning:
-    """What a config trains and freezes; ValueError for settings that contradict each other."""
+def make_tuning(config: Settings) -> Tuning:
+    """Returns what a config trains and freezes. Raises ValueError for settings that contradict each other."""
     patterns = tuple(part.strip() for part in config.trainable.split(",") if part.strip())
-    lora = None
-    if config.lora.rank:
-        lora = LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     if config.quantize and patterns == FULL.trainable:
         raise ValueError("quantize needs frozen weights: train adapters (lora.rank, trainable='*/lora') or name parts")
-    return Tuning(patterns, lora, config.frozen_dtype, config.quantize or None)
+    return Tuning(patterns, config.lora if config.lora.rank else None, config.frozen_dtype, config.quantize or None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a config makes of a model on a mesh: the jitted step, and the state that it takes, as shapes and shardings.
+    """What a config makes of a model on a mesh: two jitted functions, and the shapes and shardings of their state.
 
-    The training loop runs it, the planner compiles it: one program.
+    The training loop runs both functions and the planner compiles both, so that a plan is of the same programs.
     """
 
     tuning: Tuning
     optimizer: optax.GradientTransformation
     abstract: TrainState
     placed: TrainState
-    kernels: bool  # whether the step may run kernels of its own
-    step: Any  # a jitted `(state, batch) -> (state, metrics)` that takes the state's memory
+    execution: Execution  # of the step; the evaluation recomputes and drops nothing
+    step: Any  # jitted `(state, batch) -> (state, metrics)`, which donates the state
+    evaluate: Any  # jitted `(params, frozen, batch) -> sums`
 
 
 def make_job(
-    config: ml_collections.ConfigDict,
+    config: Settings,
     model: VLAConfig,
     mesh: Mesh,
     datasets: int,
     compiler_options: dict[str, str] | None = None,
     bins: int = ActionSpec.bins,
 ) -> Job:
-    """The job of a config (see `configs/common.py`); no arrays are made."""
+    """Returns the job of a config (see `settings.py`). No arrays are made."""
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
     schedule = make_schedule(config.optimizer, train.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
     kernels = train.kernels and mesh.devices.flat[0].platform == "tpu"
+    execution = Execution(mesh, kernels, train.remat)
     step = make_train_step(
-        model, optimizer, schedule, mesh, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        remat=train.remat, augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
-        kernels=kernels, bins=bins,
+        model, optimizer, schedule, execution, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
+        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, bins=bins,
     )  # fmt: skip
-    everywhere = NamedSharding(mesh, P())  # every host reads the metrics
+    evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
+    rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())  # every host reads the metrics
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)
-    return Job(tuning, optimizer, abstract, placed, kernels, step)
+    evaluate = jax.jit(
+        evaluate, in_shardings=(placed.params, placed.frozen, rows), out_shardings=everywhere,
+        compiler_options=compiler_options,
+    )  # fmt: skip
+    return Job(tuning, optimizer, abstract, placed, execution, step, evaluate)
 
 
-def make_augment(settings: ml_collections.ConfigDict):
-    """`augment(key, images)` of the config, or None."""
-    options = augment_config(settings)
-    if options is None:
-        return None
-    from openvla_jax.vision.augment import augment
-
-    return lambda key, images: augment(key, images, options)
+def make_augment(config: AugmentConfig) -> Callable[[Array, Array], Array] | None:
+    """Returns `augment(key, images)` as configured, or None if it is disabled."""
+    return (lambda key, images: augment(key, images, config)) if config.enabled else None
 
 
 def make_eval_step(
-    model: VLAConfig, *, dtype, datasets: int, tuning: Tuning = FULL, bins: int = ActionSpec.bins
+    model: VLAConfig,
+    execution: Execution,
+    *,
+    dtype,
+    datasets: int,
+    tuning: Tuning = FULL,
+    bins: int = ActionSpec.bins,
 ) -> Callable[[nnx.State, nnx.State, Any], Metrics]:
-    """`(params, frozen, batch) -> sums` of `loss_and_metrics`, to be added over batches and given to `summarize`."""
-    graph = make_graph(model, dtype, tuning)
+    """Makes `(params, frozen, batch) -> sums`, to be added over batches and passed to `summarize`.
+
+    It runs under the mesh and the kernels of `execution`, without rematerialisation or dropout.
+    """
+    without_remat = dataclasses.replace(execution, remat="none")
+    forward = make_forward(model, without_remat, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
 
     def eval_step(params: nnx.State, frozen: nnx.State, batch: Any) -> Metrics:
-        return loss_and_metrics(nnx.merge(graph, params, frozen), batch, datasets, bins=bins)[1]
+        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(cast(Mesh, execution.mesh), BATCH))
+        return forward(params, frozen, batch)[1]
 
     return eval_step

@@ -5,7 +5,6 @@ The single ops take one float32 image in [0, 1] and a factor; `augment` draws th
 planes, one [H, W] for each colour: with three channels as the innermost axis most of a vector register lies idle.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -14,48 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
+from openvla_jax.settings import AugmentConfig
+
+OPENVLA = AugmentConfig()  # its strengths are the defaults
 Image = Float[Array, "H W 3"]
 Plane = Float[Array, "H W"]
 Planes = Sequence[Plane]  # red, green, blue
 Scalar = float | Float[Array, ""]
 
 _BLOCK = 16  # columns that a CPU resizes at once
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentConfig:
-    """Strengths of the augmentation; the defaults are OpenVLA's. Hashable, so it can be a static argument of jit.
-
-    crop_scale, crop_ratio: ranges of the crop's share of the area and of its width / height (relative to the image's).
-    diagonal_crop: the reference draws scale, ratio and both offsets from one number, so its window slides along
-        the main diagonal only; False draws them independently, and the window goes anywhere.
-    brightness, hue: largest shift either way (hue in turns); contrast, saturation: ranges of the factor.
-    Raises ValueError for a strength out of range.
-    """
-
-    crop_scale: tuple[float, float] = (0.9, 0.9)
-    crop_ratio: tuple[float, float] = (1.0, 1.0)
-    diagonal_crop: bool = True
-    brightness: float = 0.2
-    contrast: tuple[float, float] = (0.8, 1.2)
-    saturation: tuple[float, float] = (0.8, 1.2)
-    hue: float = 0.05
-
-    def __post_init__(self) -> None:
-        limits = {"crop_scale": (1e-3, 1.0), "crop_ratio": (1e-3, 1e3), "contrast": (0, 10), "saturation": (0, 10)}
-        for name, (least, most) in limits.items():
-            low, high = getattr(self, name)
-            if not least <= low <= high <= most:
-                raise ValueError(f"augment.{name} is {(low, high)}: give (low, high) within [{least}, {most}]")
-        for name, most in {"brightness": 1.0, "hue": 0.5}.items():
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}: give a number within [0, {most}]")
-
-    @property
-    def policy_crop_area(self) -> float | None:
-        """The share of the area that a policy is shown: the mean of the training crops; None if training has none."""
-        area = sum(self.crop_scale) / 2
-        return area if area < 1 else None
 
 
 class Factors(NamedTuple):
@@ -69,7 +35,7 @@ class Factors(NamedTuple):
 
 
 def augment(
-    key: PRNGKeyArray, images: UInt8[Array, "B H W 3"], config: AugmentConfig = AugmentConfig()
+    key: PRNGKeyArray, images: UInt8[Array, "B H W 3"], config: AugmentConfig = OPENVLA
 ) -> UInt8[Array, "B H W 3"]:
     """Augments each image with draws of its own; equal keys give equal draws, whatever the sharding of the batch.
 
@@ -82,7 +48,7 @@ def augment(
     return jax.lax.platform_dependent(images, factors, cpu=in_turn, default=jax.vmap(apply_factors))
 
 
-def draw_factors(key: PRNGKeyArray, config: AugmentConfig = AugmentConfig()) -> Factors:
+def draw_factors(key: PRNGKeyArray, config: AugmentConfig = OPENVLA) -> Factors:
     """The random part for one image: a crop box and four uniform factors."""
     box, *keys = jax.random.split(key, 5)
     ranges = [(-config.brightness, config.brightness), config.contrast, config.saturation, (-config.hue, config.hue)]
@@ -102,7 +68,7 @@ def apply_factors(image: UInt8[Array, "H W 3"], factors: Factors) -> UInt8[Array
     return _to_uint8(planes)
 
 
-def random_crop_box(key: PRNGKeyArray, config: AugmentConfig = AugmentConfig()) -> Float[Array, "4"]:
+def random_crop_box(key: PRNGKeyArray, config: AugmentConfig = OPENVLA) -> Float[Array, "4"]:
     """A random box (top, left, bottom, right) in shares of the image, drawn as the reference's random_resized_crop."""
     unit = jax.random.uniform(key, () if config.diagonal_crop else (4,), jnp.float32)
     for_scale, for_ratio, for_top, for_left = jnp.broadcast_to(unit, (4,))

@@ -109,7 +109,7 @@ def test_rows_are_the_frames_that_were_written(fakes):
             number, t = next((i, t) for i in (*range(6), *range(20, 23)) for t in range(steps) if 7 * i + t == level)
             assert (number >= 20) == dataset
             step = fake_rlds.episode(number, steps=steps, action_dim=width)["steps"][t]
-            np.testing.assert_array_equal(image, images.resize(step["observation"]["image"], 32))
+            np.testing.assert_array_equal(image[0], images.resize(step["observation"]["image"], 32))
             instruction = f"FOLD {number - 20}" if dataset else f"pick up cube {number}"
             stats = iterator.statistics[iterator.dataset_names[dataset]]["action"]
             ids = ACTIONS.encode(normalize_actions(step["action"], stats).astype(np.float32))
@@ -277,7 +277,7 @@ print(json.dumps(seen))
 def test_two_and_four_real_processes_share_the_frames(tmp_path):
     """Each sees its part again and again; the parts are disjoint and make up the whole."""
     (tmp_path / "mine.py").write_text(
-        "from openvla_jax.data.own import Columns, describe\n"
+        "from openvla_jax.data.custom import Columns, describe\n"
         "DATASETS = [describe('mine', cameras={'primary': 'image'}, action=[Columns('action', 0, 7)])]\n"
     )
     episodes = [[fake_rlds.episode(2 * file), fake_rlds.episode(2 * file + 1)] for file in range(4)]  # 7 levels apart

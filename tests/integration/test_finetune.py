@@ -20,6 +20,7 @@ from openvla_jax.checkpoint.reading import load_contract, open_checkpoint, steps
 from openvla_jax.convert import merge_weights
 from openvla_jax.inference.policy import Policy
 from openvla_jax.models.tuning import MODES
+from openvla_jax.settings import Settings
 from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training import loop
 from openvla_jax.training.metrics import read_metrics
@@ -197,11 +198,11 @@ def test_every_row_of_the_paper_s_table_is_a_config():
     assert modules.keys() == MODES.keys()
     for name, module in modules.items():
         config = module.get_config()
-        tuning = make_tuning(config)
+        tuning = make_tuning(Settings.from_dict(config.to_dict()))
         assert tuning.trainable == MODES[name]
         assert (config.train.batch_size, config.augment.enabled, config.data.shuffle_buffer) == (16, True, 100_000)
     assert (config.lora.rank, tuning.lora.scale, config.optimizer.learning_rate) == (32, 0.5, 5e-4)
-    assert make_tuning(lora.get_config("int4")).quantize == "int4"
+    assert make_tuning(Settings.from_dict(lora.get_config("int4").to_dict())).quantize == "int4"
     assert dataclasses.replace(tuning.lora, rank=8).scale == 1.0
 
 

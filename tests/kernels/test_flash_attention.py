@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from training.batches import ONE_TOWER, random_batch
 
+from openvla_jax.config import LoRAConfig
 from openvla_jax.kernels import flash_attention as flash
 from openvla_jax.models import vit
 from openvla_jax.models.attention import attention, attention_kernel, rope
-from openvla_jax.models.lora import LoRA, LoRAConfig
+from openvla_jax.models.lora import LoRA
 from openvla_jax.models.quantize import QTensor, quantize_array
 from openvla_jax.models.stack import remat_policy
-from openvla_jax.parallel.placement import activations_sharded
+from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
@@ -81,11 +82,11 @@ def by_compiler(q, k, v, causal):
 def by_kernel(q, k, v, causal, mesh=None, merged=False):
     batch, length, heads, dim = q.shape
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v)]
-    with activations_sharded(mesh or one_device(), kernels=True):
-        kernel = attention_kernel(flat[0], heads, causal=causal, theta=THETA if causal else None)
-        assert kernel is not None
-        assert kernel.takes_merged or not merged
-        return kernel(*([jnp.concatenate(flat, axis=-1)] if merged else flat)).reshape(q.shape)
+    execution = Execution(mesh or one_device(), kernels=True)
+    kernel = attention_kernel(flat[0], heads, execution, causal=causal, theta=THETA if causal else None)
+    assert kernel is not None
+    assert kernel.takes_merged or not merged
+    return kernel(*([jnp.concatenate(flat, axis=-1)] if merged else flat)).reshape(q.shape)
 
 
 def with_gradients(function, arrays, causal):
@@ -138,25 +139,23 @@ def test_what_a_kernel_does_not_take():
     assert not flash.fits(x, 4, True, mesh), "heads of 64 are not rotated"
     assert not flash.fits(jnp.zeros((1, 64, 72), jnp.bfloat16), 1, False, mesh), "lanes left over"
     assert not flash.fits(jnp.zeros((1, 3000, 4096), jnp.bfloat16), 32, True, mesh), "more keys than fit"
-    with activations_sharded(mesh):
-        assert attention_kernel(x, 2, causal=True) is None
-    with activations_sharded(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), kernels=True):
-        assert attention_kernel(x, 2, causal=True) is None
-    assert attention_kernel(x, 2, causal=True) is None
+    tensor = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for execution in (PLAIN, Execution(kernels=True), Execution(mesh), Execution(tensor, kernels=True)):
+        assert attention_kernel(x, 2, execution, causal=True) is None
+    assert attention_kernel(x, 2, Execution(mesh, kernels=True), causal=True) is not None
 
 
 def test_many_heads_are_not_taken_together():
-    with activations_sharded(one_device(), kernels=True):
-        assert not attention_kernel(jnp.zeros((1, 64, 2048), jnp.bfloat16), 16, causal=True).takes_merged
+    execution = Execution(one_device(), kernels=True)
+    assert not attention_kernel(jnp.zeros((1, 64, 2048), jnp.bfloat16), 16, execution, causal=True).takes_merged
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("full", 0), ("gate", 0), ("q", 1), ("k", 1), ("q,k,v", 1)])
 def test_merged_projections_are_kept_once_by_any_of_their_names(capsys, policy, kept):
     x = jnp.ones((2, 16, 256), jnp.bfloat16)
-    with activations_sharded(one_device(), kernels=True):
-        kernel = attention_kernel(x, 2, causal=False)
-        mixed = lambda x: kernel(jnp.concatenate([x, jnp.sin(x), jnp.cos(x)], axis=-1)).sum()
-        jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(mixed, policy=remat_policy(policy)), x)
+    kernel = attention_kernel(x, 2, Execution(one_device(), kernels=True), causal=False)
+    mixed = lambda x: kernel(jnp.concatenate([x, jnp.sin(x), jnp.cos(x)], axis=-1)).sum()
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(mixed, policy=remat_policy(policy)), x)
     assert capsys.readouterr().out.count("[2,16,768]") == kept
 
 
@@ -181,8 +180,7 @@ def test_a_towers_projections_are_the_same_merged(stored, adapted):
 
     def run(kernels):
         def value(module, x):
-            with activations_sharded(make_mesh({"data": 2, "fsdp": 4}), kernels=kernels):
-                return module(x, None)
+            return module(x, None, Execution(make_mesh({"data": 2, "fsdp": 4}), kernels))
 
         @jax.jit
         def value_and_gradients(module, x):
@@ -219,7 +217,7 @@ def test_a_training_step_with_kernels_is_one_without(monkeypatch):
 
     def run(kernels):
         step = make_train_step(
-            model, optimizer, schedule, mesh, dtype=jnp.bfloat16, datasets=2, remat="attention,gate,up", kernels=kernels
+            model, optimizer, schedule, Execution(mesh, kernels, "attention,gate,up"), dtype=jnp.bfloat16, datasets=2
         )
         after, metrics = jax.jit(step, out_shardings=(placed, None))(state, batch)
         return jax.device_get((after.opt_state, metrics["loss"], metrics["grad_norm"]))

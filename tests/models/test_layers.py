@@ -16,6 +16,7 @@ from openvla_jax.models import activations, linear, norms
 from openvla_jax.models import attention as attention_lib
 from openvla_jax.models import stack as stack_lib
 from openvla_jax.models.llama import Embedding
+from openvla_jax.parallel.execution import PLAIN, Execution
 
 torch = pytest.importorskip("torch")
 from torch_reference import difference, filled
@@ -49,7 +50,7 @@ def test_linear(bias):
     arrays = {"kernel": theirs.weight.detach().numpy().T} | ({"bias": theirs.bias.detach().numpy()} if bias else {})
     ours = filled(lambda key: linear.Linear(key, 24, 40, ("embed", "mlp"), bias=bias), arrays)
     x = normal(0, 3, 5, 24)
-    assert difference(ours(jnp.asarray(x)), theirs.double()(torch.tensor(x).double())) < 1e-6
+    assert difference(ours(jnp.asarray(x), PLAIN), theirs.double()(torch.tensor(x).double())) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -60,13 +61,13 @@ def test_linear_scaled_and_its_gradients_are_those_of_the_plain_formula(dtype):
     weights = jnp.asarray(normal(4, 300, 40), dtype)
 
     def ours(layer, scale, x):
-        return (layer(x, scale=scale) * weights).astype(jnp.float32).sum()
+        return (layer(x, PLAIN, scale=scale) * weights).astype(jnp.float32).sum()
 
     def plain(kernel, bias, scale, x):
         return ((x @ kernel + bias) * scale * np.asarray(weights, np.float64)).sum()
 
     exact = [np.asarray(array, np.float64) for array in (*arrays.values(), scale[...], x)]
-    found = layer(x, scale=scale)
+    found = layer(x, PLAIN, scale=scale)
     assert found.dtype == dtype
     gradients = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(layer, scale, x)
     by_name = [gradients[0].kernel[...], gradients[0].bias[...], gradients[1][...], gradients[2]]
@@ -89,8 +90,8 @@ def test_the_gradient_of_a_scale_needs_no_product_again():
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(layer, scale, x).compile()
         return compiled.as_text().count(" dot(")
 
-    assert products(lambda layer, scale, x: layer(x, scale=scale)) == 3  # forward, to the input, to the kernel
-    assert products(lambda layer, scale, x: linear.by_row(jnp.multiply, layer(x), scale)) == 4
+    assert products(lambda layer, scale, x: layer(x, PLAIN, scale=scale)) == 3  # forward, to the input, to the kernel
+    assert products(lambda layer, scale, x: linear.apply_row_parameter(jnp.multiply, layer(x, PLAIN), scale)) == 4
 
 
 @few
@@ -137,8 +138,10 @@ def test_a_parameter_of_a_row_counts_every_row(function):
     x = jnp.asarray(normal(0, 5000, 4), jnp.bfloat16)
     row = nnx.Param(jnp.asarray(normal(1, 4)))
     plainly = function(x, row[...].astype(jnp.bfloat16))
-    np.testing.assert_array_equal(linear.by_row(function, x, row), plainly)
-    gradient = jax.jit(jax.grad(lambda row: linear.by_row(function, x, nnx.Param(row)).astype(jnp.float32).sum()))
+    np.testing.assert_array_equal(linear.apply_row_parameter(function, x, row), plainly)
+    gradient = jax.jit(
+        jax.grad(lambda row: linear.apply_row_parameter(function, x, nnx.Param(row)).astype(jnp.float32).sum())
+    )
     exact = np.asarray(x, np.float64).sum(0) if function is jnp.multiply else np.full(4, 5000.0)
     np.testing.assert_allclose(gradient(row[...]), exact, rtol=1e-5, atol=1e-3)
 
@@ -268,7 +271,7 @@ def test_embedding_gradient_adds_up_in_float32():
     """A token that a batch repeats 4096 times gets 4096 gradients; a bfloat16 sum would stop at 256."""
     embedding = Embedding(jax.random.key(0), LlamaConfig(width=4, vocab_size=8))
     ids = jnp.full((8, 512), 3)
-    gradient = jax.grad(lambda module: module(ids, jnp.bfloat16).astype(jnp.float32).sum())(embedding).table[...]
+    gradient = jax.grad(lambda module: module(ids, jnp.bfloat16, PLAIN).astype(jnp.float32).sum())(embedding).table[...]
     np.testing.assert_array_equal(gradient, np.where(np.arange(8)[:, None] == 3, 4096.0, 0.0) * np.ones(4))
 
 
@@ -280,7 +283,8 @@ class Stack(nnx.Module):
 def test_scan_layers_runs_the_stack_in_order():
     stack = Stack(jax.random.key(0))
     x = jnp.asarray(normal(0, 2, 6))
-    scanned = jax.jit(lambda x, stack: stack_lib.scan_layers(lambda l, x: jnp.tanh(l.linear(x)), x, stack))(x, stack)
+    body = lambda layer, x, execution: jnp.tanh(layer.linear(x, execution))
+    scanned = jax.jit(lambda x, stack: stack_lib.scan_layers(body, x, stack, PLAIN))(x, stack)
     kernel, bias = np.asarray(stack.linear.kernel[...], np.float64), np.asarray(stack.linear.bias[...], np.float64)
     expected = np.asarray(x, np.float64)
     for i in range(3):
@@ -290,7 +294,7 @@ def test_scan_layers_runs_the_stack_in_order():
 
 def test_unknown_remat_policy_lists_the_known():
     with pytest.raises(ValueError, match="unknown remat policy 'ful': one of full, save_qkv"):
-        stack_lib.scan_layers(lambda layer, x: x, jnp.zeros(6), Stack(jax.random.key(0)), "ful")
+        stack_lib.scan_layers(lambda layer, x, _: x, jnp.zeros(6), Stack(jax.random.key(0)), Execution(remat="ful"))
 
 
 def test_remat_keeps_what_it_names(capsys):

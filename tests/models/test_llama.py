@@ -9,6 +9,7 @@ import pytest
 
 from openvla_jax.config import LlamaConfig
 from openvla_jax.models.llama import Llama
+from openvla_jax.parallel.execution import PLAIN
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference
@@ -24,19 +25,19 @@ CONFIGS = {
 }
 LENGTH = 16
 
-full = jax.jit(lambda model, ids: model.logits(model(model.embed(ids, jnp.float32))))
+full = jax.jit(lambda model, ids: model.logits(model(model.embed(ids, jnp.float32, PLAIN), PLAIN), PLAIN))
 
 
 @jax.jit
 def prefill(model, ids):
-    hidden, cache = model.prefill(model.embed(ids, jnp.float32), LENGTH)
-    return model.logits(hidden), cache
+    hidden, cache = model.prefill(model.embed(ids, jnp.float32, PLAIN), LENGTH, PLAIN)
+    return model.logits(hidden, PLAIN), cache
 
 
 @jax.jit
 def decode(model, ids, positions, cache):
-    hidden, cache = model.decode(model.embed(ids[:, None], jnp.float32), positions, cache)
-    return model.logits(hidden[:, 0]), cache
+    hidden, cache = model.decode(model.embed(ids[:, None], jnp.float32, PLAIN), positions, cache, PLAIN)
+    return model.logits(hidden[:, 0], PLAIN), cache
 
 
 def pair(config: LlamaConfig, seed: int):

@@ -11,6 +11,7 @@ import pytest
 from openvla_jax.config import LlamaConfig, ProjectorConfig, VisionConfig, VLAConfig, tiny
 from openvla_jax.models.openvla import OpenVLA, Projector
 from openvla_jax.models.stack import REMAT_POLICIES
+from openvla_jax.parallel.execution import Execution
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference
@@ -57,7 +58,7 @@ def torch_logits(module, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def mean_loss(model, pixels, ids, remat):
     """Mean cross-entropy at the targets."""
-    logits = model.target_logits(pixels, ids, jnp.asarray(TARGETS), remat)
+    logits = model.target_logits(pixels, ids, jnp.asarray(TARGETS), Execution(remat=remat))
     labels = jnp.take_along_axis(ids, jnp.asarray(TARGETS), axis=1)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean()
 

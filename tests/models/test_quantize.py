@@ -26,6 +26,7 @@ from openvla_jax.models.quantize import (
     quantize_model,
     scaled,
 )
+from openvla_jax.parallel.execution import PLAIN
 from openvla_jax.tokens.tokenizer import load_tokenizer
 
 
@@ -112,9 +113,7 @@ def test_a_language_model_quantised_whole_runs_and_stays_close():
     make = lambda key: Llama(key, tiny(base_vocab_size=500).llama)
     model = jax.jit(make)(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(3, 500, (2, 9)), jnp.int32)
-    run = jax.jit(
-        lambda model: model.logits(model(model.embed(ids, jnp.float32))),
-    )
+    run = jax.jit(lambda model: model.logits(model(model.embed(ids, jnp.float32, PLAIN), PLAIN), PLAIN))
     exact = run(model)
     errors = {}
     for kind in KINDS:

@@ -9,6 +9,7 @@ import pytest
 
 from openvla_jax.config import VisionConfig
 from openvla_jax.models.vit import UnusedViT, ViT
+from openvla_jax.parallel.execution import PLAIN
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference
@@ -28,7 +29,7 @@ FAMILIES = {
     "in1k": {"class_token": True, "position_for_class_token": True},
 }
 
-run = jax.jit(lambda model, pixels: model(pixels))
+run = jax.jit(lambda model, pixels: model(pixels, PLAIN))
 
 
 def random_tower(family: str, seed: int) -> VisionConfig:

@@ -14,7 +14,8 @@ from openvla_jax.config import preset
 from openvla_jax.models.linear import Linear
 from openvla_jax.models.openvla import abstract_model
 from openvla_jax.parallel import sharding
-from openvla_jax.parallel.placement import activations_sharded, take_rows
+from openvla_jax.parallel.execution import PLAIN, Execution
+from openvla_jax.parallel.placement import embedding_lookup
 
 
 def test_free_axis_takes_the_remaining_devices():
@@ -136,8 +137,8 @@ def test_a_tables_gradient_is_summed_where_it_lies(dtype, tolerance):
 
     @jax.jit
     def gradient(table, ids):
-        with activations_sharded(mesh):
-            return jax.grad(lambda table: (take_rows(table, ids, dtype) * weights).astype(jnp.float32).sum())(table)
+        rows = lambda table: embedding_lookup(table, ids, dtype, mesh)
+        return jax.grad(lambda table: (rows(table) * weights).astype(jnp.float32).sum())(table)
 
     ours = gradient(
         jax.device_put(table, placed), jax.device_put(ids, jax.sharding.NamedSharding(mesh, P(("data", "fsdp"))))
@@ -156,8 +157,7 @@ def test_rows_of_a_spread_table_are_those_of_a_whole_one():
 
     @jax.jit
     def look_up(table, ids):
-        with activations_sharded(mesh):
-            return take_rows(table, ids, jnp.bfloat16)
+        return embedding_lookup(table, ids, jnp.bfloat16, mesh)
 
     ours = look_up(jax.device_put(table, jax.sharding.NamedSharding(mesh, P(None, "fsdp"))), jax.device_put(ids, rows))
     assert ours.sharding.is_equivalent_to(rows, 3)
@@ -173,17 +173,16 @@ def test_a_scaled_product_of_spread_weights_has_the_gradients_of_one_device(axes
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     place = lambda array, *names: jax.device_put(array, jax.sharding.NamedSharding(mesh, P(*names)))
 
-    def loss(linear, scale, x, weights):
-        return (linear(x, scale=scale) * weights).astype(jnp.float32).sum()
+    def gradients(execution, *arguments):
+        def loss(linear, scale, x, weights):
+            return (linear(x, execution, scale=scale) * weights).astype(jnp.float32).sum()
 
-    def gradients(*arguments):  # traced anew each time: under a mesh it is another program
         return jax.tree.leaves(jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)))
 
-    one = gradients(linear, scale, x.astype(jnp.float32), weights.astype(jnp.float32))
+    one = gradients(PLAIN, linear, scale, x.astype(jnp.float32), weights.astype(jnp.float32))
     spread = jax.tree.map(place, linear)
     spread.kernel[...] = place(linear.kernel[...], *(("fsdp", None) if axes[0] == "embed" else (None, "fsdp")))
-    with activations_sharded(mesh):
-        many = gradients(spread, scale, place(x, ("data", "fsdp")), place(weights, ("data", "fsdp")))
+    many = gradients(Execution(mesh), spread, scale, place(x, ("data", "fsdp")), place(weights, ("data", "fsdp")))
     for ours, theirs in zip(many, one, strict=True):
         largest = np.abs(np.asarray(theirs, np.float32)).max()
         difference = np.abs(np.asarray(ours, np.float32) - np.asarray(theirs, np.float32)).max()

@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from configs.common import base
 from openvla_jax.config import preset, tiny
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.planning import train as planner
 from openvla_jax.planning.train import model_flops
+from openvla_jax.settings import Settings
 
 
 def test_the_7b_does_13_7_teraflop_an_example():
@@ -83,7 +83,7 @@ def test_a_search_proposes_the_fastest_that_fits(monkeypatch, tmp_path, capsys, 
         }  # fmt: skip
 
     monkeypatch.setattr(planner, "plan", estimate)
-    found = planner.search(base(), "v5e:2x2", tmp_path)
+    found = planner.search(Settings(), "v5e:2x2", tmp_path)
     assert ((found[0]["remat"], found[0]["accumulation"]), len(found)) == (fastest, planned)
     assert len(capsys.readouterr().out.splitlines()) == planned
 
@@ -118,14 +118,15 @@ DONATED = """
 import os, re, sys
 from pathlib import Path
 
-from openvla_jax.training.tpu import parse_slice, planning_environment
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
 
 dump = Path(sys.argv[1])
 os.environ.update(planning_environment(os.environ, dump))
 import jax
 import jax.numpy as jnp
 
-from openvla_jax.training.plan import compile_for, topology_devices
+from openvla_jax.planning.compile import compile_for, topology_devices
 
 tpu = parse_slice("v4:2x2x1")
 place = jax.sharding.SingleDeviceSharding(topology_devices(tpu)[0])
@@ -162,7 +163,8 @@ ATTENTION = """
 import os, sys
 from pathlib import Path
 
-from openvla_jax.training.tpu import parse_slice, planning_environment
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
 
 dump, topology = Path(sys.argv[1]), sys.argv[2]
 environment = planning_environment(os.environ, dump)
@@ -175,10 +177,10 @@ import re
 import jax
 import jax.numpy as jnp
 
-from openvla_jax.models.layers import attention_kernel
-from openvla_jax.models.placement import activations_sharded
-from openvla_jax.training.plan import compile_for, topology_devices
-from openvla_jax.training.sharding import make_mesh
+from openvla_jax.models.attention import attention_kernel
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.planning.compile import compile_for, topology_devices
+from openvla_jax.parallel.sharding import make_mesh
 
 tpu = parse_slice(topology)
 mesh = make_mesh({"fsdp": 1}, topology_devices(tpu)[:1])
@@ -187,8 +189,7 @@ x = jax.ShapeDtypeStruct((64, 256, 512), jnp.bfloat16, sharding=place)
 
 
 def mixed(q, k, v):
-    with activations_sharded(mesh, kernels=True):
-        return attention_kernel(q, 4, causal=True, theta=1e4)(q, k, v)
+    return attention_kernel(q, 4, Execution(mesh, kernels=True), causal=True, theta=1e4)(q, k, v)
 
 
 def backward(q, k, v, gradient):
@@ -235,26 +236,26 @@ import os
 import sys
 from pathlib import Path
 
-from openvla_jax.training.tpu import parse_slice, planning_environment
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
 
 os.environ.update(planning_environment(os.environ, Path(sys.argv[1])))
 import jax
 import jax.numpy as jnp
 
-from openvla_jax.models.layers import attention_kernel
-from openvla_jax.models.placement import activations_sharded
-from openvla_jax.training.plan import topology_devices
-from openvla_jax.training.sharding import make_mesh
+from openvla_jax.models.attention import attention_kernel
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.planning.compile import topology_devices
+from openvla_jax.parallel.sharding import make_mesh
 
 mesh = make_mesh({"fsdp": 1}, topology_devices(parse_slice(sys.argv[2]))[:1])
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def mixed(qkv):
-    with activations_sharded(mesh, kernels=True):
-        kernel = attention_kernel(qkv[..., :1152], 16, causal=False)
-        assert kernel.takes_merged
-        return kernel(qkv)
+    kernel = attention_kernel(qkv[..., :1152], 16, Execution(mesh, kernels=True), causal=False)
+    assert kernel.takes_merged
+    return kernel(qkv)
 
 
 qkv, gradient = (jax.ShapeDtypeStruct((8, 256, n * 1152), jnp.bfloat16, sharding=place) for n in (3, 1))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from openvla_jax.config import model_config
 from openvla_jax.models.tuning import count_trainable
+from openvla_jax.settings import Settings
 from openvla_jax.sweep import axis, chain, log_spaced, product, seeds, zipped
 from openvla_jax.sweep.points import SweepError, apply, load_config, load_sweep
 from openvla_jax.training.step import make_tuning
@@ -97,7 +98,7 @@ def test_shipped_sweeps_have_models_that_can_be_built(path, monkeypatch):
     for point in points:
         config = apply(load_config(point.config), point.overrides, point.name)
         model = model_config(config.model.to_dict() if config.model.preset else {"preset": "tiny"})  # of `init_from`
-        assert model.patches > 0 and count_trainable(model, make_tuning(config))
+        assert model.patches > 0 and count_trainable(model, make_tuning(Settings.from_dict(config.to_dict())))
 
 
 def test_another_base_for_some_points(tmp_path):

@@ -16,6 +16,7 @@ from openvla_jax.checkpoint import reading
 from openvla_jax.checkpoint.contract import CONFIG_FILE, CheckpointError, Contract
 from openvla_jax.checkpoint.load import load_model
 from openvla_jax.config import tiny
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.tokens.tokenizer import load_tokenizer
 from openvla_jax.training import checkpoint
@@ -43,7 +44,7 @@ def setup(sizes):
     schedule = make_schedule(SETTINGS, 10)
     optimizer = make_optimizer(SETTINGS, schedule)
     abstract, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
-    step = make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2)
+    step = make_train_step(MODEL, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=2)
     return mesh, optimizer, abstract, placed, jax.jit(step, out_shardings=(placed, None))
 
 

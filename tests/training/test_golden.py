@@ -5,21 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import OPTIMISED, golden
-from ml_collections import ConfigDict
 
 from openvla_jax.checkpoint.reading import load_contract, load_params
 from openvla_jax.convert import import_weights
 from openvla_jax.models.tree import with_shardings
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
+from openvla_jax.settings import OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
 from openvla_jax.training.step import make_train_step
 from openvla_jax.types import Batch
 
-ADAMW = ConfigDict(
-    dict(learning_rate=2e-4, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
-         b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)
-)  # fmt: skip
+ADAMW = OptimizerSettings(learning_rate=2e-4)
 
 
 @pytest.mark.slow
@@ -37,7 +35,7 @@ def test_twenty_steps_give_the_losses_of_pytorch(tmp_path, shared):
     abstract, placed = abstract_state(model, jnp.float32, optimizer, mesh)
     params = load_params(tmp_path / "start", with_shardings(abstract.params, placed.params))
     state = jax.device_put(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), placed)
-    step = make_train_step(model, optimizer, schedule, mesh, dtype=jnp.float32, datasets=1)
+    step = make_train_step(model, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=1)
     step = jax.jit(step, out_shardings=(placed, None), compiler_options=OPTIMISED)
 
     batches = []

@@ -24,7 +24,7 @@ def test_right_kernels_pass():
 
 @pytest.mark.parametrize("wrong", [lambda x, *_: x, lambda x, *_: np.nan * x], ids=["nothing hidden", "NaN"])
 def test_a_wrong_kernel_stops_the_run(monkeypatch, wrong):
-    monkeypatch.setattr(flash_attention, "_hide", wrong)
+    monkeypatch.setattr(flash_attention, "mask_scores", wrong)
     with pytest.raises(
         KernelError, match=r"kernel of (\w+) differs from the compiler's .*--config\.train\.kernels=False"
     ):

@@ -5,8 +5,8 @@ import sys
 from types import SimpleNamespace
 
 import jax
-from ml_collections import ConfigDict
 
+from openvla_jax.settings import WandbSettings
 from openvla_jax.training.metrics import MetricLog, device_memory, read_metrics
 
 
@@ -20,7 +20,7 @@ def test_wandb_gets_the_group_and_a_resumed_run_keeps_its_id(tmp_path, monkeypat
         )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    settings = ConfigDict({"project": "P", "entity": "", "group": "lr"})
+    settings = WandbSettings(project="P", group="lr")
     for workdir, step in ((tmp_path / "a", 0), (tmp_path / "a", 1), (tmp_path / "b", 0)):
         workdir.mkdir(exist_ok=True)
         log = MetricLog(workdir, step, settings, {"seed": 3})
@@ -33,7 +33,7 @@ def test_wandb_gets_the_group_and_a_resumed_run_keeps_its_id(tmp_path, monkeypat
         assert call["config"] == {"seed": 3} and call["entity"] is None
     assert logged == [(1, {"train/loss": 0.5}), "end", (2, {"train/loss": 0.5}), "end", (1, {"train/loss": 0.5}), "end"]
     assert [row["step"] for row in read_metrics(tmp_path / "a")] == [1, 2]
-    MetricLog(tmp_path / "b", 0, ConfigDict({"project": "", "entity": "", "group": ""}), {}).close()
+    MetricLog(tmp_path / "b", 0, WandbSettings(), {}).close()
     assert len(calls) == 3
     assert json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])["train/loss"] == 0.5
 

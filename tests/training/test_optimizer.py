@@ -1,23 +1,20 @@
 """Schedules and AdamW against closed forms and PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 from training.batches import MODEL
 
 from openvla_jax.models.openvla import abstract_model
+from openvla_jax.settings import OptimizerSettings
 from openvla_jax.training.optimizer import decays, make_optimizer, make_schedule
 
-BASE = dict(learning_rate=2e-3, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
-            b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)  # fmt: skip
-
-
-def settings(**changes):
-    return ConfigDict(BASE | changes)
+settings = functools.partial(OptimizerSettings, learning_rate=2e-3)
 
 
 def test_constant_schedule_starts_at_the_peak():
@@ -35,7 +32,7 @@ def test_cosine_with_warmup():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="'linear': constant or cosine"):
+    with pytest.raises(ValueError, match="schedule is 'linear': one of constant, cosine"):
         make_schedule(settings(schedule="linear"), 10)
 
 

@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
-from ml_collections import ConfigDict
 
 from openvla_jax import storage
+from openvla_jax.settings import WandbSettings
 from openvla_jax.training import metrics, runtime
 
-NO_WANDB = ConfigDict({"project": ""})
+NO_WANDB = WandbSettings()
 
 
 @pytest.fixture
 def pauses(monkeypatch):
     """The pauses that would have been made, in seconds."""
     made = []
-    monkeypatch.setattr(runtime.time, "sleep", made.append)
+    monkeypatch.setattr(storage.time, "sleep", made.append)
     return made
 
 

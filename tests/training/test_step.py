@@ -8,19 +8,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 from training.batches import MODEL, random_batch
 
 from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
+from openvla_jax.settings import OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import loss_and_metrics, make_train_step, pad_to_lanes, summarize
 
-SETTINGS = ConfigDict(
-    dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
-         b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)
-)  # fmt: skip
+SETTINGS = OptimizerSettings(learning_rate=1e-3)
 
 
 def make_step(mesh, accumulation=1):
@@ -28,7 +26,9 @@ def make_step(mesh, accumulation=1):
     schedule = make_schedule(SETTINGS, 10)
     optimizer = make_optimizer(SETTINGS, schedule)
     _, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
-    step = make_train_step(MODEL, optimizer, schedule, mesh, dtype=jnp.float32, datasets=2, accumulation=accumulation)
+    step = make_train_step(
+        MODEL, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=2, accumulation=accumulation
+    )
     return jax.jit(step, out_shardings=(placed, None)), placed
 
 

@@ -8,11 +8,12 @@ from flax import nnx
 from training.batches import MODEL, ONE_TOWER, random_batch
 from training.test_step import SETTINGS
 
-from openvla_jax.config import preset
-from openvla_jax.models.lora import LoRA, LoRAConfig, LoRAParam, dropout_key
+from openvla_jax.config import LoRAConfig, preset
+from openvla_jax.models.lora import LoRA, LoRAParam
 from openvla_jax.models.openvla import OpenVLA, count_parameters
 from openvla_jax.models.quantize import count_bytes
 from openvla_jax.models.tuning import MODES, Tuning, abstract_prepared, count_adapters, count_trainable, merge_tuned
+from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
@@ -77,8 +78,8 @@ def stepped():
         state = init_state(ONE_TOWER, jnp.float32, OPTIMIZER, mesh(), 0, tuning)
         before = jax.device_get(state)
         step = make_train_step(
-            ONE_TOWER, OPTIMIZER, make_schedule(SETTINGS, 10), mesh(), dtype=jnp.float32, datasets=2, tuning=tuning,
-            remat="full", accumulation=2 if name == "lora" else 1,
+            ONE_TOWER, OPTIMIZER, make_schedule(SETTINGS, 10), Execution(mesh(), remat="full"), dtype=jnp.float32,
+            datasets=2, tuning=tuning, accumulation=2 if name == "lora" else 1,
         )  # fmt: skip
         _, placed = abstract_state(ONE_TOWER, jnp.float32, OPTIMIZER, mesh(), tuning)
         step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
@@ -144,9 +145,8 @@ def test_dropout_falls_on_the_adapter_s_input_only():
     adapter.b[...] = jnp.ones((2, 3))
     x = jnp.ones((4000, 6))
     plain = np.asarray(x @ adapter.a[...] @ adapter.b[...])
-    np.testing.assert_allclose(adapter(x), plain, rtol=1e-5)  # without a key nothing is dropped
-    with dropout_key(jax.random.key(1)):
-        dropped = np.asarray(adapter(x))
+    np.testing.assert_allclose(adapter(x, PLAIN), plain, rtol=1e-5)  # without a key nothing is dropped
+    dropped = np.asarray(adapter(x, Execution(dropout_key=jax.random.key(1))))
     assert len(np.unique(dropped.round(4)[:, 0])) > 10
     np.testing.assert_allclose(dropped.mean(axis=0), plain[0], atol=0.1)
 
@@ -163,7 +163,7 @@ def test_dropout_falls_on_the_adapter_s_input_only():
             lambda: abstract_prepared(MODEL, Tuning(MODES["lora"], LoRAConfig(4, targets="llama/*/query"))),
             r"lora.targets: 'llama/\*/query' matches no layer",
         ),
-        (lambda: LoRAConfig(0), "lora.rank 0: at least 1"),
+        (lambda: Tuning(MODES["lora"], LoRAConfig(0)), "lora.rank is 0: adapters need a rank of at least 1"),
         (lambda: LoRAConfig(4, dropout=1.0), "lora.dropout 1.0"),
         (lambda: Tuning(()), "trainable is empty"),
         (lambda: Tuning(quantize="int3"), "unknown quantisation 'int3'"),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from openvla_jax.settings import AugmentConfig
 from openvla_jax.vision import augment as augmentation
 from openvla_jax.vision.augment import (
-    AugmentConfig,
     Factors,
     adjust_brightness,
     adjust_contrast,
@@ -226,5 +226,5 @@ def test_strengths_out_of_range(strength, message):
 
 
 def test_needs_no_tensorflow():
-    code = "import sys, openvla_jax.data.augment; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, openvla_jax.vision.augment; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,9 @@ from conftest import golden
 from PIL import Image
 
 from openvla_jax.config import preset, tiny
+from openvla_jax.settings import AugmentConfig
 from openvla_jax.types import Preprocessing
-from openvla_jax.vision.augment import AugmentConfig, Factors, apply_factors
+from openvla_jax.vision.augment import Factors, apply_factors
 from openvla_jax.vision.preprocess import (
     center_crop,
     jpeg_round_trip,
@@ -118,7 +119,7 @@ def test_preprocessing_names_a_wrong_setting(change, message):
 def test_a_policy_sees_the_centre_of_what_training_augments(area):
     """Training's own crop, put in the middle and with neutral colours, against what a policy prepares."""
     image = np.random.default_rng(2).integers(0, 256, (56, 56, 3), dtype=np.uint8)
-    crop_area = AugmentConfig(crop_scale=area).policy_crop_area
+    crop_area = AugmentConfig(crop_scale=area, enabled=True).policy_crop_area
     assert crop_area == (None if area == (1.0, 1.0) else pytest.approx(sum(area) / 2))
     low, high = 0.5 - (crop_area or 1) ** 0.5 / 2, 0.5 + (crop_area or 1) ** 0.5 / 2
     box, zero, one = jnp.float32([low, low, high, high]), jnp.float32(0), jnp.float32(1)
