@@ -4,6 +4,7 @@ python -m openvla_jax.evaluate rollout --checkpoint WORKDIR --episodes 100 --con
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from openvla_jax import cli
 from openvla_jax.evaluation.rollouts import FIRST_SEED
 from openvla_jax.inference.client import ServerError
 from openvla_jax.sim.tabletop import WORLDS
+from openvla_jax.types import ActionSpec
 
 DEFAULT_FRAMES = 256
 
@@ -97,7 +99,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """(policy or client, what it says of itself: preprocessing, statistics, training)."""
+    """Returns (policy or client, what it says of itself: action, statistics, training)."""
     if args.url is not None:
         from openvla_jax.inference.client import Client
 
@@ -108,7 +110,7 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False, base=args.base)
     contract = policy.contract
     return policy, {
-        "preprocessing": contract.preprocessing,
+        "action": dataclasses.asdict(contract.action),
         "statistics": contract.statistics,
         "training": contract.training,
     }
@@ -190,9 +192,9 @@ def run_offline(args: argparse.Namespace) -> None:
 
     policy, info = open_policy(args)
     frames = read_frames(args, info)
-    kind = info["preprocessing"]["action_normalization"]
+    spec = ActionSpec.from_dict(info["action"])
     results = {
-        name: offline.compare(offline.predict(policy, rows, name), rows, info["statistics"][name]["action"], kind)
+        name: offline.compare(offline.predict(policy, rows, name), rows, info["statistics"][name]["action"], spec)
         for name, rows in frames.items()
     }
     text = offline.table(results)
@@ -237,6 +239,7 @@ def run_quantization(args: argparse.Namespace) -> None:
         check_kind(kind)
     exclude = EXCLUDE if args.exclude is None else tuple(args.exclude)
     contract = load_contract(args.checkpoint)
+    contract.check_is_policy()
     frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training})
     rows = quantization.measure(
         args.checkpoint, frames, args.kinds, dtype=args.dtype, exclude=exclude, episodes=args.episodes

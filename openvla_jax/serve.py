@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
         "--unconstrained", action="store_true", help="tokens from the whole vocabulary, as the reference"
     )
     parser.add_argument("--resize_kernel", choices=("auto", "lanczos3", "bicubic"), default="auto")
-    parser.add_argument("--center_crop", choices=SWITCH, default="auto", help="auto: as the checkpoint was trained")
+    parser.add_argument("--crop_area", default="auto", help="share of the area, or none; auto: as it was trained")
     parser.add_argument("--jpeg", choices=SWITCH, default="auto", help="encode and decode images first, as LIBERO's do")
     parser.add_argument("--max_batch", type=int, default=16, help="requests decoded together")
     parser.add_argument("--wait_ms", type=float, default=4.0, help="how long a request waits for others")
@@ -78,8 +78,9 @@ def serve(args: argparse.Namespace) -> None:
     from openvla_jax.models.quantize import EXCLUDE
 
     set_compilation_cache(args.compilation_cache)
-    changes: dict[str, Any] = {"center_crop": SWITCH[args.center_crop], "jpeg": SWITCH[args.jpeg]}
+    changes: dict[str, Any] = {"jpeg": SWITCH[args.jpeg]}
     changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
+    changes = {name: value for name, value in changes.items() if value is not None} | read_crop_area(args.crop_area)
     listener = bind(args.host, args.port)  # before minutes are spent on loading
     settings = Settings(
         max_batch=args.max_batch,
@@ -94,7 +95,7 @@ def serve(args: argparse.Namespace) -> None:
         args.dtype,
         args.quantize,
         constrained=not args.unconstrained,
-        preprocessing={name: value for name, value in changes.items() if value is not None},
+        preprocessing=changes,
         base=args.base,
         exclude=EXCLUDE if args.exclude is None else args.exclude,
         tensor=args.tensor,
@@ -156,6 +157,16 @@ def read_token(path: Path | None) -> str | None:
     if not token:
         raise ValueError(f"token file {path} is empty: put the token into it, or leave --token_file out")
     return token
+
+
+def read_crop_area(text: str) -> dict[str, float | None]:
+    """Returns the change of `Preprocessing` that `--crop_area` asks for."""
+    if text == "auto":
+        return {}
+    try:
+        return {"crop_area": None if text == "none" else float(text)}
+    except ValueError:
+        raise ValueError(f"--crop_area {text}: give a share of the area as 0.9, none, or auto") from None
 
 
 def set_compilation_cache(folder: str) -> None:

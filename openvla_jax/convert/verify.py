@@ -266,8 +266,8 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
 
     logits, tokens = map(np.asarray, run(state, inputs.images, inputs.ids, inputs.lengths))
     real = np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]
-    values = ActionTokenizer(source.model.base_vocab_size, source.model.action_bins).decode(tokens)
-    kind = source.preprocessing["action_normalization"]
+    values = ActionTokenizer(source.model.base_vocab_size, source.action.bins).decode(tokens)
+    kind = source.action.normalization
     actions = {
         key: unnormalize_actions(values[:, : len(entry["action"]["q01"])], entry["action"], kind)
         for key, entry in list(source.statistics.items())[:MAX_KEYS]
@@ -333,7 +333,8 @@ def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | 
         f"language model: width {llama.width}, depth {llama.depth}, heads {llama.heads} ({llama.kv_heads} kv), "
         f"mlp {llama.mlp_dim}, vocabulary {llama.vocab_size} ({model.base_vocab_size} + padding), "
         f"rms eps {llama.norm_eps:g}, rope theta {llama.rope_theta:g}",
-        f"prompt: {model.prompt_family}; images: {model.resize}; {dict(source.preprocessing)}",
+        f"prompt: {model.prompt_family}; images: {model.resize}; {dataclasses.asdict(source.preprocessing)}",
+        f"actions: {dataclasses.asdict(source.action)}",
         *(f"{name}: {count:,} parameters, {', '.join(sorted(dtypes))}" for name, (count, dtypes) in components.items()),
         f"total: {total:,} parameters{tensors}, {source.nbytes:,} bytes",
         f"statistics: {', '.join(source.statistics) or 'none: actions cannot be unnormalised'}",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.tokens.actions import ActionTokenizer
+from openvla_jax.types import ActionSpec
 
 
 class Decoded(NamedTuple):
@@ -32,15 +33,16 @@ def decode_actions(
     steps: int,
     constrained: bool = True,
     sampling: Sampling | None = None,
+    bins: int = ActionSpec.bins,
     execution: Execution = PLAIN,
 ) -> Decoded:
     """Action tokens, `steps` per row, greedy or sampled.
 
     `input_ids` are prompts from BOS to the lone-space token, padded on the right; `lengths` count the real ids of
     each row. Rows do not see each other: a batch equals its rows decoded one by one. `constrained` chooses among the
-    action tokens only; without it, among the whole vocabulary, as the reference does.
+    `bins` action tokens only; without it, among the whole vocabulary, as the reference does.
     """
-    tokenizer = ActionTokenizer(model.config.base_vocab_size, model.config.action_bins)
+    tokenizer = ActionTokenizer(model.config.base_vocab_size, bins)
     vocabulary = jnp.arange(model.config.llama.vocab_size)
     allowed = (vocabulary >= tokenizer.first_token) & (vocabulary <= tokenizer.last_token)
 

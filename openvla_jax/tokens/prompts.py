@@ -53,7 +53,7 @@ def fit_prompt_ids(
 ) -> tuple[list[int], bool]:
     """`prompt_ids` shortened so that the prompt, `action_dim` action tokens and `</s>` fit in `text_length` tokens.
 
-    Training and inference both call this, so that they cut alike: tokens leave from the end of the instruction, the
+    Training and the policy both call this, so that they cut alike: tokens leave from the end of the instruction, the
     template around it stays whole. Returns (ids, whether it was cut). Raises ValueError, with the smallest possible
     text_length, where the template and one token of the instruction do not fit.
     """

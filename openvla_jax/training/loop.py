@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from openvla_jax.checkpoint.base import check_fingerprint, read_base
-from openvla_jax.checkpoint.contract import PREPROCESSING, CheckpointError, Contract
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, load_unused, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.models.openvla import count_parameters
@@ -32,6 +32,7 @@ from openvla_jax.storage import absolute, retry
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
+from openvla_jax.training.contract import build_contract, choose_specs
 from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
@@ -44,10 +45,10 @@ EXACT_RESUME_LIMIT = 256 * 2**20
 # Changing these between starts of one run would make another run of it.
 FIXED = (
     "model", "tokenizer", "seed", "data.dataset", "data.text_length", "train.batch_size", "trainable", "lora",
-    "quantize", "frozen_dtype",
+    "quantize", "frozen_dtype", "action.bins",
 )  # fmt: skip
 
-LATER = ("trainable", "lora", "quantize", "frozen_dtype")  # settings that the first checkpoints do not know
+LATER = ("trainable", "lora", "quantize", "frozen_dtype", "action.bins")  # settings that old checkpoints do not know
 
 
 def run(config: Any, directory: os.PathLike | str) -> TrainState:
@@ -89,6 +90,8 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
     base = load_contract(config.init_from) if config.init_from else None
     model, tokenizer = resolve_model(config, base)
+    _, action = choose_specs(config, base)
+    crop_area = config.augment.policy_crop_area
 
     # -- Data -------------------------------------------------------------------------------------------------------
     start = max(steps_in(workdir / "checkpoints"), default=0)
@@ -132,13 +135,14 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
             data, tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
             statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
             **common, )  # fmt: skip
-    if config.augment.enabled:  # validation sees what a policy trained with random crops is served
-        crop = lambda images: np.stack([center_crop(image) for image in images.reshape(-1, *images.shape[2:])])
+    if crop_area is not None:  # validation sees what a policy trained with random crops is served
+        flat = lambda images: images.reshape(-1, *images.shape[2:])
+        crop = lambda images: np.stack([center_crop(image, crop_area) for image in flat(images)])
         eval_batches = [b._replace(images=crop(b.images).reshape(b.images.shape)) for b in eval_batches]
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)
-    job = make_job(config, model, mesh, datasets)
+    job = make_job(config, model, mesh, datasets, bins=action.bins)
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
     log(f"model: {model.name}; {describe_training(model, tuning)}")
     adapter = frozen = None
@@ -165,21 +169,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     else:
         state = init_state(model, dtype, optimizer, mesh, config.seed)
     unused = load_unused(config.init_from) if config.init_from and tuning.full else None
-    contract = Contract(
-        model=model,
-        tokenizer=tokenizer,
-        statistics=(base.statistics if base and config.statistics == "join" else {}) | iterator.statistics,
-        default_key=iterator.dataset_names[0] if len(iterator.dataset_names) == 1 else None,
-        adapter=adapter,
-        # The resize is always that of the data pipeline, whatever served the weights that training started from.
-        preprocessing=dict(base.preprocessing if base else PREPROCESSING)
-        | {
-            "resize_kernel": PREPROCESSING["resize_kernel"],
-            "center_crop": bool(config.augment.enabled),
-            "text_length": config.data.text_length,
-        },
-        training=config.to_dict(),
-    )
+    contract = build_contract(config, model, tokenizer, base, iterator, adapter)
 
     # -- Step ---------------------------------------------------------------------------------------------------------
     if job.execution.kernels:
@@ -196,7 +186,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     if tuning.quantize == "int4":
         # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
-        job = make_job(config, model, mesh, datasets, options)
+        job = make_job(config, model, mesh, datasets, options, action.bins)
         step_fn, eval_fn = job.step, job.evaluate
         if eval_batches:  # run once, which compiles it
             jax.block_until_ready(eval_fn(state.params, state.frozen, eval_batches[0]))

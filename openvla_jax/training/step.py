@@ -21,12 +21,15 @@ from openvla_jax.settings import AugmentConfig, Settings
 from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
+from openvla_jax.types import ActionSpec
 from openvla_jax.vision.augment import augment
 
 Metrics = dict[str, Array]
 
 
-def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, execution: Execution = PLAIN) -> tuple[Array, Metrics]:
+def loss_and_metrics(
+    model: OpenVLA, batch: Any, datasets: int, execution: Execution = PLAIN, bins: int = ActionSpec.bins
+) -> tuple[Array, Metrics]:
     """Returns the summed cross-entropy over the batch's target tokens, and sums for the metrics.
 
     Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
@@ -40,7 +43,7 @@ def loss_and_metrics(model: OpenVLA, batch: Any, datasets: int, execution: Execu
     mask = batch.target_mask.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
 
-    tokenizer = ActionTokenizer(model.config.base_vocab_size, model.config.action_bins)
+    tokenizer = ActionTokenizer(model.config.base_vocab_size, bins)
     centers = jnp.asarray(tokenizer.bin_centers, jnp.float32)
     decode = lambda ids: centers[jnp.clip(model.config.base_vocab_size - ids - 1, 0, len(centers) - 1)]
     predicted = logits.argmax(axis=-1)
@@ -70,7 +73,7 @@ def summarize(sums: Metrics) -> Metrics:
 
 
 def make_forward(
-    model: VLAConfig, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL
+    model: VLAConfig, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL, bins: int = ActionSpec.bins
 ) -> Callable[..., tuple[Array, Metrics]]:
     """Makes `(params, frozen, batch, dropout_key=None) -> (summed loss, sums)` of `loss_and_metrics`.
 
@@ -82,6 +85,7 @@ def make_forward(
         dtype: Of activations and products.
         datasets: Number of datasets that the sums are split by.
         tuning: Which parameters are in `params`, and which are in `frozen`.
+        bins: Values of an action token, which the metrics decode.
     """
     graph, mesh = make_graph(model, dtype, tuning), execution.mesh
     if mesh is None:
@@ -93,7 +97,7 @@ def make_forward(
     def forward(params: nnx.State, frozen: nnx.State, batch: Any, dropout_key: Array | None = None):
         params = pad_to_lanes(params) if whole_lanes else params
         network = nnx.merge(graph, params, frozen)
-        return loss_and_metrics(network, batch, datasets, execution.with_dropout_key(dropout_key))
+        return loss_and_metrics(network, batch, datasets, execution.with_dropout_key(dropout_key), bins)
 
     return forward
 
@@ -110,6 +114,7 @@ def make_train_step(
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
     tuning: Tuning = FULL,
+    bins: int = ActionSpec.bins,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Makes `(state, batch) -> (state, metrics)` on the global batch.
 
@@ -119,7 +124,7 @@ def make_train_step(
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. `execution`
     needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number.
     """
-    forward = make_forward(model, execution, dtype=dtype, datasets=datasets, tuning=tuning)
+    forward = make_forward(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
     mesh = cast(Mesh, execution.mesh)
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
@@ -210,6 +215,7 @@ def make_job(
     mesh: Mesh,
     datasets: int,
     compiler_options: dict[str, str] | None = None,
+    bins: int = ActionSpec.bins,
 ) -> Job:
     """Returns the job of a config (see `settings.py`). No arrays are made."""
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
@@ -220,9 +226,9 @@ def make_job(
     execution = Execution(mesh, kernels, train.remat)
     step = make_train_step(
         model, optimizer, schedule, execution, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        augment=make_augment(config.augment), seed=config.seed, tuning=tuning,
+        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, bins=bins,
     )  # fmt: skip
-    evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning)
+    evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())  # every host reads the metrics
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)
     evaluate = jax.jit(
@@ -238,14 +244,20 @@ def make_augment(config: AugmentConfig) -> Callable[[Array, Array], Array] | Non
 
 
 def make_eval_step(
-    model: VLAConfig, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL
+    model: VLAConfig,
+    execution: Execution,
+    *,
+    dtype,
+    datasets: int,
+    tuning: Tuning = FULL,
+    bins: int = ActionSpec.bins,
 ) -> Callable[[nnx.State, nnx.State, Any], Metrics]:
     """Makes `(params, frozen, batch) -> sums`, to be added over batches and passed to `summarize`.
 
     It runs under the mesh and the kernels of `execution`, without rematerialisation or dropout.
     """
     without_remat = dataclasses.replace(execution, remat="none")
-    forward = make_forward(model, without_remat, dtype=dtype, datasets=datasets, tuning=tuning)
+    forward = make_forward(model, without_remat, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
 
     def eval_step(params: nnx.State, frozen: nnx.State, batch: Any) -> Metrics:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(cast(Mesh, execution.mesh), BATCH))

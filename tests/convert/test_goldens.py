@@ -90,7 +90,7 @@ def test_greedy_action_tokens_and_actions_are_the_reference_s(imported, expected
 def test_the_contract_carries_statistics_and_what_was_assumed(imported):
     _, _, contract = imported
     assert sorted(contract.statistics) == ["bridge_orig", "fractal20220817_data"]
-    assert contract.preprocessing["resize_kernel"] == "bicubic"
+    assert contract.preprocessing.resize_kernel == "bicubic"
     assert contract.training["source"]["kind"] in ("hf", "native")
     assert [(tower.name, tower.heads, tower.mean[0]) for tower in contract.model.towers] == [
         ("dino", 4, 0.485),

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from openvla_jax import evaluate
-from openvla_jax.checkpoint.contract import PREPROCESSING, Contract
+from openvla_jax.checkpoint.contract import Contract
 from openvla_jax.config import model_config
 from openvla_jax.evaluation import offline, run_report
 from openvla_jax.inference.policy import Policy
@@ -69,7 +69,7 @@ def test_a_run_without_a_checkpoint(workdir, capsys):
 
 def test_a_run_with_a_checkpoint(workdir, monkeypatch):
     model = model_config({"preset": "tiny", "base_vocab_size": 700})
-    contract = Contract(model, None, STATISTICS, PREPROCESSING, CONFIG)
+    contract = Contract(model, None, STATISTICS, training=CONFIG)
     monkeypatch.setattr(run_report, "steps_in", lambda folder: [20])
     monkeypatch.setattr(run_report, "load_contract", lambda folder: contract)
     monkeypatch.setattr(run_report, "open_checkpoint", lambda folder: folder / "checkpoints" / "20")

@@ -171,7 +171,7 @@ BAD_VALUES = {
         array(PIXELS, shape=[3136, 1, 3]), array(PIXELS, __numpy__="****"), array(PIXELS, __numpy__=3),
         array(PIXELS, __numpy__=None), array(PIXELS, extra=1), {"__numpy__": "AAAA"},
     ],
-    "instruction": [None, 3, True, [], {}, ["pick"], "", "   ", "\ud800", "<image>", "word " * 500, "\u4e2d" * 100],
+    "instruction": [None, 3, True, [], {}, ["pick"], "", "   ", "\ud800", "<image>"],
     "unnorm_key": [3, True, [], {}, "", "arms", "two_arms", "\ud800", "x" * 1000],
 }  # fmt: skip
 BAD_BODIES = [
@@ -240,7 +240,7 @@ def test_bodies_that_are_too_large_or_slow_are_refused(client):
 def test_concurrent_requests_share_batches_and_each_gets_its_own_answer(policy):
     sizes = []
     batcher = Batcher(policy, MAX_BATCH, 0.05, observe=lambda size, waited, took: sizes.append(size))
-    requests = [policy.prepare(image(i), INSTRUCTIONS[i % 2]) for i in range(10)]
+    requests = [policy.prepare(policy.observe(image(i), INSTRUCTIONS[i % 2])) for i in range(10)]
     futures = [future for request in requests for future in batcher.submit([request])]
     for future, request in zip(futures, requests, strict=True):
         np.testing.assert_array_equal(future.result(60), policy.act([request])[0])
@@ -263,8 +263,8 @@ def test_a_full_queue_refuses_and_a_failing_batch_fails_alone(policy, monkeypatc
 
     monkeypatch.setattr(policy, "act", slow)
     batcher = Batcher(policy, 1, 0.0, max_queue=2)
-    request = policy.prepare(image(), INSTRUCTIONS[0])
-    bad = policy.prepare(image(), INSTRUCTIONS[0], seed=13)
+    request = policy.prepare(policy.observe(image(), INSTRUCTIONS[0]))
+    bad = policy.prepare(policy.observe(image(), INSTRUCTIONS[0]), seed=13)
     futures = batcher.submit([bad])
     while batcher.waiting:
         time.sleep(0.01)

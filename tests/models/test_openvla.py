@@ -24,7 +24,7 @@ CLIP = VisionConfig(
     "clip", 16, 2, 2, 48, 30, 7, class_token=True, position_for_class_token=True, pre_norm=True, norm_eps=1e-5
 )
 LLAMA = LlamaConfig(width=32, depth=3, heads=4, kv_heads=2, mlp_dim=56, vocab_size=128)
-FUSED = VLAConfig("fused", (DINO, SIGLIP), LLAMA, base_vocab_size=100, action_bins=60)
+FUSED = VLAConfig("fused", (DINO, SIGLIP), LLAMA, base_vocab_size=100)
 SINGLE = dataclasses.replace(FUSED, name="single", towers=(SIGLIP,), projector=ProjectorConfig("gelu-mlp"))
 DINOCLIP = dataclasses.replace(FUSED, name="dinoclip", towers=(DINO, CLIP))
 
