@@ -119,17 +119,25 @@ def predict(policy: PredictsActions, frames: Sequence[Frame], unnorm_key: str) -
 
 
 def compare(
-    predicted: np.ndarray, frames: Sequence[Frame], statistics: Mapping[str, Any], kind: str = "bounds_q99"
+    predicted: np.ndarray,
+    frames: Sequence[Frame],
+    statistics: Mapping[str, Any],
+    tokenizer: ActionTokenizer,
+    kind: str = "bounds_q99",
 ) -> Comparison:
-    """Predictions beside what was done, un-normalised from the training targets: clipped to what tokens can say."""
+    """Predictions beside what was done, un-normalised from the training targets: clipped to what tokens can say.
+
+    predicted: float64 [N, A] in physical units. statistics: of the dataset's actions. tokenizer: the policy's, whose
+    bins are compared. kind: how the statistics normalise.
+    """
     true = np.stack([frame.action for frame in frames]).astype(np.float64)
     physical = unnormalize_actions(true, statistics, kind)
-    return Comparison(predicted, physical, bins(normalize_actions(predicted, statistics, kind)), bins(true))
+    normalized = normalize_actions(predicted, statistics, kind)
+    return Comparison(predicted, physical, bins(normalized, tokenizer), bins(true, tokenizer))
 
 
-def bins(normalized: np.ndarray) -> np.ndarray:
+def bins(normalized: np.ndarray, tokenizer: ActionTokenizer) -> np.ndarray:
     """The bin that each normalised value decodes from: the two ids of the top bin, which decode alike, are one."""
-    tokenizer = ActionTokenizer()
     return np.minimum(tokenizer.last_token - tokenizer.encode(normalized), tokenizer.bins - 2)
 
 

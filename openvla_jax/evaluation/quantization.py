@@ -52,7 +52,7 @@ def measure(
             statistics = policy.contract.statistics[key]["action"]
             base = reference.setdefault(key, actions[key])
             tokens = [
-                offline.bins(offline.normalize_actions(values, statistics, kinds_of_action))
+                offline.bins(offline.normalize_actions(values, statistics, kinds_of_action), policy.action_tokenizer)
                 for values in (actions[key], base)
             ]
             equal.append((tokens[0] == tokens[1]).ravel())

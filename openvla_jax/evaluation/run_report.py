@@ -178,7 +178,8 @@ def _predictions(workdir: epath.Path, contract: Contract, count: int) -> Iterabl
     )
     for name, statistics in contract.statistics.items():
         frames = offline.held_out_frames(name, data["data_dir"], statistics, count, module=data.get("module", ""))
-        result = offline.compare(offline.predict(policy, frames, name), frames, statistics["action"], kind)
+        predicted = offline.predict(policy, frames, name)
+        result = offline.compare(predicted, frames, statistics["action"], policy.action_tokenizer, kind)
         yield f"<h3>{html.escape(name)}: {result.accuracy:.0%} of the tokens</h3>"
         for i, frame in enumerate(frames):
             rows: Rows = [("", *(f"dim {d}" for d in range(result.true.shape[1])))]

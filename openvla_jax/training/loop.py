@@ -35,6 +35,7 @@ from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
 from openvla_jax.training.step import make_eval_step, make_job, summarize
+from openvla_jax.types import ActionSpec
 from openvla_jax.vision.preprocess import center_crop
 
 CONFIG_FILE = "config.json"
@@ -99,7 +100,8 @@ def train(config: ml_collections.ConfigDict, directory: os.PathLike | str, watch
         if base is None:
             raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
         data["statistics"] = base.statistics
-    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family)
+    spec = ActionSpec(bins=model.action_bins)
+    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family, action=spec)
     local_batch_size = train.batch_size // jax.process_count()
 
     def open_data(seed: int, step: int = 0):

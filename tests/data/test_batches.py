@@ -277,7 +277,7 @@ print(json.dumps(seen))
 def test_two_and_four_real_processes_share_the_frames(tmp_path):
     """Each sees its part again and again; the parts are disjoint and make up the whole."""
     (tmp_path / "mine.py").write_text(
-        "from openvla_jax.data.own import Columns, describe\n"
+        "from openvla_jax.data.custom import Columns, describe\n"
         "DATASETS = [describe('mine', cameras={'primary': 'image'}, action=[Columns('action', 0, 7)])]\n"
     )
     episodes = [[fake_rlds.episode(2 * file), fake_rlds.episode(2 * file + 1)] for file in range(4)]  # 7 levels apart
@@ -338,7 +338,7 @@ def test_long_instructions_are_cut_counted_and_logged_once(fakes, caplog):
 
 def test_the_buffer_shrinks_to_the_memory_and_to_the_data(fakes, caplog):
     def identity(iterator):
-        return iterator._identity["shuffle_buffer"]
+        return iterator.identity["shuffle_buffer"]
 
     whole = _iterator(_data("fake", fakes, shuffle_buffer=10**6))
     assert identity(whole) == 35  # one epoch

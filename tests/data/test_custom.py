@@ -16,7 +16,7 @@ from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.tokens.tokenizer import load_tokenizer
 
 FILE = """
-from openvla_jax.data.own import Columns, describe
+from openvla_jax.data.custom import Columns, describe
 
 def louder(trajectory):
     trajectory["action"] = 2 * trajectory["action"]
@@ -80,7 +80,7 @@ def test_a_described_dataset_is_trained_on_by_its_mixture(mine):
 
 
 FLAT = """
-from openvla_jax.data.own import Columns, describe
+from openvla_jax.data.custom import Columns, describe
 
 def nested(trajectory):
     trajectory["observation"] = {"image": trajectory["frames"]}

@@ -103,7 +103,7 @@ def exits(capsys):
 def test_the_commands_work_on_a_dataset_of_ones_own(tmp_path, exits):
     module = tmp_path / "my_data.py"
     module.write_text(
-        "from openvla_jax.data.own import Columns, describe\n"
+        "from openvla_jax.data.custom import Columns, describe\n"
         "DATASETS = [describe('mine', cameras={'primary': 'image'}, action=[Columns('action', 0, 6), "
         "Columns('action', 6, gripper='1 is open')])]\n"
     )

@@ -46,12 +46,12 @@ class Oracle:
 def test_an_oracle_is_right_everywhere_and_errors_are_in_the_dataset_s_units():
     rows = list(frames())
     exact = Oracle(rows)
-    result = offline.compare(offline.predict(exact, rows, "arm"), rows, ROW)
+    result = offline.compare(offline.predict(exact, rows, "arm"), rows, ROW, ActionTokenizer())
     assert result.accuracy == 1.0
     assert exact.batches == [(16, {"arm"}), (16, {"arm"}), (16, {"arm"})], "one shape for all batches"
     # Half a bin at most: bins are 2/255 wide in a range of 0.4, 4 and (normalised as it is) 2.
     assert (result.l1_by_dimension <= np.array([0.4, 4.0, 2.0]) / 255 / 2 + 1e-9).all()
-    shifted = offline.compare(offline.predict(Oracle(rows, 0.5), rows, "arm"), rows, ROW)
+    shifted = offline.compare(offline.predict(Oracle(rows, 0.5), rows, "arm"), rows, ROW, ActionTokenizer())
     assert shifted.accuracy_by_dimension.tolist() == [1.0, 0.0, 1.0]
     # The last bins are clipped into when they are normalised, not in physical units.
     assert shifted.l1_by_dimension[1] == pytest.approx(0.5, abs=0.01)
@@ -60,7 +60,8 @@ def test_an_oracle_is_right_everywhere_and_errors_are_in_the_dataset_s_units():
 
 
 def test_the_two_ids_of_the_top_bin_are_one():
-    assert offline.bins(np.array([1.0, 0.999, -1.0, 0.0])).tolist() == [254, 254, 0, 127]
+    assert offline.bins(np.array([1.0, 0.999, -1.0, 0.0]), ActionTokenizer()).tolist() == [254, 254, 0, 127]
+    assert offline.bins(np.array([1.0, -1.0, 0.0]), ActionTokenizer(bins=128)).tolist() == [126, 0, 63]
 
 
 def test_scatter_has_a_panel_per_dimension(tmp_path):

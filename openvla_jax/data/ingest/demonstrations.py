@@ -150,7 +150,7 @@ def _module(name: str, views: list[str], action: int, state: int) -> str:
     cameras = {"primary": primary} | {view: view for view in views if view != primary}
     return f'''"""{name}: check what is marked below, then train with --config.data.module=THIS FILE."""
 
-from openvla_jax.data.own import Columns, describe
+from openvla_jax.data.custom import Columns, describe
 
 DATASETS = [
     describe(
