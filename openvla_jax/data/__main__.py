@@ -88,7 +88,8 @@ def parser() -> cli.Parser:
 
 def _open(args: argparse.Namespace) -> list[Source]:
     configs, mixtures = catalogue(args.module)
-    return open_sources(args.dataset, args.data_dir, configs, mixtures=mixtures)[0]
+    names = [name for name, _ in resolve_mixture(args.dataset, configs, mixtures)]
+    return open_sources(names, args.data_dir, configs)
 
 
 def _statistics(args: argparse.Namespace, sources: list[Source]) -> dict[str, dict]:
