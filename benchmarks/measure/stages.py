@@ -1,6 +1,7 @@
 """The stages of benchmarks/gpu.py: each runs in a process of its own and records rows as soon as they are measured."""
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -70,10 +71,9 @@ def smoke(context: Context) -> None:
 def _start_tests(context: Context) -> subprocess.Popen:
     """Of the files with that mark alone: others import packages that a bare machine does not have."""
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    chosen = marked[:1] if context.small else marked
-    # int4 on a GPU, and float32 products that are rounded to TF32, are what these tests are for.
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *map(str, chosen)]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *map(str, marked)]
+    command += ["--collect-only"] if context.small else []  # on a CPU the ordinary suite runs them
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -154,14 +154,16 @@ def actions(context: Context, batch: int, quantize: str | None = None) -> None:
     from measure.models import BANDWIDTH, card_limit, random_model, requests, sized
     from measure.timing import peak_gb, sample
 
-    config = sized("tiny" if context.small else "7b")
+    config, batch = (sized("tiny"), min(batch, 2)) if context.small else (sized("7b"), batch)
     request = requests(config, batch, LENGTH)
     model = random_model(config, jnp.dtype(context.dtype), quantize)
     weights, bandwidth = quantize or context.dtype, card_limit(BANDWIDTH)
     ways = {"XLA": nullcontext, **fused_ways()}
     parts = {way: action_parts(model, *request) for way in ways}
     floor = decode_bytes(model, batch, config.patches + request[1].shape[1] + STEPS)
-    for part in PARTS:
+    # Small ones differ in their weights alone, not in what the parts do.
+    measured = PARTS[:1] if context.small and (batch > 1 or quantize) else PARTS
+    for part in measured:
         for way, entered in ways.items():
             cells = {"side": "openvla_jax", "weights": weights, "attention": way, "batch": batch, "part": part}
             with entered(), _failures(context.record, "actions", cells):
@@ -222,6 +224,7 @@ def lora(context: Context, batch: int, base: str | None = None) -> None:
     from measure import training
 
     base = base or context.dtype
+    batch = 1 if context.small else batch
     rank = 4 if context.small else 32
     tuning = training.lora(rank, base, context.dtype)
     _train(context, {"side": "openvla_jax", "trained": f"LoRA, rank {rank}", "base": base, "batch": batch}, tuning)
@@ -231,7 +234,7 @@ def full(context: Context, batch: int) -> None:
     """A step that trains everything in the 0.8 B model: float32 weights and moments, computed in bfloat16."""
     from measure import training
 
-    cells = {"side": "openvla_jax", "trained": "everything", "base": "float32", "batch": batch}
+    cells = {"side": "openvla_jax", "trained": "everything", "base": "float32", "batch": 1 if context.small else batch}
     _train(context, cells, training.FULL, size="0.8b")
 
 
@@ -268,7 +271,7 @@ def peft(context: Context, batch: int) -> None:
     from measure.models import PEAK, card_limit, sized
     from measure.timing import sample
 
-    rank, config = 4 if context.small else 32, sized("tiny" if context.small else "7b")
+    rank, batch, config = (4, 1, sized("tiny")) if context.small else (32, batch, sized("7b"))
     peak = card_limit(PEAK)
     flops = training.model_flops(config, training.TEXT, training.lora(rank, context.dtype, context.dtype)) * batch
     cells = {"model": config.name, "side": "PyTorch + PEFT", "trained": f"LoRA, rank {rank}", "base": context.dtype}
@@ -294,10 +297,8 @@ def peft(context: Context, batch: int) -> None:
 
 def _require(*packages: str) -> None:
     for package in packages:
-        try:
-            __import__(package)
-        except ImportError:
-            raise SkippedError(f"no {package}") from None
+        if importlib.util.find_spec(package) is None:
+            raise SkippedError(f"no {package}")
 
 
 @contextmanager

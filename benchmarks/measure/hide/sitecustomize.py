@@ -6,15 +6,17 @@ For `benchmarks/gpu.py --hide-missing`: it shows on a machine that has all packa
 import importlib.machinery
 import os
 import sys
+import types
 
 HIDDEN = frozenset(os.environ.get("OPENVLA_HIDDEN", "").split(","))
 _find_spec = importlib.machinery.PathFinder.find_spec
 
 
-def find_spec(name, path=None, target=None):
+def find_spec(_, name, path=None, target=None):
     if name in HIDDEN:
         path = [entry for entry in sys.path if entry.endswith(".whl")]
     return _find_spec(name, path, target)
 
 
-importlib.machinery.PathFinder.find_spec = find_spec
+# A bound method, as it was: pytest keeps it as an attribute of a class of its own.
+importlib.machinery.PathFinder.find_spec = types.MethodType(find_spec, importlib.machinery.PathFinder)
