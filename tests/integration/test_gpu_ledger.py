@@ -22,7 +22,7 @@ def expected_result(stage: str) -> str:
     return next((f"skipped: no {name}" for name in needed if name in MISSING), "done")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpu_script_runs_every_stage_small(tmp_path):
     golden("openvla_tiny")
     env = os.environ | {"OPENVLA_SHARED": str(shared_dir())}
