@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # What a user can fix. Every other exception is a fault of the program and keeps its traceback.
@@ -30,7 +30,7 @@ EXTRAS = {
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes flags by their full names and reports errors in one line."""
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments: Any, **options: Any):
         options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | options
         super().__init__(*arguments, **options)
 
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         bad_input(f"{message}; see {self.prog} --help")
 
 
-def command(run: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str] | None], int]:
+def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """Makes `main(argv=None)` of `run(arguments)`, for use as `sys.exit(main())`.
 
     `run` returns the exit code, or None for 0. Its USER_ERRORS end the process through `bad_input`.
