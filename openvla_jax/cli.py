@@ -31,8 +31,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that takes flags by their full names and reports errors in one line."""
 
     def __init__(self, *arguments: Any, **options: Any):
-        options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | options
-        super().__init__(*arguments, **options)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*arguments, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         bad_input(f"{message}; see {self.prog} --help")
