@@ -14,23 +14,30 @@ from openvla_jax.models.heads import TokenHead, summarize
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
-from openvla_jax.settings import OptimizerSettings
+from openvla_jax.settings import AugmentConfig, OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
-from openvla_jax.training.step import loss_and_sums, make_train_step, pad_to_lanes
+from openvla_jax.training.step import loss_and_sums, make_augment, make_train_step, pad_to_lanes
 from openvla_jax.types import ActionSpec
 
 SETTINGS = OptimizerSettings(learning_rate=1e-3)
 HEAD = TokenHead(MODEL, ActionSpec())
 
 
-def make_step(mesh, accumulation=1):
+def make_step(mesh, accumulation=1, augment=None):
     """(the jitted step, where the leaves of its state lie)."""
     schedule = make_schedule(SETTINGS, 10)
     optimizer = make_optimizer(SETTINGS, schedule)
     _, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
     step = make_train_step(
-        MODEL, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=2, accumulation=accumulation
+        MODEL,
+        optimizer,
+        schedule,
+        Execution(mesh),
+        dtype=jnp.float32,
+        datasets=2,
+        accumulation=accumulation,
+        augment=augment,
     )
     return jax.jit(step, out_shardings=(placed, None)), placed
 
@@ -93,6 +100,19 @@ def test_accumulation_gives_the_losses_of_the_whole_batch(single, reference):
         assert parts["loss"] == pytest.approx(one["loss"], rel=1e-6)
         assert parts["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
         assert parts["action_l1"] == pytest.approx(one["action_l1"], rel=1e-6)
+
+
+@pytest.mark.long
+def test_augmentation_in_the_step_does_not_depend_on_the_devices(single, reference):
+    augment = make_augment(AugmentConfig(enabled=True))
+    mesh = make_mesh({"data": 8})
+    (step, _), (sharded, placed) = make_step(single[0], augment=augment), make_step(mesh, augment=augment)
+    one, _ = losses(step, single[1], single[0], steps=2)
+    eight, _ = losses(sharded, jax.device_put(jax.device_get(single[1]), placed), mesh, steps=2)
+    for ours, theirs, plain in zip(one, eight, reference[0][:2], strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+        assert abs(ours["loss"] - plain["loss"]) > 1e-4 * plain["loss"], "nothing was augmented"
 
 
 def test_training_lowers_the_loss_of_one_batch(single):
