@@ -85,12 +85,12 @@ def drawn(data, tmp_path_factory):
 def _rows(batches):
     """(the row of each field by name, dataset, number of the episode, step) of all rows; the pixels tell which."""
     for batch in batches:
-        for row, dataset in enumerate(batch.dataset):
+        for row, dataset in enumerate(batch.dataset.tolist()):
             fields = {name: array[row] for name, array in batch._asdict().items()}
             level = int(np.median(fields["images"][1]))
-            numbers = (range(20, 23), range(5))[dataset == 0]
+            numbers = (range(5), range(20, 23))[dataset]
             number, step = next((n, t) for n in numbers for t in range(STEPS[dataset]) if 7 * n + t == level)
-            yield fields, int(dataset), number, step
+            yield fields, dataset, number, step
 
 
 def _episode(dataset, number):
@@ -168,8 +168,9 @@ def test_short_episodes_are_skipped_counted_and_logged(data, drawn, caplog):
     next(again)
     while not again.skipped_episodes:
         next(again)
-    assert "dataset 'two', episode two-train.tfrecord-00001-of-00002#1: it has fewer steps than action.horizon" in (
-        caplog.text
+    assert (
+        "dataset 'two', episode two-train.tfrecord-00001-of-00002#1: fewer steps than action.horizon; it is skipped"
+        in (caplog.text)
     )
     with pytest.raises(DataError, match=r"dataset 'two': 1000 episodes in a row have fewer steps than action.horizon"):
         next(_iterator(data | {"dataset": "two"}, action=ActionSpec(horizon=6)))
@@ -239,7 +240,7 @@ def test_frames_are_those_of_openvla_oft(shared, horizon):
         actions = frames["action"].reshape(-1, horizon, 7)
         np.testing.assert_allclose(actions, one["action"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(frames["state"], one["proprio"][:, 0], rtol=0, atol=1e-6)
-        assert frames["step"].tolist() == one["timestep"][:, 0].tolist()
+        assert frames["step"].tolist() == (one["timestep"][:, 0] + 1).tolist()  # Bridge's first step is dropped
         assert [text.decode() for text in frames["language"]] == one["instruction"].tolist()
         assert [text == b"" for text in frames["image_wrist"]] == one["wrist_is_padding"].tolist()
         assert all(frames["image_primary"])
