@@ -78,7 +78,7 @@ class Contract:
         """Returns the rows that normalise the state, with columns in the order of `observation.state`."""
         columns = _state_columns(dataset, self.statistics[dataset], self.observation.state)
         proprio = self.statistics[dataset]["proprio"]
-        return {name: [proprio[name][i] for i in columns] for name in NORMALIZATIONS[self.action.normalization]}
+        return {name: [proprio[name][i] for i in columns] for name in _state_rows(self.action.normalization)}
 
     def check_is_policy(self) -> None:
         """Raises CheckpointError if there are no action statistics, as in a base VLM."""
@@ -248,19 +248,23 @@ def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observat
         where = f"statistics of {dataset!r}"
         if not isinstance(entry, Mapping):
             raise CheckpointError(f"{where} are {entry!r}, not an object: fix or remove them")
-        width = _check_rows(entry.get("action"), f"{where}: action", action.normalization)
+        width = _check_rows(entry.get("action"), f"{where}: action", NORMALIZATIONS[action.normalization])
         if width > action.dim:
             raise CheckpointError(f"{where}: {width} action dimensions, but action.dim is {action.dim}: raise it")
         if observation.state:
-            _check_rows(entry.get("proprio"), f"{where}: proprio", action.normalization)
+            _check_rows(entry.get("proprio"), f"{where}: proprio", _state_rows(action.normalization))
             _state_columns(dataset, entry, observation.state)
 
 
-def _check_rows(rows: Any, where: str, kind: str) -> int:
-    """Returns the width of the rows of numbers that normalisation `kind` needs."""
-    low, high = NORMALIZATIONS[kind]
-    if not isinstance(rows, Mapping) or not {low, high} <= set(rows):
-        raise CheckpointError(f"{where} has no rows {low} and {high}: fix or remove this dataset")
+def _state_rows(kind: str) -> tuple[str, ...]:
+    """Returns the statistics that a state is normalised with: under bounds a column that never changes becomes 0."""
+    return NORMALIZATIONS[kind] if kind == "normal" else tuple(dict.fromkeys((*NORMALIZATIONS[kind], "min", "max")))
+
+
+def _check_rows(rows: Any, where: str, needed: Sequence[str]) -> int:
+    """Returns the width of the rows of numbers, of which `needed` must be there."""
+    if not isinstance(rows, Mapping) or not set(needed) <= set(rows):
+        raise CheckpointError(f"{where} has no rows {' and '.join(needed)}: fix or remove this dataset")
     names = [name for name in ("mean", "std", "min", "max", "q01", "q99") if name in rows]
     for name in names:
         row = rows[name]

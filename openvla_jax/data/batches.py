@@ -23,7 +23,7 @@ from openvla_jax.data.mixture import Memory, Mixture, nominal_length, open_phase
 from openvla_jax.data.statistics import check_finite
 from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.tokens.prompts import encode_example
-from openvla_jax.types import Batch
+from openvla_jax.types import ActionSpec, Batch
 
 _PREFETCHED_BATCHES = 2
 _BROKEN_IN_A_ROW = 1000  # broken frames that are skipped before a good one must come
@@ -97,11 +97,11 @@ def _without_broken(stream: tf.data.Dataset) -> tf.data.Dataset:
 class _Encoder:
     """Adds tokens to the rows that tf.data delivers, and refuses rows that cannot be trained on."""
 
-    def __init__(self, mixture: Mixture, tokenizer: Any, text_length: int, prompt_family: str):
+    def __init__(self, mixture: Mixture, tokenizer: Any, text_length: int, prompt_family: str, bins: int):
         self.mixture = mixture
         self.names = tuple(source.name for source in mixture.sources)
         self.action_dims = mixture.action_dims
-        self.action_tokenizer = ActionTokenizer(tokenizer.vocab_size)
+        self.action_tokenizer = ActionTokenizer(tokenizer.vocab_size, bins)
         self.truncated_instructions = 0
         self.skipped_images = 0
 
@@ -303,6 +303,7 @@ def make_train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     prompt_family: str = "pure",
+    bins: int = ActionSpec.bins,
 ) -> TrainIterator:
     """The training stream of process process_index of process_count; batch_size is that of this process.
 
@@ -370,7 +371,7 @@ def make_train_iterator(
     }
     return TrainIterator(
         [(phase.until, functools.partial(rows, phase.mixture)) for phase in phases],
-        _Encoder(mixture, tokenizer, data["text_length"], prompt_family),
+        _Encoder(mixture, tokenizer, data["text_length"], prompt_family, bins),
         step=step,
         num_examples=num_examples,
         memory=memory,
@@ -416,6 +417,7 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     prompt_family: str = "pure",
+    bins: int = ActionSpec.bins,
 ) -> list[Batch]:
     """Always the same batches from held-out episodes: split "val", or the last 5 % of "train" where there is none.
 
@@ -436,6 +438,6 @@ def make_eval_batches(
         image_sizes=mixture.image_sizes,
         batch_size=batch_size,
     )
-    encoder = _Encoder(mixture, tokenizer, data["text_length"], prompt_family)
+    encoder = _Encoder(mixture, tokenizer, data["text_length"], prompt_family, bins)
     with clear_errors([mixture.sources[index] for index in mixture.having("val")]):
         return [encoder(batch) for batch in rows.take(num_batches).as_numpy_iterator()]

@@ -102,7 +102,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         if base is None:
             raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
         data["statistics"] = base.statistics
-    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family)
+    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family, bins=action.bins)
     local_batch_size = train.batch_size // jax.process_count()
 
     def open_data(seed: int, step: int = 0):

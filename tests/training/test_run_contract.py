@@ -62,6 +62,6 @@ def test_choose_specs_prefers_the_config_and_refuses_contradictions():
     assert choose_specs(settings(action={"bins": 64}), BASE)[1] == ActionSpec(horizon=4, bins=64)
     with pytest.raises(ValueError, match=r"action.executed is 8: at most action.horizon, 4"):
         choose_specs(settings(action={"executed": 8}), BASE)
-    other = dataclasses.replace(BASE, action=ActionSpec(normalization="bounds"))
+    other = dataclasses.replace(BASE, statistics={}, action=ActionSpec(normalization="bounds"))
     with pytest.raises(CheckpointError, match="actions of C are normalised by 'bounds'"):
         choose_specs(settings(init_from="C"), other)
