@@ -6,20 +6,35 @@ python -m openvla_jax.evaluate rollout --checkpoint WORKDIR --episodes 100 --con
 import argparse
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openvla_jax import cli
 from openvla_jax.evaluation.rollouts import FIRST_SEED
+from openvla_jax.inference.client import ServerError
 from openvla_jax.sim.tabletop import WORLDS
 from openvla_jax.types import ActionSpec
 
 DEFAULT_FRAMES = 256
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.evaluate", description="Evaluate a checkpoint.")
+@cli.command
+def main(arguments: Sequence[str]) -> None:
+    options = parser()
+    args = options.parse_args(arguments)
+    if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
+        options.error("give --checkpoint or --url")
+    try:
+        args.run(args)
+    except ServerError as error:
+        cli.bad_input(error)
+
+
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     rollout = commands.add_parser(
@@ -28,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     _policy_arguments(rollout)
     rollout.add_argument("--episodes", type=int, default=200, help="scenes, all run in parallel")
     rollout.add_argument(
-        "--first-seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
+        "--first_seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
     )
     rollout.add_argument(
         "--controls", action="store_true", help="also with another object named, without image, at random"
@@ -40,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     compare = commands.add_parser("compare", help="success of several checkpoints on the same scenes")
     compare.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     compare.add_argument("--episodes", type=int, default=200, help="scenes, the same for all")
-    compare.add_argument("--first-seed", type=int, default=FIRST_SEED, help="as for rollout")
+    compare.add_argument("--first_seed", type=int, default=FIRST_SEED, help="as for rollout")
     compare.add_argument("--world", choices=WORLDS, default="tabletop", help="in which world")
     compare.add_argument("--out", type=Path, required=True, help="folder for report.md and success.json")
     compare.set_defaults(run=run_compare)
@@ -66,13 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     report.add_argument("--frames", type=int, default=4, help="held-out frames of each dataset to predict; 0: none")
     report.set_defaults(run=run_report)
 
-    args = parser.parse_args(argv)
-    if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
-        parser.error("give --checkpoint or --url")
-    try:
-        args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
+    return parser
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,4 +253,4 @@ def run_quantization(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,11 @@
 """What every test stands on: eight CPU devices, checked signatures, and the shared reference files."""
 
+import atexit
+import functools
+import lzma
 import os
+import shutil
+import tempfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -55,23 +60,83 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (whole_runs not in item.path.parents, -slow[item.path]))
 
 
+def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process take one device: programs for eight take longer to compile."""
+    import jax
+
+    from openvla_jax.training import loop
+
+    one = functools.partial(loop.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", one)
+
+
+NEEDS = "needs reference files:"  # how a skip begins that the summary counts
+GOLDENS = ROOT / "tests" / "goldens"  # the part of them that the repository carries
+
+
 def shared_dir() -> Path:
     """The folder of reference outputs and sample data: $OPENVLA_SHARED, or `shared` beside the repository."""
     return Path(os.environ.get("OPENVLA_SHARED") or ROOT.parent / "shared")
 
 
+@functools.cache
+def goldens_dir() -> Path:
+    """`goldens` of the shared folder if there is one, else this repository's copy, unpacked for this process."""
+    folder = shared_dir() / "goldens"
+    return folder if folder.is_dir() else unpacked_goldens()
+
+
+def unpacked_goldens() -> Path:
+    """A temporary folder with the goldens of tests/goldens: split files joined, the others as links."""
+    folder = Path(tempfile.mkdtemp(prefix="goldens"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in sorted(GOLDENS.rglob("*")):
+        target = folder / path.relative_to(GOLDENS)
+        if path.is_dir():
+            target.mkdir()
+        elif path.name.endswith(".xz.part0"):
+            parts = sorted(path.parent.glob(path.stem + ".part*"), key=lambda part: int(part.suffix[5:]))
+            whole = target.with_name(path.name.removesuffix(".xz.part0"))
+            whole.write_bytes(lzma.decompress(b"".join(part.read_bytes() for part in parts)))
+        elif ".xz.part" not in path.name:
+            target.symlink_to(path)
+    draw_pixels(folder / "openvla_tiny")
+    return folder
+
+
+def draw_pixels(folder: Path) -> None:
+    """pixel_values.npy from the seed that it was drawn from."""
+    import numpy as np
+
+    with np.load(folder / "expected.npz", allow_pickle=False) as arrays:
+        random = np.random.default_rng(int(arrays["pixel_seed"]))
+    np.save(folder / "pixel_values.npy", random.standard_normal((3, 6, 224, 224), dtype=np.float32))
+
+
 def golden(name: str) -> Path:
-    """The path `goldens/<name>` of the shared folder; skips the running test, by name, where it is absent."""
-    path = shared_dir() / "goldens" / name
+    """The path `name` in `goldens_dir()`; skips the running test, by name, if it is absent."""
+    path = goldens_dir() / name
     if not path.exists():
-        pytest.skip(f"needs {path}")
+        pytest.skip(f"{NEEDS} {shared_dir() / 'goldens' / name}")
     return path
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """`shared_dir()`; skips where it is absent."""
+    """`shared_dir()`; skips if it is absent."""
     path = shared_dir()
     if not path.is_dir():
-        pytest.skip(f"needs {path}")
+        pytest.skip(f"{NEEDS} {path}")
     return path
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line that cannot be overlooked if tests were skipped for want of reference files."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(NEEDS in str(report.longrepr) for report in skipped)
+    if count:
+        message = (
+            f"{count} PARITY TESTS WERE SKIPPED: {shared_dir()} is not there or incomplete; set OPENVLA_SHARED to the "
+            "folder of reference files (tests/goldens/README.md)"
+        )
+        terminalreporter.write_line(message, red=True, bold=True)

@@ -4,30 +4,53 @@ import pytest
 
 from configs import openvla_7b, openvla_7b_384px, openvla_13b, registered
 from configs.common import SLICES
-from openvla_jax.config import PRESETS, model_config
+from openvla_jax.config import model_config
 from openvla_jax.data.oxe.mixtures import resolve_mixture
 from openvla_jax.models.stack import remat_policy
+from openvla_jax.models.tuning import matches
 from openvla_jax.parallel.tpu import parse_slice
 
+# Copied from the reference's prismatic/conf/vla.py: run, VLM, flags, mixture, GPUs, global batch. The flags say what is
+# frozen: vision, LLM; and whether the LLM's last layer is trained all the same.
+REFERENCE = """
+siglip-224px+mx-bridge                             siglip-224px+7b            FFF bridge                     8  256
+siglip-224px-icy+mx-bridge                         siglip-224px+7b            TFF bridge                     8  256
+prism-dinosiglip-224px+mx-bridge                   prism-dinosiglip-224px+7b  FFF bridge                     8  256
+siglip-224px+mx-oxe-magic-soup                     siglip-224px+7b            FFF oxe_magic_soup            64 2048
+prism-dinosiglip-224px+mx-oxe-magic-soup-plus      prism-dinosiglip-224px+7b  FFF oxe_magic_soup_plus_minus 64 2048
+siglip-224px+mx-tdroid_carrot_in_bowl              siglip-224px+7b            FFF tdroid_carrot_in_bowl      8  256
+siglip-224px+mx-tdroid_pour_corn_in_pot            siglip-224px+7b            FFF tdroid_pour_corn_in_pot    8  256
+siglip-224px-icy+mx-tdroid_carrot_in_bowl          siglip-224px+7b            TFF tdroid_carrot_in_bowl      8  256
+siglip-224px-last_layer+mx-tdroid_carrot_in_bowl   siglip-224px+7b            TTT tdroid_carrot_in_bowl      8  256
+siglip-224px-sandwich+mx-tdroid_carrot_in_bowl     siglip-224px+7b            FTT tdroid_carrot_in_bowl      8  256
+siglip-224px+mx-droid_wipe                         siglip-224px+7b            FFF droid_wipe                 8  256
+"""
+ROWS = [line.split() for line in REFERENCE.strip().splitlines()]
+# What the reference's stages train, by one parameter of each part; embedding and head go with the last layer.
+LAST = {"llama/embed/embedding", "llama/last/attention/q/kernel", "llama/head/kernel"}
+BODY = {"llama/blocks/mlp/up/kernel"}
+VISION, PROJECTOR = {"vision/siglip/patch/kernel"}, {"projector/fc1/kernel"}
+ALL = LAST | BODY | VISION | PROJECTOR
+TRAINED = {"FFF": ALL, "TFF": ALL - VISION, "FTT": ALL - BODY, "TTT": LAST}
 
-def test_every_registered_run_is_there():
-    assert set(registered.RUNS) == {name for name in PRESETS if "+mx-" in name}
+
+def test_runs_are_those_of_the_reference():
+    assert set(registered.RUNS) == {row[0] for row in ROWS}
 
 
-@pytest.mark.parametrize("name", registered.RUNS)
-def test_a_registered_run_has_its_model_data_and_batch(name):
-    trainable = registered.RUNS[name][2]
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_run_has_the_settings_of_the_reference(row):
+    name, vlm, flags, mixture, _, batch_size = row
     config = registered.get_config(name)
     model = model_config(config.model.to_dict())
-    assert [tower.name for tower in model.towers] == (["dino", "siglip"] if "dinosiglip" in name else ["siglip"])
-    assert model.resize == ("resize-naive" if "dinosiglip" in name else "letterbox")
-    assert config.train.batch_size == (2048 if "oxe" in name else 256)
-    assert config.optimizer.learning_rate == 2e-5 and config.optimizer.schedule == "constant"
-    assert not config.augment.enabled
-    assert resolve_mixture(config.data.dataset)
-    assert config.trainable == trainable
-    frozen = [part for part in ("icy", "last_layer", "sandwich") if part in name]
-    assert (trainable == "*") == (not frozen)
+    assert [tower.name for tower in model.towers] == (["dino", "siglip"] if "dino" in vlm else ["siglip"])
+    assert model.resize == ("resize-naive" if "dino" in vlm else "letterbox")
+    assert (config.data.dataset, config.train.batch_size) == (mixture, int(batch_size))
+    assert resolve_mixture(mixture)
+    assert {path for path in ALL if matches(path, config.trainable.split(","))} == TRAINED[flags]
+    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (2e-5, "constant")
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm, config.optimizer.warmup_steps) == (0.0, 1.0, 0)
+    assert config.data.shuffle_buffer == 256_000 and not config.augment.enabled
 
 
 def test_unknown_runs_and_slices_are_refused():

@@ -48,11 +48,11 @@ def import_weights(
     source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts)
     if not isinstance(source.weights, TorchWeights):
         raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
-    contract = source.contract()
-    if center_crop:
-        cropped = dataclasses.replace(contract.preprocessing, crop_area=REFERENCE_CROP_AREA)
-        contract = dataclasses.replace(contract, preprocessing=cropped)
     weights = source.weights
+    if center_crop:
+        cropped = dataclasses.replace(source.preprocessing, crop_area=REFERENCE_CROP_AREA)
+        source = dataclasses.replace(source, preprocessing=cropped)
+    contract = source.contract()
     with finished_or_gone(dst, source.nbytes) as folder:
         writer = OrbaxWriter(folder)
         for leaf, (dtype, shape) in weights.leaves.items():

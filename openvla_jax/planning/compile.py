@@ -17,6 +17,8 @@ from openvla_jax.planning.hlo import Cost, Instruction, Program
 _OUT_OF_MEMORY = re.compile(r"(?:Used |\()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")
 
 
+_SCHEDULE = re.compile(r"\d+-(?P<name>.+)-\d+-pre-delay_hlo-static-per-bundle-utilization\.txt")
+_BUNDLE = re.compile(r"\d+( \d+)*")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -47,7 +49,7 @@ def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mappin
     if not texts:
         raise PlanError(f"the compiler left no text in {dump}: set planning_environment() before jax is imported")
     program = Program(max(texts, key=lambda path: path.stat().st_mtime_ns).read_text())
-    cost = program.cost(tpu.facts.clock, link_time(tpu), kernel_time(tpu, dump))
+    cost = program.cost(tpu.facts.clock, link_time(tpu), kernel_time(tpu, program, dump))
     for path in texts:
         path.unlink()
     memory = compiled.memory_analysis()
@@ -96,21 +98,51 @@ def link_time(tpu: Slice):
     return lambda kind, size, group: size / rate
 
 
-def kernel_time(tpu: Slice, dump: Path):
-    """Seconds of a kernel: cycles that the compiler scheduled for a program, times programs over a chip's cores; or
+def kernel_time(tpu: Slice, program: Program, dump: Path):
+    """Seconds of a kernel: cycles that the compiler scheduled for its code, times programs over a chip's cores; or
     those that HBM takes for its operands and results, if that is more.
     """
+    kernels = program.kernels()
+    cycles = scheduled_cycles(kernels, schedules(dump))
 
     def seconds(kernel: Instruction) -> float:
-        scheduled = sorted(schedules(dump).glob(f"*-{kernel.name}-*pre-delay*"))
-        if not scheduled or kernel.programs is None:
+        code = kernels[kernel.name]
+        if code not in cycles or kernel.programs is None:
             raise PlanError(f"the compiler left no schedule of kernel {kernel.name}; --config.train.kernels=False")
-        cycles = sum(line[:1].isdigit() for line in scheduled[-1].read_text().splitlines())
         cores = 2 if tpu.facts.megacore else 1
-        computing = cycles * math.ceil(kernel.programs / cores) / tpu.facts.clock
+        computing = cycles[code] * math.ceil(kernel.programs / cores) / tpu.facts.clock
         return max(computing, kernel.kernel_bytes / tpu.facts.hbm_bytes_per_second)
 
     return seconds
+
+
+def scheduled_cycles(kernels: Mapping[str, tuple[str, ...]], folder: Path) -> dict[tuple[str, ...], int]:
+    """Returns the cycles of each code of `kernels`, a value of `Program.kernels`.
+
+    Not by name: kernels of the same code share one schedule, and its file is named after one of them. With `full`
+    rematerialisation a forward kernel and its second run can be such a pair.
+    """
+    by_name: dict[str, int] = {}
+    for path in sorted(folder.glob("*-pre-delay_*")):  # by time: the last schedule of an instruction counts
+        found = _SCHEDULE.fullmatch(path.name)
+        if found is None:
+            raise PlanError(f"schedule {path.name!r}: the compiler's format is not the one known here")
+        if found["name"] in kernels:
+            by_name[found["name"]] = count_bundles(path)
+    cycles: dict[tuple[str, ...], int] = {}
+    for name, count in by_name.items():
+        if cycles.setdefault(kernels[name], count) != count:
+            raise PlanError(f"kernel {name}: scheduled in {count} cycles, but its code in {cycles[kernels[name]]}")
+    return cycles
+
+
+def count_bundles(path: Path) -> int:
+    """Returns the number of rows of a schedule's table: one for each bundle of instructions, which takes a cycle."""
+    _, found, table = path.read_text().partition("== UTILIZATION:\n")
+    rows = table.splitlines()
+    if not found or not rows or not all(_BUNDLE.fullmatch(row) for row in rows):
+        raise PlanError(f"schedule {path.name!r}: the compiler's format is not the one known here")
+    return len(rows)
 
 
 def _bytes_wanted(error: Exception) -> int:

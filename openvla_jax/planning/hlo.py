@@ -5,10 +5,11 @@ loop's body stands there once; its instructions count as often as the loop runs.
 overlap with what is scheduled between; they share the chip's links, one after another.
 """
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +44,17 @@ class Instruction(NamedTuple):
         """How often a kernel runs, from its metadata."""
         found = re.search(r'"programs":\s*"(\d+)"', self.text)
         return int(found.group(1)) if found else None
+
+    @property
+    def kernel_code(self) -> str:
+        """What a kernel runs: its call's configuration with the body that Pallas made, without source locations."""
+        _, found, config = self.text.partition("backend_config=")
+        call = json.JSONDecoder().raw_decode(config)[0].get("custom_call_config", {}) if found else {}
+        if not call.get("body"):
+            raise ValueError(
+                f"kernel {self.name}: no body in the compiler's text; its format is not the one known here"
+            )
+        return json.dumps({key: value for key, value in call.items() if key != "debug_locations"}, sort_keys=True)
 
     @property
     def kernel_bytes(self) -> float:
@@ -102,6 +114,21 @@ class Program:
                 current[-1] = current[-1]._replace(text=current[-1].text + line)
         if not self.entry:
             raise ValueError("no entry computation in the compiler's text: its format is not the one known here")
+
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """Returns what identifies the machine code of each kernel, by the kernel's name.
+
+        That is what it runs, and the types of its result and operands: their layouts and memory spaces change the code.
+        The compiler makes code once for kernels that agree in all of it. ValueError for text of an unknown form.
+        """
+        kernels: dict[str, tuple[str, ...]] = {}
+        for instructions in self.computations.values():
+            types = {instruction.name: instruction.type for instruction in instructions}
+            for kernel in filter(lambda instruction: instruction.is_kernel, instructions):
+                operands = re.findall(r"%([\w.\-]+(?:#\d+)*)", kernel.text.split("), ", 1)[0])
+                operand_types = [_operand_type(types, operand) for operand in operands]
+                kernels[kernel.name] = (kernel.kernel_code, kernel.type, *operand_types)
+        return kernels
 
     def cost(self, clock: float, seconds: LinkTime, kernel_seconds: KernelTime | None = None) -> Cost:
         """The estimate: `seconds(kind, bytes, group)` is the time that a collective takes on the links, and
@@ -245,3 +272,29 @@ def group_size(text: str) -> int:
 
 def _size(dtype: str, dimensions: str) -> float:
     return _BYTES.get(dtype, 0) * math.prod(int(d) for d in dimensions.split(",") if d)
+
+
+def _operand_type(types: Mapping[str, str], operand: str) -> str:
+    """Returns the type of `name`, or of element 2 of the tuple for `name#2`; ValueError if `types` has none."""
+    name, *indices = operand.split("#")
+    found = types.get(name, "")
+    for index in map(int, indices):
+        elements = _elements(found)
+        found = elements[index] if index < len(elements) else ""
+    if not found:
+        raise ValueError(f"operand {operand}: its type is not in the compiler's text, whose format is unknown")
+    return found
+
+
+def _elements(tuple_type: str) -> list[str]:
+    """Returns the types of a tuple's elements; none of any other type."""
+    if not tuple_type.startswith("("):
+        return []
+    parts, depth = [""], 0
+    for character in re.sub(r"/\*index=\d+\*/", "", tuple_type)[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]

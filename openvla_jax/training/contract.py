@@ -3,12 +3,10 @@
 import dataclasses
 from typing import Any
 
-from openvla_jax.checkpoint.contract import CheckpointError, Contract, action_spec
+from openvla_jax.checkpoint.contract import Contract, action_spec
 from openvla_jax.config import VLAConfig
 from openvla_jax.settings import Settings
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
-
-NORMALIZATION = "bounds_q99"  # what the data pipeline does
 
 
 def build_contract(
@@ -61,15 +59,10 @@ def build_contract(
 def choose_specs(config: Settings, base: Contract | None) -> tuple[ObservationSpec, ActionSpec]:
     """Returns what a run's policy is to be shown and to answer: the config's settings, else the checkpoint's.
 
-    The dimension and the conventions of actions follow from the data (see `build_contract`). Raises CheckpointError if
-    the checkpoint normalises actions as the data pipeline does not, ValueError for settings that contradict each other.
+    The dimension and the conventions of actions follow from the data (see `build_contract`). Raises ValueError
+    for settings that contradict each other.
     """
     observation, action = (base.observation, base.action) if base else (ObservationSpec(), ActionSpec())
-    if action.normalization != NORMALIZATION:
-        raise CheckpointError(
-            f"actions of {config.init_from} are normalised by {action.normalization!r}, the data pipeline uses "
-            f"{NORMALIZATION!r}: start from another checkpoint"
-        )
     return replaced(observation, config.observation), replaced(action, config.action)
 
 

@@ -90,7 +90,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
     base = load_contract(config.init_from) if config.init_from else None
     model, tokenizer = resolve_model(config, base)
-    _, action = choose_specs(config, base)
+    observation, action = choose_specs(config, base)
     crop_area = config.augment.policy_crop_area
 
     # -- Data -------------------------------------------------------------------------------------------------------
@@ -102,7 +102,9 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         if base is None:
             raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
         data["statistics"] = base.statistics
-    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family, bins=action.bins)
+    common: Any = dict(
+        image_size=model.image_size, prompt_family=model.prompt_family, observation=observation, action=action
+    )
     local_batch_size = train.batch_size // jax.process_count()
 
     def open_data(seed: int, step: int = 0):

@@ -16,12 +16,12 @@ BOUND = 2e-4
 
 
 @pytest.fixture(scope="module", params=["openvla_tiny", "openvla_tiny_native"])
-def imported(request, tmp_path_factory, shared):
+def imported(request, tmp_path_factory):
     """(graphdef, state, contract) of an imported golden, its parameters spread over a mesh of eight devices by
     Orbax.
     """
     dst = tmp_path_factory.mktemp("imported") / request.param
-    import_weights(golden(request.param), dst, tokenizer=shared / "data" / "llama2_tokenizer")
+    import_weights(golden(request.param), dst)
     contract = load_contract(dst)
     graph, abstract = nnx.split(abstract_model(contract.model))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -97,4 +97,9 @@ def test_the_contract_carries_statistics_and_what_was_assumed(imported):
         ("siglip", 4, 0.5),
     ]
     assert contract.model.llama.norm_eps == 1e-6
+
+
+def test_import_carries_the_tokenizer_that_it_is_given(tmp_path, shared):
+    import_weights(golden("openvla_tiny"), tmp_path / "start", tokenizer=shared / "data" / "llama2_tokenizer")
+    contract = load_contract(tmp_path / "start")
     assert contract.tokenizer.pad_token_id == contract.model.pad_token == 32000

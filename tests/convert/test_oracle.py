@@ -54,12 +54,12 @@ def test_exports_compute_the_same_logits_in_pytorch(variant, dtype, tmp_path):
     assert np.abs(ours - theirs).max() <= 2e-4
 
 
-def test_an_exported_golden_computes_the_reference_s_logits_in_pytorch(tmp_path, shared):
+def test_an_exported_golden_computes_the_reference_s_logits_in_pytorch(tmp_path):
     src = golden("openvla_tiny")
     pixels = np.load(src / "pixel_values.npy")
     with np.load(src / "expected.npz") as expected:
         ids, mask, logits = expected["input_ids"], expected["attention_mask"].astype(bool), expected["logits_text"]
-    import_weights(src, tmp_path / "orbax", tokenizer=shared / "data" / "llama2_tokenizer")
+    import_weights(src, tmp_path / "orbax")
     export_weights(tmp_path / "orbax", tmp_path / "exported")
     theirs = OracleVLA(tmp_path / "exported", vision_heads=4)(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
     assert np.abs(theirs[:, 256:, ::29] - logits)[mask].max() <= 2e-4

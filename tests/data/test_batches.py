@@ -338,7 +338,7 @@ def test_long_instructions_are_cut_counted_and_logged_once(fakes, caplog):
 
 def test_the_buffer_shrinks_to_the_memory_and_to_the_data(fakes, caplog):
     def identity(iterator):
-        return iterator._identity["shuffle_buffer"]
+        return iterator.identity["shuffle_buffer"]
 
     whole = _iterator(_data("fake", fakes, shuffle_buffer=10**6))
     assert identity(whole) == 35  # one epoch

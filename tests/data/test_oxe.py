@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import golden, shared_dir
+from conftest import golden, goldens_dir
 from hypothesis.extra.numpy import arrays
 from oxe_schemas import SCHEMAS, raw_trajectory
 
@@ -26,7 +26,7 @@ from openvla_jax.data.oxe.transforms import (
 
 
 def _manifest():
-    path = shared_dir() / "goldens" / "oxe" / "manifest.json"
+    path = goldens_dir() / "oxe" / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 

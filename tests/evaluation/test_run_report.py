@@ -14,6 +14,7 @@ from openvla_jax.config import model_config
 from openvla_jax.evaluation import offline, run_report
 from openvla_jax.inference.policy import Policy
 from openvla_jax.models.openvla import count_parameters
+from openvla_jax.tokens.actions import ActionTokenizer
 
 ACTION = {
     "q01": [-1.0, -2.0, 0.0],
@@ -80,6 +81,8 @@ def test_a_run_with_a_checkpoint(workdir, monkeypatch):
     asked = []
 
     class Fixed:
+        action_tokenizer = ActionTokenizer()
+
         def predict_actions(self, images, instructions, unnorm_keys):
             asked.extend(unnorm_keys)
             return np.tile([0.5, 1.0, 0.996], (len(images), 1))

@@ -41,6 +41,7 @@ def prepared(policy, image, instruction, key, *sampling):
 whole_pass = jax.jit(lambda model, images, ids: model(model.normalize(images), ids))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("constrained", [True, False])
 def test_cached_decoding_equals_whole_forward_passes(policy, constrained):
     model, tokenizer = policy.model, policy.contract.tokenizer
@@ -65,6 +66,7 @@ def test_cached_decoding_equals_whole_forward_passes(policy, constrained):
             ids[0, at] = token
 
 
+@pytest.mark.gpu
 def test_a_batch_equals_its_rows_one_by_one(policy):
     pixels = images(4, seed=1)
     instructions = [INSTRUCTIONS[i % 3] for i in range(4)]
@@ -94,6 +96,7 @@ def test_actions_are_in_the_units_of_the_dataset(policy):
     np.testing.assert_allclose(unnormalize_actions(normalised, ROW), expected, atol=1e-12)
 
 
+@pytest.mark.gpu
 def test_the_image_and_the_instruction_change_the_logits(policy):
     model, tokenizer = policy.model, policy.contract.tokenizer
     black, white = np.zeros((1, 56, 56, 3), np.uint8), np.full((1, 56, 56, 3), 255, np.uint8)

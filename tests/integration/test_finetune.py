@@ -1,7 +1,6 @@
 """Fine-tuning, whole: small checkpoints that need their base, resumed, acting, merged; and its bad input."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, on_one_device
 from orbax.checkpoint import v1 as ocp
 
 from configs import debug
@@ -29,14 +28,9 @@ from openvla_jax.training.step import make_tuning
 RANK = 4
 
 
-def run_on_one_device(monkeypatch):
-    """Programs for eight devices take longer to compile."""
-    monkeypatch.setattr(loop, "make_mesh", functools.partial(loop.make_mesh, devices=jax.devices()[:1]))
-
-
 @pytest.fixture
 def one_device(monkeypatch):
-    run_on_one_device(monkeypatch)
+    on_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def base(tmp_path_factory, data_dir):
     config = debug.get_config()
     config.update_from_flattened_dict({"data.data_dir": str(data_dir), "train.steps": 2, "train.eval_every": 0})
     with pytest.MonkeyPatch.context() as patch:
-        run_on_one_device(patch)
+        on_one_device(patch)
         loop.run(config, workdir)
     contract = open_checkpoint(workdir) / "contract"
     statistics = json.loads((contract / "dataset_statistics.json").read_text())
@@ -79,7 +73,7 @@ def tuned(tmp_path_factory, base, data_dir):
     """A LoRA run in two parts: three steps, then on to six."""
     workdir = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
-        run_on_one_device(patch)
+        on_one_device(patch)
         loop.run(settings(base, data_dir, train__steps=3), workdir)
         loop.run(settings(base, data_dir), workdir)
     return workdir

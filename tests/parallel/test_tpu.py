@@ -44,8 +44,7 @@ def test_slices_and_tori():
         parse_slice("v5e:16x16*0")
 
 
-def test_every_generation_has_options_and_nothing_else_has():
-    assert all("xla_tpu_scoped_vmem_limit_kib" in compiler_options(generation) for generation in GENERATIONS)
+def test_compiler_options_are_none_on_other_devices():
     assert compiler_options("") == {}
 
 

@@ -186,3 +186,47 @@ def test_kernels_take_what_they_are_said_to():
     assert (cost.compute_seconds, cost.kernel_seconds) == (13.0, 12.0)
     with pytest.raises(ValueError, match=r"kernel\.3: nothing tells how long"):
         program.cost(clock=1000.0, seconds=lambda *_: 0.0)
+
+
+CALL = (
+    'custom-call(%p), custom_call_target="tpu_custom_call", metadata={op_name="OP"}, '
+    'backend_config={"custom_call_config":{"body":"TUzv","debug_locations":"OP","colors":[{"index":0}]},"retry_config":{"retry_count":"0"}}'
+)
+KERNELS = f"""
+%body (p: bf16[8]) -> bf16[8] {{
+  %p = bf16[8]{{0}} parameter(0)
+  ROOT %again = bf16[8]{{0}} {CALL.replace("OP", "rematted")}
+}}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {{
+  %p = bf16[8]{{0}} parameter(0)
+  %first = bf16[8]{{0}} {CALL}
+  %near = bf16[8]{{0:S(1)}} {CALL}
+  %q = bf16[8]{{0:S(1)}} copy(%p)
+  %from_near = bf16[8]{{0}} {CALL.replace("%p", "%q")}
+  %pair = (s32[]{{:T(128)}}, /*index=1*/bf16[8]{{0}}, bf16[8]{{0:T(8,128)(2,1)S(1)}}) copy(%p)
+  %element = bf16[8]{{0}} {CALL.replace("%p", "%pair#1")}
+  %other = bf16[8]{{0}} {CALL.replace("TUzv", "TUzw")}
+}}
+"""
+
+
+def test_kernels_share_code_if_body_types_and_memory_spaces_agree():
+    kernels = Program(KERNELS).kernels()
+    assert kernels["first"] == kernels["again"] == kernels["element"]
+    assert len(set(kernels.values())) == len(kernels) - 2 == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"body":"TUzv",', "", "no body"),
+        ("backend_config=", "config=", "no body"),
+        ("custom-call(%p)", "custom-call(%gone)", "operand gone: its type"),
+        ("%pair#1", "%pair#3", "operand pair#3: its type"),
+        ("%pair#1", "%p#0", "operand p#0: its type"),
+    ],
+)
+def test_kernels_of_an_unknown_form_are_refused(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        Program(KERNELS.replace(old, new)).kernels()

@@ -14,8 +14,9 @@ from flax import nnx
 
 from openvla_jax.config import preset, tiny
 from openvla_jax.models.openvla import OpenVLA
-from openvla_jax.models.stack import remat_policy
+from openvla_jax.models.stack import REMAT_POLICIES, remat_policy
 from openvla_jax.planning import train as planner
+from openvla_jax.planning.compile import scheduled_cycles
 from openvla_jax.planning.train import model_flops
 from openvla_jax.settings import Settings
 
@@ -82,10 +83,23 @@ def test_a_search_proposes_the_fastest_that_fits(monkeypatch, tmp_path, capsys, 
             "examples_per_second": 1.0, "days": 1.0, "compile_seconds": 1.0,
         }  # fmt: skip
 
-    monkeypatch.setattr(planner, "plan", estimate)
+    monkeypatch.setattr(planner, "plan_step", estimate)
+    evaluation = {"eval_fits": True, "eval_hbm_peak_bytes": 1, "eval_temp_bytes": 1, "eval_compile_seconds": 1.0}
+    monkeypatch.setattr(planner, "plan_evaluation", lambda *_: evaluation)
     found = planner.search(Settings(), "v5e:2x2", tmp_path)
     assert ((found[0]["remat"], found[0]["accumulation"]), len(found)) == (fastest, planned)
     assert len(capsys.readouterr().out.splitlines()) == planned
+
+
+def test_a_plan_whose_evaluation_does_not_fit_does_not_fit():
+    over = {"eval_fits": False, "eval_hbm_peak_bytes": 40 * 2**30, "eval_temp_bytes": None, "eval_compile_seconds": 1.0}
+    step = {"topology": "v5e:2x2", "fits": True, "hbm_peak_bytes": 1, "hbm_capacity_bytes": 16 * 2**30}
+    entry = planner.with_evaluation(step, over)
+    assert entry["fits"] is False
+    said = planner._misfit(entry, Settings(), tried=False)
+    assert "the evaluation does not fit, by 24.0 GiB a chip" in said and "--config.train.eval_every=0" in said
+    never = Settings.from_dict({"train": {"eval_every": 0}})
+    assert planner.with_evaluation(step, planner.plan_evaluation(never, "v5e:2x2", ROOT))["fits"]
 
 
 def test_what_a_search_tries_exists():
@@ -109,6 +123,9 @@ def test_a_tiny_run_is_planned_by_the_tpu_compiler(tmp_path):
     assert (entry["topology"], entry["chips"], entry["hosts"], entry["fits"]) == ("v5e:4x4", 16, 4, True)
     assert 0 < entry["hbm_peak_bytes"] < 2**30 < entry["hbm_capacity_bytes"]
     assert entry["args_bytes"] > 0 and 0 < entry["temp_bytes"] < entry["hbm_peak_bytes"]
+    # The moments of Adam stay on the chip while the evaluation runs.
+    assert entry["eval_fits"] and entry["eval_temp_bytes"] < entry["temp_bytes"]
+    assert entry["args_bytes"] / 2 < entry["eval_hbm_peak_bytes"] < 2**30
     assert 0 < entry["mfu"] < 1 and entry["step_seconds"] >= entry["compute_seconds"] > 0
     assert entry["collectives"]["all-gather"]["bytes"] > 0
     assert "v5e:4x4" in result.stdout and "Estimates, not measurements" in result.stdout
@@ -214,6 +231,92 @@ def test_kernels_cost_what_the_compiler_says_of_them_alone(tmp_path, topology):
     kernels, ours, theirs = map(float, result.stdout.split()[-3:])
     assert kernels == 2, "forward for its sums, and backward"
     assert ours == pytest.approx(theirs, rel=0.05)
+
+
+REMATERIALISED = """
+import json, os, sys
+from pathlib import Path
+
+from openvla_jax.parallel.tpu import parse_slice
+from openvla_jax.planning.environment import planning_environment
+
+dump = Path(sys.argv[1])
+os.environ.update(planning_environment(os.environ, dump))
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from openvla_jax.config import LlamaConfig
+from openvla_jax.models.llama import Llama
+from openvla_jax.parallel.execution import Execution
+from openvla_jax.planning.compile import compile_for, topology_devices
+from openvla_jax.parallel.sharding import make_mesh
+
+tpu = parse_slice("v5e:1x1")
+mesh = make_mesh({"fsdp": 1}, topology_devices(tpu))
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+on_chip = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=place)
+config = LlamaConfig(width=128, depth=2, heads=1, kv_heads=1, mlp_dim=128, vocab_size=64)
+graph, params = nnx.split(jax.eval_shape(lambda key: Llama(key, config), jax.random.key(0)), nnx.Param)
+params, x = jax.tree.map(on_chip, (params, jnp.zeros((4, 16, 128))))
+
+
+def kernel_seconds(remat):
+    def loss(params, x):
+        return nnx.merge(graph, params)(x, Execution(mesh, True, remat)).astype(jnp.float32).sum()
+
+    # Everything in HBM, as what a 7B keeps: the two runs of a layer's forward kernel are then the same code.
+    compiled = compile_for(jax.jit(jax.grad(loss)).lower(params, x), "loss", tpu, dump, {"xla_msa_enable": "false"})
+    return compiled.cost.kernel_seconds
+
+
+print(json.dumps({remat: kernel_seconds(remat) for remat in sys.argv[2:]}))
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_plans_count_a_recomputed_kernel_under_every_remat_policy(tmp_path):
+    pytest.importorskip("libtpu")
+    policies = [*REMAT_POLICIES, *(name for name in planner.SEARCHED if name not in REMAT_POLICIES)]
+    command = [sys.executable, "-c", REMATERIALISED, str(tmp_path), *policies]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    seconds = json.loads(result.stdout.splitlines()[-1])
+    once = seconds["none"]
+    twice = seconds["full"]
+    assert 1.2 * once < twice < 2 * once, "the forward kernel runs again, the backward kernel does not"
+    recomputing = {"full", "save_qkv"}  # the others keep the result of attention
+    assert seconds == pytest.approx({name: twice if name in recomputing else once for name in policies})
+
+
+CODE, OTHER = ("body", "bf16[8]{0}"), ("body", "bf16[8]{0:S(1)}")
+SCHEDULE = "== CAPACTIY:\nMXU, XLU\n    4     3\n== UTILIZATION:\n0 1\n4 0\n1 1\n"
+FILE = "17-{}-00-pre-delay_hlo-static-per-bundle-utilization.txt"
+
+
+def test_schedules_are_found_by_code(tmp_path):
+    (tmp_path / FILE.format("kernel.1")).write_text(SCHEDULE)
+    (tmp_path / FILE.format("kernel.10")).write_text(SCHEDULE + "0 0\n")
+    (tmp_path / FILE.format("fusion.1")).write_text("of no kernel: never read")
+    kernels = {"kernel.1": CODE, "kernel.2": CODE, "kernel.10": OTHER}
+    assert scheduled_cycles(kernels, tmp_path) == {CODE: 3, OTHER: 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (FILE.format("kernel.2"), SCHEDULE + "0 0\n", "kernel kernel.2: scheduled in 4 cycles"),
+        (FILE.format("kernel.2"), SCHEDULE + "== MORE:\n0 0\n", "format"),
+        (FILE.format("kernel.2"), "== UTILIZATION:\n", "format"),
+        ("kernel.2-pre-delay_bundles.txt", SCHEDULE, "format"),
+    ],
+)
+def test_schedules_of_an_unknown_form_are_refused(tmp_path, name, text, message):
+    (tmp_path / FILE.format("kernel.1")).write_text(SCHEDULE)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(planner.PlanError, match=message):
+        scheduled_cycles({"kernel.1": CODE, "kernel.2": CODE}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ ADAMW = OptimizerSettings(learning_rate=2e-4)
 
 
 @pytest.mark.slow
-def test_twenty_steps_give_the_losses_of_pytorch(tmp_path, shared):
-    import_weights(golden("openvla_tiny"), tmp_path / "start", tokenizer=shared / "data" / "llama2_tokenizer")
+def test_twenty_steps_give_the_losses_of_pytorch(tmp_path):
+    import_weights(golden("openvla_tiny"), tmp_path / "start")
     with np.load(golden("openvla_tiny") / "train_expected.npz", allow_pickle=False) as arrays:
         expected = dict(arrays)
     shape = (2, 4, 6, 224, 224)
