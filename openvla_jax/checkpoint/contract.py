@@ -40,8 +40,8 @@ class Contract:
     """Everything that a user of the weights must know and must not retype.
 
     model: the architecture. tokenizer: a transformers fast tokenizer; None if an import found no tokenizer files.
-    statistics: {dataset: {"action": {...}, "proprio": {...}, "num_transitions", ...}}, rows of numbers; "state" names
-    the columns of "proprio". default_key: the dataset whose statistics are used if a request names none. training: the
+    statistics: {dataset: {"action": {...}, "proprio": {...}, "num_transitions", ...}}, rows of numbers; "names" in
+    "proprio" are those of its columns. default_key: the dataset whose statistics are used if a request names none. training: the
     run's config, or the source of an import. adapter: {base, fingerprint, tuning} if params hold only what was trained.
 
     Raises CheckpointError for statistics that do not fit the specs.
@@ -76,8 +76,8 @@ class Contract:
 
     def state_statistics(self, dataset: str) -> dict[str, list[float]]:
         """Returns the rows that normalise the state, with columns in the order of `observation.state`."""
-        columns = _state_columns(dataset, self.statistics[dataset], self.observation.state)
         proprio = self.statistics[dataset]["proprio"]
+        columns = _state_columns(dataset, proprio, self.observation.state)
         return {name: [proprio[name][i] for i in columns] for name in _state_rows(self.action.normalization)}
 
     def check_is_policy(self) -> None:
@@ -253,7 +253,7 @@ def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observat
             raise CheckpointError(f"{where}: {width} action dimensions, but action.dim is {action.dim}: raise it")
         if observation.state:
             _check_rows(entry.get("proprio"), f"{where}: proprio", _state_rows(action.normalization))
-            _state_columns(dataset, entry, observation.state)
+            _state_columns(dataset, entry["proprio"], observation.state)
 
 
 def _state_rows(kind: str) -> tuple[str, ...]:
@@ -286,10 +286,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def _state_columns(dataset: str, entry: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
-    """Returns the columns of a dataset's "proprio" that the state consists of."""
-    width = len(next(iter(entry["proprio"].values())))
-    names = list(entry.get("state", wanted))
+def _state_columns(dataset: str, proprio: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
+    """Returns the columns of a dataset's statistics of the state that the policy's state consists of."""
+    width = len(next(row for name, row in proprio.items() if name != "names"))
+    names = list(proprio.get("names", wanted))
     if len(names) != width:
         raise CheckpointError(
             f"statistics of {dataset!r}: proprio has {width} columns, the state is {', '.join(names)}: name each column"

@@ -19,8 +19,8 @@ from openvla_jax.tokens.tokenizer import load_tokenizer
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
 ROW = {"q01": [-1.0, -2.0, 0.0], "q99": [1.0, 2.0, 1.0], "mask": [True, True, False]}
-STATE = {"q01": [0.0, 10.0], "q99": [1.0, 20.0], "min": [-1.0, 9.0], "max": [2.0, 21.0]}
-STATISTICS = {"arm": {"action": ROW, "proprio": STATE, "state": ["x", "gripper"], "num_transitions": 5}}
+STATE = {"q01": [0.0, 10.0], "q99": [1.0, 20.0], "min": [-1.0, 9.0], "max": [2.0, 21.0], "names": ["x", "gripper"]}
+STATISTICS = {"arm": {"action": ROW, "proprio": STATE, "num_transitions": 5}}
 # As version 0.1 of the package wrote it.
 FORMAT_1 = {
     "format": 1,
@@ -120,7 +120,7 @@ def test_load_names_what_a_contract_of_format_1_lacks(tmp_path):
         ({"proprio": STATE | {"q01": [0.0]}}, ("x",), "proprio has rows of different length"),
         ({"proprio": {}}, ("x",), "proprio has no rows"),
         ({}, ("y",), "no state column 'y'; known: gripper, x"),
-        ({"state": ["x"]}, ("x",), "proprio has 2 columns, the state is x"),
+        ({"proprio": STATE | {"names": ["x"]}}, ("x",), "proprio has 2 columns, the state is x"),
     ],
 )
 def test_contract_refuses_statistics_that_cannot_scale(changes, state, message):
