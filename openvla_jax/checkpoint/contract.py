@@ -41,8 +41,9 @@ class Contract:
 
     model: the architecture. tokenizer: a transformers fast tokenizer; None if an import found no tokenizer files.
     statistics: {dataset: {"action": {...}, "proprio": {...}, "num_transitions", ...}}, rows of numbers; "names" in
-    "proprio" are those of its columns. default_key: the dataset whose statistics are used if a request names none. training: the
-    run's config, or the source of an import. adapter: {base, fingerprint, tuning} if params hold only what was trained.
+    "proprio" are those of its columns. default_key: the dataset whose statistics are used if a request names none.
+    training: the run's config, or the source of an import. adapter: {base, fingerprint, tuning} if params hold only
+    what was trained.
 
     Raises CheckpointError for statistics that do not fit the specs.
     """
