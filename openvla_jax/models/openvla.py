@@ -150,12 +150,12 @@ class OpenVLA(nnx.Module):
         hidden, cache = self.llama.prefill(x, x.shape[1] + steps, execution, last)
         return self.llama.logits(hidden[:, 0], execution), cache
 
-    def decode(
+    def decode_step(
         self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token, which is text token number `lengths` of its row."""
         x = self.llama.embed(tokens[:, None], self.dtype, execution)
-        hidden, cache = self.llama.decode(x, jnp.asarray(lengths) + self.config.patches, cache, execution)
+        hidden, cache = self.llama.decode_step(x, jnp.asarray(lengths) + self.config.patches, cache, execution)
         return self.llama.logits(hidden[:, 0], execution), cache
 
     def unstack(self) -> None:

@@ -119,7 +119,7 @@ def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: i
         return network.llama.logits(hidden[:, 0], execution).argmax(axis=-1), cache
 
     def decode_step(params, token, lengths, cache):
-        logits, cache = merged(params).decode(token, lengths, cache, execution)
+        logits, cache = merged(params).decode_step(token, lengths, cache, execution)
         return logits.argmax(axis=-1), cache
 
     return [
