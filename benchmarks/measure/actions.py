@@ -41,7 +41,7 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
     @jax.jit
     def step(leaves, tokens, lengths, cache):
-        return unflatten(leaves).decode(tokens, lengths, cache)[0]
+        return unflatten(leaves).decode_step(tokens, lengths, cache)[0]
 
     made: dict[str, Any] = {}  # inputs of the later parts, computed when first asked for
 

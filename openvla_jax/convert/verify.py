@@ -257,7 +257,7 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
 
         def step(carry, _):
             token, position, cache = carry
-            following, cache = model.decode(token, position, cache)
+            following, cache = model.decode_step(token, position, cache)
             return (jnp.argmax(following, -1).astype(jnp.int32), position + 1, cache), token
 
         start = (jnp.argmax(first, -1).astype(jnp.int32), lengths, cache)

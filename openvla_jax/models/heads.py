@@ -163,7 +163,7 @@ class TokenHead:
 
         def step(carry, index):
             token, cache = carry
-            logits, cache = model.decode(token, lengths + index - 1, cache, execution)
+            logits, cache = model.decode_step(token, lengths + index - 1, cache, execution)
             token, outside = choose(logits, index)
             return (token, cache), (token, outside)
 

@@ -185,7 +185,7 @@ class Llama(nnx.Module):
         x, final = step(x, (self.blocks[-1],), last)
         return self.norm(x), Cache([*cache.k, final.k], [*cache.v, final.v])
 
-    def decode(
+    def decode_step(
         self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """One token per row at its own position; rows of different length share a batch."""

@@ -210,12 +210,12 @@ class OpenVLA(nnx.Module):
         hidden, cache = self.llama.prefill(x, x.shape[1] + steps, execution, last)
         return self.llama.logits(hidden[:, 0], execution), cache
 
-    def decode(
+    def decode_step(
         self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Returns the logits after one more token, which is text token number `lengths` of its row."""
         x = self.llama.embed(tokens[:, None], self.dtype, execution)
-        hidden, cache = self.llama.decode(x, self.layout.position(jnp.asarray(lengths)), cache, execution)
+        hidden, cache = self.llama.decode_step(x, self.layout.position(jnp.asarray(lengths)), cache, execution)
         return self.llama.logits(hidden[:, 0], execution), cache
 
     def unstack(self) -> None:

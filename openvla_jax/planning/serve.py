@@ -120,7 +120,7 @@ def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: i
         return logits.argmax(axis=-1), jax.lax.with_sharding_constraint(cache, by_heads)
 
     def decode_step(params, token, lengths, cache):
-        logits, cache = merged(params).decode(token, lengths, cache, execution)
+        logits, cache = merged(params).decode_step(token, lengths, cache, execution)
         return logits.argmax(axis=-1), cache
 
     return [

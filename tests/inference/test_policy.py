@@ -251,12 +251,12 @@ def test_chunks_of_datasets_of_different_action_size_share_a_batch(chunked):
     np.testing.assert_array_equal(short, chunked.predict_chunk(rows[0]))
 
 
-PROPRIO = {"q01": [0.0, -1.0, 5.0], "q99": [1.0, 1.0, 15.0]}
+PROPRIO = {"q01": [0.0, -1.0, 5.0], "q99": [1.0, 1.0, 15.0], "min": [0.0, -1.0, 4.0], "max": [1.0, 1.0, 16.0]}
 
 
 @pytest.fixture(scope="module")
 def two_cameras(policy):
-    statistics = {"arm": {"action": ROW, "proprio": PROPRIO, "state": ["x", "y", "gripper"]}}
+    statistics = {"arm": {"action": ROW, "proprio": PROPRIO | {"names": ["x", "y", "gripper"]}}}
     spec = ObservationSpec(("primary", "wrist"), state=("gripper", "x"))
     return Policy(policy.model, dataclasses.replace(policy.contract, statistics=statistics, observation=spec))
 

@@ -151,7 +151,7 @@ def test_prefill_and_decode_give_the_logits_of_the_whole_sequence():
     prompt = jnp.asarray(ids[:, : lengths.max()])  # the shorter rows are padded with tokens that must not be seen
     logits, cache = prefill(model, jnp.asarray(pixels), prompt, jnp.asarray(lengths), steps=steps)
     got = [np.asarray(logits)]
-    decode = jax.jit(OpenVLA.decode)
+    decode = jax.jit(OpenVLA.decode_step)
     for step in range(steps - 1):
         tokens = jnp.asarray(ids[np.arange(BATCH), TARGETS[:, step]])
         logits, cache = decode(model, tokens, jnp.asarray(lengths + step), cache)

@@ -102,7 +102,7 @@ def test_prefill_and_decode_equal_the_whole_pass(model, pixels):
     logits, cache = model.prefill(pixels, IDS, lengths, 1, state=STATE)
     np.testing.assert_allclose(logits, whole[jnp.arange(2), lengths - 1], atol=1e-4)
     following = IDS[jnp.arange(2), lengths]
-    logits, _ = model.decode(following, lengths, cache)
+    logits, _ = model.decode_step(following, lengths, cache)
     np.testing.assert_allclose(logits[0], whole[0, 4], atol=1e-4)
 
 
