@@ -137,6 +137,7 @@ def test_act_answers_images_with_the_whole_chunk(client, policy):
         ({"images": {"primary": array(image())}, "image": array(image())}, 400, "'image' and 'images' are both given"),
         ({"images": {"primary": array(image())}, "state": "x"}, 400, "state is text: send a list of numbers"),
         ({"images": {"primary": array(image())}, "state": [1, None]}, 400, "state is a list"),
+        ({"images": {"primary": array(image())}, "state": [10**400]}, 400, "state is a list"),
         ({"images": {"primary": array(image())}, "state": [1.0]}, 422, "state is given, but the policy was trained"),
         ({}, 400, "'image' is missing"),
     ],
