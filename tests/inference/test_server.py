@@ -130,7 +130,7 @@ def test_act_answers_images_with_the_whole_chunk(client, policy):
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
-        ({"images": {"primry": array(image())}}, 400, "images: unknown camera \"'primry'\"; did you mean 'primary'"),
+        ({"images": {"primry": array(image())}}, 400, "images: unknown camera 'primry'; did you mean 'primary'"),
         ({"images": {}}, 400, "images is an object: send an object, {camera name: image, ...}"),
         ({"images": {"primary": 3}}, 400, "images.primary is a number"),
         ({"images": {"primary": array(image()), "wrist": array(image())}}, 400, "unknown camera"),
