@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openvla_jax.inference.decode import decode_actions
 from openvla_jax.models import llama, vit
+from openvla_jax.models.heads import Inputs, TokenHead
 from openvla_jax.models.quantize import count_bytes
+from openvla_jax.types import ActionSpec
 
 Parts = dict[str, Callable[[], Any]]  # by name, functions without arguments that return when the work is done
 STEPS = 7  # tokens of an action
@@ -21,10 +22,12 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
     """`action` returns (tokens int32 [B, 7], logits float32 [B, V] of the first); programs compile at first call."""
     leaves, structure = jax.tree.flatten(model)
     unflatten = lambda leaves: jax.tree.unflatten(structure, leaves)
+    head = TokenHead(model.config, ActionSpec())
 
     @jax.jit
     def action(leaves, images, ids, lengths):
-        decoded = decode_actions(unflatten(leaves), images, ids, lengths, STEPS, constrained=False)
+        inputs = Inputs(images, ids, lengths)
+        decoded = head.predict(unflatten(leaves), inputs, STEPS, constrained=False)
         return decoded.tokens, decoded.logits
 
     @jax.jit
@@ -34,10 +37,7 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
     @jax.jit
     def prefill(leaves, patches, ids, lengths):
-        model = unflatten(leaves)
-        x = model.splice(patches, ids)
-        hidden, cache = model.llama.prefill(x, x.shape[1] + STEPS, lengths + (model.config.patches - 1))
-        return model.llama.logits(hidden[:, 0]), cache
+        return unflatten(leaves).prefill_patches(patches, ids, lengths, STEPS)
 
     @jax.jit
     def step(leaves, tokens, lengths, cache):
@@ -68,7 +68,7 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 def fused_attention(implementation: str) -> Iterator[None]:
     """Programs that are traced inside attend by `jax.nn.dot_product_attention(implementation=...)`.
 
-    It is told what the masks of `decode_actions` mean, since cuDNN's kernel is slower with a mask than with a rule:
+    It is told what the masks of `TokenHead.predict` mean, since cuDNN's kernel is slower with a mask than with a rule:
     a square one is causal, one of a single query shows the first keys.
     """
 

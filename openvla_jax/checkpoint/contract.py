@@ -64,6 +64,12 @@ class Contract:
                 f"action.bins is {self.action.bins}: the tokenizer of {self.model.name} has "
                 f"{self.model.base_vocab_size} entries; use fewer bins"
             )
+        shown, taken = self.observation, self.model
+        if (len(shown.cameras), len(shown.state)) != (taken.cameras, taken.state_dim):
+            raise CheckpointError(
+                f"the model of {taken.name} takes {taken.cameras} cameras and {taken.state_dim} columns of state, the "
+                f"observation has cameras {', '.join(shown.cameras)} and state {', '.join(shown.state) or 'none'}"
+            )
         check_statistics(self.statistics, self.action, self.observation)
 
     @property

@@ -22,6 +22,7 @@ from openvla_jax.checkpoint.base import check_fingerprint, read_base
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, load_unused, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.models.heads import summarize
 from openvla_jax.models.openvla import count_parameters
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
@@ -32,11 +33,12 @@ from openvla_jax.storage import absolute, retry
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
-from openvla_jax.training.contract import build_contract, choose_specs
+from openvla_jax.training.contract import build_contract, choose_specs, shown
 from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
-from openvla_jax.training.step import make_job, summarize
+from openvla_jax.training.step import make_job
+from openvla_jax.types import ObservationSpec
 from openvla_jax.vision.preprocess import center_crop
 
 CONFIG_FILE = "config.json"
@@ -91,6 +93,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     base = load_contract(config.init_from) if config.init_from else None
     model, tokenizer = resolve_model(config, base)
     observation, action = choose_specs(config, base)
+    model = shown(model, observation)
     crop_area = config.augment.policy_crop_area
 
     # -- Data -------------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)
-    job = make_job(config, model, mesh, datasets, bins=action.bins)
+    job = make_job(config, model, mesh, datasets, action=action)
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
     log(f"model: {model.name}; {describe_training(model, tuning)}")
     adapter = frozen = None
@@ -188,7 +191,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     if tuning.quantize == "int4":
         # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
-        job = make_job(config, model, mesh, datasets, options, action.bins)
+        job = make_job(config, model, mesh, datasets, options, action)
         step_fn, eval_fn = job.step, job.evaluate
         if eval_batches:  # run once, which compiles it
             jax.block_until_ready(eval_fn(state.params, state.frozen, eval_batches[0]))
@@ -209,7 +212,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         retry(f"writing {workdir / CONFIG_FILE}", lambda: write_json(workdir / CONFIG_FILE, contract.training))
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
     earlier = writer.earlier if writer is not None else {}
-    progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier)
+    progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier, job.head.metrics)
     profile, skipped, stop = (
         Profile(workdir, train.profile_at, train.profile_steps),
         Skipped(train.max_skipped),
@@ -228,7 +231,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
                 writer.write(step, {"train/skipped": 1.0})
             skipped.add(step, lambda: f"{what}; {checkpoints.describe_latest()}")
             return
-        accuracies.append(float(metrics["action_accuracy"]))
+        accuracies.append(float(metrics.get("action_accuracy", np.nan)))
         if step % train.log_every == 0 or step == train.steps:
             flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
             flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
@@ -249,12 +252,12 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         for batch in eval_batches:
             part = eval_fn(state.params, state.frozen, batch)
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-        flat = metrics_lib.flatten(jax.device_get(summarize(sums)), iterator.dataset_names, "val")
+        flat = metrics_lib.flatten(jax.device_get(summarize(job.head, sums)), iterator.dataset_names, "val")
         if writer is not None:
             writer.write(step, flat)
         log(
             f"step {step}/{train.steps}  validation: loss {flat['val/loss']:.4f}  "
-            f"accuracy {flat['val/action_accuracy']:.1%}  L1 {flat['val/action_l1']:.4f}"
+            f"{metrics_lib.describe(flat, 'val', job.head.metrics)}"
         )
 
     def save(step: int) -> None:
@@ -382,7 +385,8 @@ def resolve_model(config: Settings, base: Contract | None) -> tuple[VLAConfig, A
                 f"{tokenizer.vocab_size} entries: leave the former out"
             )
         return model, tokenizer
-    if settings.get("preset") and model_config({"base_vocab_size": tokenizer.vocab_size} | settings) != base.model:
+    named = settings.get("preset") and model_config({"base_vocab_size": tokenizer.vocab_size} | settings)
+    if named and named != shown(base.model, ObservationSpec()):
         raise CheckpointError(
             f"config.model ({settings['preset']}) differs from the model of {config.init_from} ({base.model.name}); "
             "leave config.model.preset empty to take the checkpoint's"

@@ -58,7 +58,8 @@ def torch_logits(module, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def mean_loss(model, pixels, ids, remat):
     """Mean cross-entropy at the targets."""
-    logits = model.target_logits(pixels, ids, jnp.asarray(TARGETS), Execution(remat=remat))
+    execution = Execution(remat=remat)
+    logits = model.target_logits(model.hidden(pixels, ids, execution), jnp.asarray(TARGETS), execution)
     labels = jnp.take_along_axis(ids, jnp.asarray(TARGETS), axis=1)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean()
 
@@ -101,7 +102,7 @@ def test_target_logits_are_those_before_each_target():
     _, model = pair(FUSED, seed=0)
     pixels, ids = (jnp.asarray(x) for x in inputs(FUSED, 0))
     everywhere = np.asarray(logits_of(model, pixels, ids))
-    at_targets = jax.jit(OpenVLA.target_logits)(model, pixels, ids, jnp.asarray(TARGETS))
+    at_targets = jax.jit(lambda model: model.target_logits(model.hidden(pixels, ids), jnp.asarray(TARGETS)))(model)
     expected = everywhere[np.arange(BATCH)[:, None], FUSED.patches + TARGETS - 1]
     assert reference.difference(at_targets, expected) < 1e-6
 
