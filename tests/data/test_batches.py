@@ -111,7 +111,7 @@ def test_rows_are_the_frames_that_were_written(fakes):
             number, t = next((i, t) for i in (*range(6), *range(20, 23)) for t in range(steps) if 7 * i + t == level)
             assert (number >= 20) == dataset
             step = fake_rlds.episode(number, steps=steps, action_dim=width)["steps"][t]
-            np.testing.assert_array_equal(image, images.resize(step["observation"]["image"], 32))
+            np.testing.assert_array_equal(image[0], images.resize(step["observation"]["image"], 32))
             instruction = f"FOLD {number - 20}" if dataset else f"pick up cube {number}"
             stats = iterator.statistics[iterator.dataset_names[dataset]]["action"]
             ids = ACTIONS.encode(normalize_actions(step["action"], stats).astype(np.float32))
@@ -433,8 +433,8 @@ def _exhaust(iterator):
 def test_an_image_that_cannot_be_decoded_is_located(names, tmp_path, content):
     iterator = _bad(tmp_path, lambda steps: steps[3]["observation"].update(image=content))
     message = (
-        r"^dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 3: the image cannot be decoded "
-        rf"\({len(content)} bytes starting b'.*: [^\n]+\)$"
+        r"^dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 3: the image of camera 'primary' cannot be "
+        rf"decoded \({len(content)} bytes starting b'.*: [^\n]+\): fix it, or set data.bad_images=skip$"
     )
     with pytest.raises(BadImageError, match=message):
         _exhaust(iterator)
