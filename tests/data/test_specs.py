@@ -168,10 +168,8 @@ def test_short_episodes_are_skipped_counted_and_logged(data, drawn, caplog):
     next(again)
     while not again.skipped_episodes:
         next(again)
-    assert (
-        "dataset 'two', episode two-train.tfrecord-00001-of-00002#1: fewer steps than action.horizon; it is skipped"
-        in (caplog.text)
-    )
+    episode = "dataset 'two', episode two-train.tfrecord-00001-of-00002#1"
+    assert f"{episode}: fewer steps than action.horizon; it is skipped" in caplog.text
     with pytest.raises(DataError, match=r"dataset 'two': 1000 episodes in a row have fewer steps than action.horizon"):
         next(_iterator(data | {"dataset": "two"}, action=ActionSpec(horizon=6)))
 
