@@ -27,7 +27,7 @@ demo-finetune: $(VENV)/demo.stamp ## 25 demonstrations in a world that the demo'
 	$(RUN) finetune.py --config configs/finetune/tabletop.py:full --config.init_from=runs/demo --workdir runs/demo-finetune/full
 	$(RUN) train.py --config configs/finetune/tabletop.py:scratch --workdir runs/demo-finetune/scratch
 	$(RUN) -m openvla_jax.evaluate compare before=runs/demo scratch=runs/demo-finetune/scratch full=runs/demo-finetune/full \
-	    lora=runs/demo-finetune/lora --world changed --first-seed 10000 --out runs/demo-finetune/report
+	    lora=runs/demo-finetune/lora --world changed --first_seed 10000 --out runs/demo-finetune/report
 
 test: $(VENV)/dev.stamp ## the tests, on the CPU (PYTEST_ARGS=... replaces the options)
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not long" $(PYTEST_ARGS)

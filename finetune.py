@@ -1,12 +1,13 @@
-"""Fine-tunes a checkpoint: python finetune.py --config configs/finetune/lora.py --config.init_from=CKPT --workdir
-runs/mine
+"""Fine-tunes a checkpoint: python finetune.py --config configs/finetune/lora.py --config.init_from=CKPT --workdir DIR
 
-The same loop and flags as train.py, started from a checkpoint's weights, model, tokenizer and preprocessing. Configs:
-lora, full, frozen_vision, sandwich, last_layer. Of a run that freezes weights the checkpoints hold what was trained;
-`convert_weights.py merge BASE CHECKPOINT DST` makes a whole model of them (docs/finetuning.md).
+The same loop and flags as train.py, started from a checkpoint's weights, model, tokenizer and preprocessing. The
+checkpoints of a run that freezes weights hold only what was trained; `convert_weights.py merge BASE CHECKPOINT DST`
+makes a whole model of them (docs/finetuning.md).
 """
 
-import train
+import sys
+
+from openvla_jax.train import finetune
 
 if __name__ == "__main__":
-    train.main(needs_init_from=True)
+    sys.exit(finetune())

@@ -18,15 +18,18 @@ BASE = [
     "absl-py>=2.1",
     "einops>=0.8",
     "etils[epath,epy]>=1.9",
+    "huggingface_hub>=1.0",
     "jaxtyping>=0.3",
+    "ml_dtypes>=0.5",
     "ml_collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12.8,<0.13",  # the v1 API is young: a new minor version needs a look
     "pillow>=10.0",
-    "safetensors>=0.5",
+    "pyyaml>=6.0",
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
+    "tensorstore>=0.1.70",
     "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=5.0,<6",  # tokenizers only; version 5 splits some text otherwise than version 4
@@ -40,24 +43,29 @@ DATA = [
 ]
 PLOTS = ["matplotlib>=3.8"]  # figures of evaluations
 LEROBOT = ["av>=14.0", "pyarrow>=16.0"]  # LeRobot's video and parquet files, to convert them
-CONVERT = ["torch>=2.6"]  # PyTorch's own .pt and .bin files; safetensors need none of it
-SERVE = ["fastapi>=0.115", "httptools>=0.6", "json-numpy>=2.0", "prometheus-client>=0.20", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "httptools>=0.6", "prometheus-client>=0.20", "starlette>=0.40", "uvicorn>=0.30"]
+WANDB = ["wandb>=0.18"]  # for --config.wandb.project
 TPU = ["jax[tpu]"]  # also what plans a pod run on any x86-64 Linux machine: the TPU compiler is libtpu
 DEV = [
     *DATA,
     *PLOTS,
     *LEROBOT,
-    *CONVERT,
     *SERVE,
     f"{TPU[0]}; {LINUX_X86}",
     "beartype>=0.20",
     "httpx2>=2.0",  # fastapi's test client
     "hypothesis>=6.100",
+    "json-numpy>=2.0",  # the encoding of OpenVLA's clients
     "mypy>=1.15",
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "safetensors>=0.5",
+    "torch>=2.6",  # the reference's own computations, in tests and benchmarks
 ]
+
+# The configs lie inside the package: site-packages gets no package of its own named `configs`.
+CONFIGS = [f"openvla_jax._{name}" for name in find_packages(include=["configs*"])]
 
 setup(
     name="openvla_jax",
@@ -66,15 +74,18 @@ setup(
     author="The openvla_jax authors",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["openvla_jax*"]),
+    packages=[*find_packages(include=["openvla_jax*"]), *CONFIGS],
+    package_dir={"openvla_jax._configs": "configs"},
+    entry_points={"console_scripts": ["openvla = openvla_jax.__main__:main"]},
     install_requires=BASE,
     extras_require={
         "data": DATA,
         "plots": PLOTS,
         "lerobot": [*DATA, *LEROBOT],
-        "convert": CONVERT,
         "serve": SERVE,
-        "cuda": ["jax[cuda12]"],
+        "wandb": WANDB,
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         "tpu": TPU,
         "dev": DEV,
     },

@@ -3,148 +3,47 @@
   python benchmarks/finetune.py               # scaled down on a CPU; openvla-7b in bfloat16 on a GPU
   python benchmarks/finetune.py --size 7b --batches 1 16 --bases bfloat16 int4
 
-Random weights and batches; adapters on every linear layer. The baseline is assembled from transformers' modules as
-OpenVLA's own fine-tuning is, with PEFT's adapters (`pip install peft`; left out where that is missing) and torch's
-AdamW; like the reference it computes the logits of every position. The sides take turns. On a CPU it fails if at
+Random weights and batches; adapters on every linear layer. The baseline is `measure/pytorch.py` with PEFT's adapters
+(`pip install peft`; left out if that is missing) and torch's AdamW. The sides take turns. On a CPU it fails if at
 batch 1 a step of LoRA takes more than 0.75 of one that trains everything.
 """
 
 import argparse
-import dataclasses
 import gc
-import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models"), str(ROOT / "benchmarks")]
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from inference import PeakMemory, model_config  # noqa: E402
+import jax
+from measure import training
+from measure.models import PEAK, SIZES, card_limit, sized
+from measure.timing import PeakMemory, time_in_turns
 
-from configs.common import base  # noqa: E402
-from openvla_jax.config import VLAConfig, tiny  # noqa: E402
-from openvla_jax.models.lora import LoRAConfig  # noqa: E402
-from openvla_jax.models.tuning import FULL, MODES, Tuning  # noqa: E402
-from openvla_jax.parallel.execution import Execution  # noqa: E402
-from openvla_jax.parallel.sharding import global_batch, make_mesh  # noqa: E402
-from openvla_jax.planning.train import model_flops  # noqa: E402
-from openvla_jax.training.optimizer import make_optimizer, make_schedule  # noqa: E402
-from openvla_jax.training.state import abstract_state, init_state  # noqa: E402
-from openvla_jax.training.step import make_train_step  # noqa: E402
+from openvla_jax.models.tuning import Tuning
 
 MAX_RATIO = 0.75  # of the full step's time, on a CPU
-TEXT = 64
-# Peak dense bf16 rate in FLOP/s by a part of the device's name (vendors' data sheets).
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "A6000": 155e12}
 
 
-def small() -> VLAConfig:
-    """The tiny model; transformers' DINOv2 wants an MLP of four widths."""
-    config = tiny()
-    towers = (dataclasses.replace(config.towers[0], mlp_dim=4 * config.towers[0].width), *config.towers[1:])
-    return dataclasses.replace(config, towers=towers)
-
-
-def random_rows(config: VLAConfig, rows: int) -> Any:
-    """A batch with an action of 7 tokens at the end of a text of 64."""
-    from training.batches import random_batch
-
-    return random_batch(rows, 0, config, TEXT)
-
-
-def ours(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: str) -> tuple[Callable[[], None], int]:
-    """(a step that waits for its end, bytes that the compiled step needs)."""
-    mesh, settings = make_mesh({}, jax.devices()[:1]), base().optimizer
-    schedule = make_schedule(settings, 1000)
-    optimizer = make_optimizer(settings, schedule)
-    state = init_state(config, jnp.dtype(dtype), optimizer, mesh, 0, tuning)
-    _, placed = abstract_state(config, jnp.dtype(dtype), optimizer, mesh, tuning)
-    step = make_train_step(
-        config, optimizer, schedule, Execution(mesh, remat=remat), dtype=jnp.dtype(dtype), datasets=2, tuning=tuning
-    )
-    batch = global_batch(batch, mesh)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-    compiled = step.lower(state, batch).compile()
-    memory, held = compiled.memory_analysis(), [state]
-    step = step if tuning.quantize == "int4" else compiled  # see training/loop.py
-
-    def run() -> None:
-        held[0], metrics = step(held[0], batch)
-        assert np.isfinite(jax.device_get(metrics["loss"]))
-
-    return run, memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-
-
-def pytorch(config: VLAConfig, batch: Any, dtype: str, rank: int) -> tuple[Callable[[], None], int] | None:
-    """The same of PyTorch and PEFT, or None where PEFT is missing."""
+def peft_step(config, batch, dtype: str, rank: int) -> training.Step | None:
+    """PEFT's step after a first run, or None if it is missing."""
     try:
-        import torch
-        import torch_reference
-        from peft import LoraConfig, get_peft_model
+        from measure import pytorch
+
+        run = pytorch.peft_step(config, batch, dtype, rank)
     except ImportError as error:
         print(f"no PyTorch baseline: {error}")
         return None
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA takes
-    device, kind = ("cuda" if cuda else "cpu"), getattr(torch, dtype)
-    model = torch_reference.TorchVLA(config, 0)
-    for part in (*model.towers, model.llama):
-        part.set_attn_implementation("sdpa")
-    targets = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    lora = LoraConfig(r=rank, lora_alpha=min(rank, 16), init_lora_weights="gaussian", target_modules=targets)
-    model = get_peft_model(model.to(kind), lora).to(device)
-    inner = model.get_base_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    pixels = torch.rand(len(batch.tokens), 3 * len(config.towers), config.image_size, config.image_size)
-    pixels = (2 * pixels - 1).to(device, kind)
-    ids = torch.tensor(np.asarray(batch.tokens).astype(np.int64)).to(device)
-    labels = torch.full((len(ids), config.patches + TEXT), -100, device=device)
-    places = torch.tensor(np.asarray(batch.target_positions).astype(np.int64)).to(device)
-    labels.scatter_(1, places + config.patches, ids.gather(1, places))
-    real = torch.cat(
-        [torch.ones(len(ids), config.patches, dtype=torch.bool, device=device), ids != config.pad_token], 1
-    )
-
-    def run() -> None:
-        parts = zip(inner.towers, config.towers, pixels.split(3, dim=1), strict=True)
-        patches = inner.projector(torch.cat([torch_reference.features(*part) for part in parts], dim=-1))
-        text = inner.llama.model.embed_tokens(ids)
-        embedded = torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
-        loss = inner.llama(inputs_embeds=embedded, attention_mask=real, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert np.isfinite(loss.item())  # waits for the device
-
     run()
-    return run, torch.cuda.max_memory_allocated() if cuda else 0
-
-
-def time_in_turns(sides: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
-    """Median seconds of a step."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(runs + 1):
-        for name, step in sides.items():
-            began = time.perf_counter()
-            step()
-            if run:  # the first fills caches
-                times[name].append(time.perf_counter() - began)
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return training.Step(run, int(1e9 * (pytorch.peak_gb() or 0)), 0.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cpu = jax.default_backend() == "cpu"
-    parser.add_argument("--size", choices=("tiny", "0.4b", "0.8b", "7b"), default="tiny" if cpu else "7b")
+    parser.add_argument("--size", choices=SIZES, default="tiny" if cpu else "7b")
     parser.add_argument("--batches", nargs="+", type=int, default=[1] if cpu else [1, 16])
     parser.add_argument("--bases", nargs="+", default=["float32", "int4"] if cpu else ["bfloat16", "int4"])
     parser.add_argument("--rank", type=int, help="default: 32, and 4 for the tiny model, whose width is 64")
@@ -153,21 +52,19 @@ def main() -> None:
     parser.add_argument("--no_pytorch", action="store_true")
     args = parser.parse_args()
     args.rank = args.rank or (4 if args.size == "tiny" else 32)
-    config, failed = (small() if args.size == "tiny" else model_config(args.size)), []
+    config, failed = sized(args.size), []
     dtype = "float32" if cpu else "bfloat16"
     kind = jax.local_devices()[0].device_kind
-    print(f"{config.name}, {kind}, computed in {dtype}, remat {args.remat}, rank {args.rank}, text {TEXT}")
+    print(f"{config.name}, {kind}, computed in {dtype}, remat {args.remat}, rank {args.rank}, text {training.TEXT}")
     print("| side | trained | base | batch | step ms | examples/s | MFU | memory |\n" + "| --- " * 8 + "|")
-    peak = next((value for name, value in PEAK.items() if name in kind), None)
+    peak = card_limit(PEAK)
     for batch_size in args.batches:
-        batch = random_rows(config, batch_size)
+        batch = training.rows(config, batch_size)
         cases: dict[tuple[str, str, str], Tuning | None] = {}
         for name in args.bases:
-            integers = name if name.startswith("int") else None
-            tuning = Tuning(MODES["lora"], LoRAConfig(args.rank), dtype if integers else name, integers)
-            cases["openvla_jax", "lora", name] = tuning
+            cases["openvla_jax", "lora", name] = training.lora(args.rank, name, dtype)
         if cpu:
-            cases["openvla_jax", "everything", "float32"] = FULL
+            cases["openvla_jax", "everything", "float32"] = training.FULL
         if not args.no_pytorch:
             cases["PyTorch + PEFT", "lora", dtype] = None
         # On a GPU one model at a time; on a CPU in turns, so that a busy machine troubles all.
@@ -178,18 +75,18 @@ def main() -> None:
                 for case in group:
                     tuning = cases[case]
                     side = (
-                        pytorch(config, batch, dtype, args.rank)
+                        peft_step(config, batch, dtype, args.rank)
                         if tuning is None
-                        else ours(config, tuning, batch, dtype, args.remat)
+                        else training.make_step(config, tuning, batch, dtype, args.remat)
                     )
                     made |= {} if side is None else {case: side}
-                times = time_in_turns({case: step for case, (step, _) in made.items()}, args.runs)
+                times = time_in_turns({case: step.run for case, step in made.items()}, args.runs)
+            times = {case: float(np.median(seconds)) for case, seconds in times.items()}
             for case, seconds in times.items():
-                flops = (
-                    model_flops(config, TEXT, cases[case] or Tuning(MODES["lora"], LoRAConfig(args.rank))) * batch_size
-                )
+                tuning = cases[case] or training.lora(args.rank, dtype, dtype)
+                flops = training.model_flops(config, training.TEXT, tuning) * batch_size
                 mfu = f"{flops / seconds / peak:.1%}" if peak else "-"
-                memory = f"{made[case][1] / 1e9:.2f} GB" if made[case][1] else "-"
+                memory = f"{made[case].bytes / 1e9:.2f} GB" if made[case].bytes else "-"
                 cells = [*case, str(batch_size), f"{1e3 * seconds:.1f}", f"{batch_size / seconds:.2f}", mfu, memory]
                 print("| " + " | ".join(cells) + " |", flush=True)
             print(f"  peak memory of the process {resident.bytes / 1e9:.1f} GB")

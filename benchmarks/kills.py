@@ -120,9 +120,8 @@ if __name__ == "__main__":
         split = sys.argv.index("--")
         if split > 2:
             arm(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
-        import train
+        from openvla_jax.train import main as train
 
-        sys.argv = ["train.py", *sys.argv[split + 1 :]]
-        train.main()
+        sys.exit(train(sys.argv[split + 1 :]))
     else:
         main()

@@ -67,7 +67,7 @@ def run(work: Path, seconds: float, steps: int, log_every: int) -> Path:
     config.data.data_dir = str(work / "data")
     config.train.update(dict(steps=steps, eval_every=0, checkpoint_every=10 * steps, log_every=log_every))
     make_job = loop.make_job
-    loop.make_job = lambda *args: dataclasses.replace(make_job(*args), step=Step(seconds))
+    loop.make_job = lambda *args, **settings: dataclasses.replace(make_job(*args, **settings), step=Step(seconds))
     try:
         loop.run(config, workdir)
     finally:

@@ -37,7 +37,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
-from openvla_jax.checkpoint.contract import PREPROCESSING, Contract  # noqa: E402
+from openvla_jax.checkpoint.contract import Contract  # noqa: E402
 from openvla_jax.checkpoint.load import save_model  # noqa: E402
 from openvla_jax.config import model_config  # noqa: E402
 from openvla_jax.inference.client import Client  # noqa: E402
@@ -45,6 +45,7 @@ from openvla_jax.inference.policy import Policy  # noqa: E402
 from openvla_jax.inference.wire import decode_array, dumps  # noqa: E402
 from openvla_jax.models.openvla import OpenVLA  # noqa: E402
 from openvla_jax.tokens.tokenizer import load_tokenizer  # noqa: E402
+from openvla_jax.types import Preprocessing  # noqa: E402
 
 TURNS = 5
 INSTRUCTIONS = ("pick up the red cube", "push the blue ball to the left", "put the green block into the bowl")
@@ -57,7 +58,7 @@ def make_checkpoint(directory: Path) -> None:
     for linear in (model.llama.head, model.llama.blocks.attention.v, model.llama.blocks.attention.o):
         linear.kernel[...] = linear.kernel[...] * 4  # spread out, so that inputs choose different tokens
     statistics = {"arm": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
-    save_model(model, Contract(config, tokenizer, statistics, PREPROCESSING | {"text_length": 40}), directory)
+    save_model(model, Contract(config, tokenizer, statistics, preprocessing=Preprocessing(text_length=40)), directory)
 
 
 class Serving(NamedTuple):
@@ -155,7 +156,8 @@ def alone(policy: Policy, batch: int) -> float:
     """Best seconds of one action in batches of that size, without a server."""
     rng, size = np.random.default_rng(0), policy.contract.model.image_size
     pixels = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-    requests = [policy.prepare(image, INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i, image in enumerate(pixels)]
+    texts = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch)]
+    requests = [policy.prepare(policy.observe(*row)) for row in zip(pixels, texts, strict=True)]
     took = []
     for _ in range(TURNS + 1):  # the first one compiles
         began = time.perf_counter()

@@ -9,6 +9,7 @@ takes more than a second per point (`--points 0` measures that alone).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -47,12 +48,12 @@ def ended(point: Path) -> bool:
 
 def overhead(folder: Path, points: int = 20) -> float:
     """Seconds that a sweep takes per point beyond its runs: empty runs, against the same commands one by one."""
-    (folder / "train.py").write_text(EMPTY_RUN)
-    runner.REPOSITORY = folder
+    (folder / "openvla_jax").mkdir()
+    (folder / "openvla_jax" / "__main__.py").write_text(EMPTY_RUN)  # what `python -m openvla_jax` runs in `folder`
     made = [Point(f"seed={seed}", "c.py", {"seed": seed}, steps=1) for seed in range(points)]
     began = time.perf_counter()
     runs = runner.prepare(folder / "sweep", made)
-    with runner.only_one(folder / "sweep"), open(os.devnull, "w") as nowhere:
+    with contextlib.chdir(folder), runner.only_one(folder / "sweep"), open(os.devnull, "w") as nowhere:
         runner.run_all(runs, 1, (), runner.Table(nowhere))
     swept = time.perf_counter() - began
     began = time.perf_counter()

@@ -3,8 +3,12 @@
 import importlib
 
 __version__ = "0.1.0"
-_PUBLIC = {"Policy": "openvla_jax.inference.policy", "load_model": "openvla_jax.checkpoint.load"}
-__all__ = ["Policy", "load_model"]
+_PUBLIC = {
+    "Observation": "openvla_jax.types",
+    "Policy": "openvla_jax.inference.policy",
+    "load_model": "openvla_jax.checkpoint.load",
+}
+__all__ = ["Observation", "Policy", "load_model"]
 
 
 def __getattr__(name: str):

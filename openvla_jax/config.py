@@ -86,8 +86,9 @@ class VLAConfig:
     projector: ProjectorConfig = ProjectorConfig()
     resize: str = "resize-naive"  # or resize-crop, letterbox
     prompt_family: str = "pure"
-    base_vocab_size: int = 32000  # the tokenizer's own entries: action tokens are its last `action_bins`
-    action_bins: int = 256
+    cameras: int = 1  # images of one observation, each of which becomes patches
+    state_dim: int = 0  # columns of the state, which becomes one token; 0: none
+    base_vocab_size: int = 32000  # the tokenizer's own entries: action tokens are its last `ActionSpec.bins`
 
     def __post_init__(self) -> None:
         sections = {f"tower {t.name!r}": t for t in self.towers} | {"llama": self.llama}
@@ -120,8 +121,6 @@ class VLAConfig:
             )
         if self.llama.sliding_window is not None and self.llama.sliding_window < 1:
             problems.append(f"llama: sliding_window {self.llama.sliding_window} sees no key: None or at least 1")
-        if not 1 <= self.action_bins < self.base_vocab_size:
-            problems.append(f"action_bins {self.action_bins} must be in 1..{self.base_vocab_size - 1}")
         if len({t.name for t in self.towers}) != len(self.towers) or not self.towers:
             problems.append(f"towers need distinct names, got {[t.name for t in self.towers]}")
         if len({(t.image_size, t.patches) for t in self.towers}) > 1:

@@ -4,20 +4,37 @@ python -m openvla_jax.evaluate rollout --checkpoint WORKDIR --episodes 100 --con
 """
 
 import argparse
+import dataclasses
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openvla_jax import cli
 from openvla_jax.evaluation.rollouts import FIRST_SEED
+from openvla_jax.inference.client import ServerError
 from openvla_jax.sim.tabletop import WORLDS
+from openvla_jax.types import ActionSpec
 
 DEFAULT_FRAMES = 256
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.evaluate", description="Evaluate a checkpoint.")
+@cli.command
+def main(arguments: Sequence[str]) -> None:
+    options = parser()
+    args = options.parse_args(arguments)
+    if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
+        options.error("give --checkpoint or --url")
+    try:
+        args.run(args)
+    except ServerError as error:
+        cli.bad_input(error)
+
+
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     rollout = commands.add_parser(
@@ -26,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     _policy_arguments(rollout)
     rollout.add_argument("--episodes", type=int, default=200, help="scenes, all run in parallel")
     rollout.add_argument(
-        "--first-seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
+        "--first_seed", type=int, default=FIRST_SEED, help="scenes have this seed and the following ones"
     )
     rollout.add_argument(
         "--controls", action="store_true", help="also with another object named, without image, at random"
@@ -38,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     compare = commands.add_parser("compare", help="success of several checkpoints on the same scenes")
     compare.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     compare.add_argument("--episodes", type=int, default=200, help="scenes, the same for all")
-    compare.add_argument("--first-seed", type=int, default=FIRST_SEED, help="as for rollout")
+    compare.add_argument("--first_seed", type=int, default=FIRST_SEED, help="as for rollout")
     compare.add_argument("--world", choices=WORLDS, default="tabletop", help="in which world")
     compare.add_argument("--out", type=Path, required=True, help="folder for report.md and success.json")
     compare.set_defaults(run=run_compare)
@@ -64,13 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     report.add_argument("--frames", type=int, default=4, help="held-out frames of each dataset to predict; 0: none")
     report.set_defaults(run=run_report)
 
-    args = parser.parse_args(argv)
-    if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
-        parser.error("give --checkpoint or --url")
-    try:
-        args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
+    return parser
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +99,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """(policy or client, what it says of itself: preprocessing, statistics, training)."""
+    """Returns (policy or client, what it says of itself: action, statistics, training)."""
     if args.url is not None:
         from openvla_jax.inference.client import Client
 
@@ -99,7 +110,7 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False, base=args.base)
     contract = policy.contract
     return policy, {
-        "preprocessing": contract.preprocessing,
+        "action": dataclasses.asdict(contract.action),
         "statistics": contract.statistics,
         "training": contract.training,
     }
@@ -136,7 +147,7 @@ def run_rollout(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     results = evaluate(
         policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics,
-        world=args.world,
+        executed=info["action"]["executed"], world=args.world,
     )  # fmt: skip
     print(f"{args.episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -181,9 +192,9 @@ def run_offline(args: argparse.Namespace) -> None:
 
     policy, info = open_policy(args)
     frames = read_frames(args, info)
-    kind = info["preprocessing"]["action_normalization"]
+    spec = ActionSpec.from_dict(info["action"])
     results = {
-        name: offline.compare(offline.predict(policy, rows, name), rows, info["statistics"][name]["action"], kind)
+        name: offline.compare(offline.predict(policy, rows, name), rows, info["statistics"][name]["action"], spec)
         for name, rows in frames.items()
     }
     text = offline.table(results)
@@ -228,6 +239,7 @@ def run_quantization(args: argparse.Namespace) -> None:
         check_kind(kind)
     exclude = EXCLUDE if args.exclude is None else tuple(args.exclude)
     contract = load_contract(args.checkpoint)
+    contract.check_is_policy()
     frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training})
     rows = quantization.measure(
         args.checkpoint, frames, args.kinds, dtype=args.dtype, exclude=exclude, episodes=args.episodes
@@ -241,4 +253,4 @@ def run_quantization(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

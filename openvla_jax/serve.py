@@ -10,15 +10,31 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from openvla_jax import cli
 
 SWITCH = {"auto": None, "on": True, "off": False}
 
 
-def main(argv: list[str] | None = None) -> None:
-    began = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.serve", description="Serve a policy over HTTP.")
+@cli.command
+def main(arguments: Sequence[str]) -> int:
+    options = parser()
+    args = options.parse_args(arguments)
+    if args.exclude is not None and not args.quantize:
+        options.error("--exclude lists what stays in full precision: give --quantize int8 or int4 with it")
+    if args.plan:
+        return run_plan(args)
+    if not args.checkpoint:
+        options.error("give --checkpoint DIR, or --plan SLICES to plan instead of serving")
+    serve(args)
+    return 0
+
+
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla serve", description=__doc__)
     parser.add_argument("--checkpoint", help="a run's workdir, one of its checkpoints, or an import")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines")
     parser.add_argument("--port", type=int, default=8000)
@@ -31,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         "--unconstrained", action="store_true", help="tokens from the whole vocabulary, as the reference"
     )
     parser.add_argument("--resize_kernel", choices=("auto", "lanczos3", "bicubic"), default="auto")
-    parser.add_argument("--center_crop", choices=SWITCH, default="auto", help="auto: as the checkpoint was trained")
+    parser.add_argument("--crop_area", default="auto", help="share of the area, or none; auto: as it was trained")
     parser.add_argument("--jpeg", choices=SWITCH, default="auto", help="encode and decode images first, as LIBERO's do")
     parser.add_argument("--max_batch", type=int, default=16, help="requests decoded together")
     parser.add_argument("--wait_ms", type=float, default=4.0, help="how long a request waits for others")
@@ -49,47 +65,42 @@ def main(argv: list[str] | None = None) -> None:
     planning.add_argument("--plan_model", default="openvla-7b", help="preset, where there is no --checkpoint")
     planning.add_argument("--plan_batch", type=int, default=1)
     planning.add_argument("--plan_out", help="JSON file for the report")
-    args = parser.parse_args(argv)
-    if args.exclude is not None and not args.quantize:
-        parser.exit(2, "error: --exclude says what stays in full precision: give --quantize int8 or int4 with it\n")
-    if args.plan:
-        sys.exit(run_plan(args, parser))
-    if not args.checkpoint:
-        parser.error("give --checkpoint DIR, or --plan SLICES to plan instead of serving")
-    try:
-        import uvicorn  # the serve extra; and jax after the arguments, which may be wrong
+    return parser
 
-        from openvla_jax.inference.policy import Policy
-        from openvla_jax.inference.server import Settings, make_app, warm_up
-        from openvla_jax.models.quantize import EXCLUDE
-    except ImportError as error:
-        parser.exit(2, f"error: {error}: pip install 'openvla_jax[serve]'\n")
+
+def serve(args: argparse.Namespace) -> None:
+    """Loads the policy, compiles its programs, and answers requests until the process is told to stop."""
+    began = time.perf_counter()
+    import uvicorn  # and jax, after the arguments, which may be wrong
+
+    from openvla_jax.inference.policy import Policy
+    from openvla_jax.inference.server import Settings, make_app, warm_up
+    from openvla_jax.models.quantize import EXCLUDE
+
     set_compilation_cache(args.compilation_cache)
-    changes: dict[str, Any] = {"center_crop": SWITCH[args.center_crop], "jpeg": SWITCH[args.jpeg]}
+    changes: dict[str, Any] = {"jpeg": SWITCH[args.jpeg]}
     changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
-    try:
-        listener = bind(args.host, args.port)  # before minutes are spent on loading
-        settings = Settings(
-            max_batch=args.max_batch,
-            wait_ms=args.wait_ms,
-            max_queue=args.max_queue,
-            max_body_mb=args.max_body_mb,
-            token=read_token(args.token_file),
-            reference_errors=args.reference_errors,
-        )
-        policy = Policy.from_checkpoint(
-            args.checkpoint,
-            args.dtype,
-            args.quantize,
-            constrained=not args.unconstrained,
-            preprocessing={name: value for name, value in changes.items() if value is not None},
-            base=args.base,
-            exclude=EXCLUDE if args.exclude is None else args.exclude,
-            tensor=args.tensor,
-        )
-        app = make_app(policy, settings)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    changes = {name: value for name, value in changes.items() if value is not None} | read_crop_area(args.crop_area)
+    listener = bind(args.host, args.port)  # before minutes are spent on loading
+    settings = Settings(
+        max_batch=args.max_batch,
+        wait_ms=args.wait_ms,
+        max_queue=args.max_queue,
+        max_body_mb=args.max_body_mb,
+        token=read_token(args.token_file),
+        reference_errors=args.reference_errors,
+    )
+    policy = Policy.from_checkpoint(
+        args.checkpoint,
+        args.dtype,
+        args.quantize,
+        constrained=not args.unconstrained,
+        preprocessing=changes,
+        base=args.base,
+        exclude=EXCLUDE if args.exclude is None else args.exclude,
+        tensor=args.tensor,
+    )
+    app = make_app(policy, settings)
     loaded = time.perf_counter() - began
     warmed = warm_up(policy, settings.max_batch)
     print(f"loaded in {loaded:.1f} s, warm after {warmed:.1f} s more; http://{args.host}:{args.port}", flush=True)
@@ -100,10 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def run_plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """Prints the plans; the exit code: 0 if every one fits, else 1."""
     from openvla_jax.planning.environment import planning_environment
 
+    if args.plan_batch < 1:
+        raise ValueError(f"--plan_batch {args.plan_batch}: 1 at least")
     with tempfile.TemporaryDirectory() as dump:
         os.environ.update(planning_environment(os.environ, Path(dump)))
         from openvla_jax.checkpoint.reading import load_contract
@@ -111,21 +124,15 @@ def run_plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from openvla_jax.models.quantize import EXCLUDE
         from openvla_jax.planning.serve import run_plans
 
-        try:
-            if args.plan_batch < 1:
-                raise ValueError(f"--plan_batch {args.plan_batch}: 1 at least")
-            model = load_contract(args.checkpoint).model if args.checkpoint else preset(args.plan_model)
-            fits = run_plans(
-                model,
-                args.plan.split(","),
-                Path(dump),
-                args.plan_out,
-                batch=args.plan_batch,
-                quantize=args.quantize,
-                exclude=EXCLUDE if args.exclude is None else args.exclude,
-            )
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+        fits = run_plans(
+            load_contract(args.checkpoint).model if args.checkpoint else preset(args.plan_model),
+            args.plan.split(","),
+            Path(dump),
+            args.plan_out,
+            batch=args.plan_batch,
+            quantize=args.quantize,
+            exclude=EXCLUDE if args.exclude is None else args.exclude,
+        )
     return 0 if fits else 1
 
 
@@ -152,6 +159,16 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
+def read_crop_area(text: str) -> dict[str, float | None]:
+    """Returns the change of `Preprocessing` that `--crop_area` asks for."""
+    if text == "auto":
+        return {}
+    try:
+        return {"crop_area": None if text == "none" else float(text)}
+    except ValueError:
+        raise ValueError(f"--crop_area {text}: give a share of the area as 0.9, none, or auto") from None
+
+
 def set_compilation_cache(folder: str) -> None:
     import jax
 
@@ -161,4 +178,4 @@ def set_compilation_cache(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

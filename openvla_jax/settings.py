@@ -90,6 +90,12 @@ class AugmentConfig:
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"augment.{name} is {getattr(self, name)}: give a number within [0, {most}]")
 
+    @property
+    def policy_crop_area(self) -> float | None:
+        """The share of the area that a policy is shown: the mean of the training crops; None if training has none."""
+        area = sum(self.crop_scale) / 2
+        return area if self.enabled and area < 1 else None
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from openvla_jax.config import from_dict
+from openvla_jax.config import from_dict, nearest
 
 HEADS = ("tokens",)
 NORMALIZATIONS = ("bounds_q99", "bounds", "normal")
+KERNELS = ("lanczos3", "bicubic")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class ObservationSpec:
     state: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+        if isinstance(self.cameras, str) or not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"observation.cameras is {self.cameras}: give at least one name, each once")
         if self.rotation not in (0, 90, 180, 270):
             raise ValueError(f"observation.rotation is {self.rotation}: 0, 90, 180 or 270 degrees")
@@ -135,10 +136,19 @@ class Preprocessing:
     text_length: int = 64
 
     def __post_init__(self) -> None:
-        if self.resize_kernel not in ("lanczos3", "bicubic"):
-            raise ValueError(f"preprocessing.resize_kernel is {self.resize_kernel!r}: lanczos3 or bicubic")
-        if self.crop_area is not None and not 0 < self.crop_area <= 1:
-            raise ValueError(f"preprocessing.crop_area is {self.crop_area}: a share of the area within (0, 1], or None")
+        if self.resize_kernel not in KERNELS:
+            raise ValueError(
+                f"unknown preprocessing.resize_kernel {self.resize_kernel!r}; {nearest(self.resize_kernel, KERNELS)}"
+            )
+        number = isinstance(self.crop_area, int | float) and not isinstance(self.crop_area, bool)
+        if self.crop_area is not None and not (number and 0 < self.crop_area <= 1):
+            raise ValueError(
+                f"preprocessing.crop_area is {self.crop_area!r}: give a share of the area within (0, 1], or None"
+            )
+        if not isinstance(self.jpeg, bool):
+            raise ValueError(f"preprocessing.jpeg is {self.jpeg!r}: true or false")
+        if isinstance(self.text_length, bool) or not isinstance(self.text_length, int) or self.text_length < 1:
+            raise ValueError(f"preprocessing.text_length is {self.text_length!r}: give a whole number of at least 1")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":
@@ -146,6 +156,7 @@ class Preprocessing:
         return from_dict(cls, data, "preprocessing")
 
 
+@runtime_checkable
 class Environment(Protocol):
     """A task that a policy can be rolled out in: a simulator, here or behind a connection."""
 

@@ -179,7 +179,6 @@ def named_hf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> VLAConf
         named,
         towers=tuple(towers),
         resize=processor.get("image_resize_strategy", named.resize),
-        action_bins=int(config["n_action_bins"]),
         llama=dataclasses.replace(named.llama, max_length=int(config["llm_max_length"])),
     )
 

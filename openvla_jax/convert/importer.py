@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from openvla_jax.checkpoint.contract import REFERENCE_CROP_AREA
 from openvla_jax.convert.names import ConversionError, Slot
 from openvla_jax.convert.orbax_io import OrbaxWriter
 from openvla_jax.convert.source import Source, TorchWeights
@@ -37,17 +39,20 @@ def import_weights(
 ) -> Source:
     """Converts HuggingFace, Prismatic or base weights at `src` into the checkpoint directory `dst`; dtypes stay.
 
-    `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop`
-    notes that the policy was trained with random crops. Raises ConversionError or OSError; then `dst` is as it was.
+    `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop` notes
+    that the policy was trained with the reference's random crops, 0.9 of the area. Raises ConversionError or OSError;
+    then `dst` is as it was.
     """
     dst = Path(dst)
     refuse_existing(dst, overwrite)
     source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts)
     if not isinstance(source.weights, TorchWeights):
         raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
-    contract = source.contract()
-    contract.preprocessing["center_crop"] = center_crop
     weights = source.weights
+    if center_crop:
+        cropped = dataclasses.replace(source.preprocessing, crop_area=REFERENCE_CROP_AREA)
+        source = dataclasses.replace(source, preprocessing=cropped)
+    contract = source.contract()
     with finished_or_gone(dst, source.nbytes) as folder:
         writer = OrbaxWriter(folder)
         for leaf, (dtype, shape) in weights.leaves.items():

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from openvla_jax.checkpoint.contract import PREPROCESSING
 from openvla_jax.config import VisionConfig, VLAConfig, padded_vocab_size, preset
 from openvla_jax.convert.describe import describe, read_json
 from openvla_jax.convert.names import ConversionError, Shape, tower_prefix
 from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_safetensors, read_torch_folder
+from openvla_jax.types import Preprocessing
 
 NEW_ROW_SCALE = 0.02  # standard deviation of new embedding rows, transformers' initializer_range
 # Heads for other tasks, and what was only used to pretrain a tower: no part of it here.
@@ -77,7 +77,7 @@ def open_parts(name: str, parts: Mapping[str, str], overrides: Mapping[str, Any]
         weights,
         {},
         tokenizer,
-        dict(PREPROCESSING),
+        Preprocessing(),
         origin,
         [*described.notes(overrides), *notes],
     )

@@ -70,7 +70,7 @@ def hf_files(source: Source, dtype: str) -> dict[str, Any]:
         "pad_to_multiple_of": llama.vocab_size - model.base_vocab_size,
         "text_config": text_config,
         "output_projector_states": False,
-        "n_action_bins": model.action_bins,
+        "n_action_bins": source.action.bins,
         "norm_stats": dict(source.statistics),
         "torch_dtype": dtype,
         "transformers_version": "4.40.1",

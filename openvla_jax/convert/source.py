@@ -22,6 +22,7 @@ from openvla_jax.convert.names import (
     table,
 )
 from openvla_jax.convert.orbax_io import OrbaxReader
+from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
 
 class TorchWeights:
@@ -65,9 +66,11 @@ class Source:
     weights: TorchWeights | OrbaxReader
     statistics: Mapping[str, Any]
     tokenizer: Path | None
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing
     origin: Mapping[str, Any]  # what a checkpoint keeps about where it came from
     notes: Sequence[str] = ()
+    observation: ObservationSpec = dataclasses.field(default_factory=ObservationSpec)
+    action: ActionSpec = dataclasses.field(default_factory=ActionSpec)
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +91,7 @@ class Source:
             )
 
     def contract(self) -> Contract:
+        """Returns the contract of a checkpoint with these weights. Raises ConversionError for a foreign tokenizer."""
         from openvla_jax.tokens.tokenizer import load_tokenizer
 
         tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
@@ -96,4 +100,7 @@ class Source:
                 f"{self.tokenizer}: its pad token is {tokenizer.pad_token_id}, the model's {self.model.pad_token}: "
                 "it is the tokenizer of another model"
             )
-        return Contract(self.model, tokenizer, self.statistics, dict(self.preprocessing), {"source": dict(self.origin)})
+        return Contract(
+            self.model, tokenizer, self.statistics, self.observation, self.action, self.preprocessing,
+            training={"source": dict(self.origin)},
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from openvla_jax.checkpoint.base import MERGE
-from openvla_jax.checkpoint.contract import PREPROCESSING
+from openvla_jax.checkpoint.contract import action_spec, check_statistics
 from openvla_jax.checkpoint.reading import is_complete, load_contract, open_checkpoint
 from openvla_jax.config import preset
 from openvla_jax.convert.describe import HF_DEFAULTS, describe, merge, named_hf, named_native, read_json, read_overrides
@@ -24,7 +24,9 @@ from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.parts import load_towers, open_parts
 from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_torch_folder
+from openvla_jax.types import ObservationSpec, Preprocessing
 
+AS_PROCESSOR = Preprocessing(resize_kernel="bicubic")  # as the Hugging Face processor, which serves imports
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
@@ -111,21 +113,18 @@ def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) 
     tokenizer, notes = _tokenizer(folder, tokenizer, described.notes(overrides))
     origin = {"kind": "hf", "name": folder.name, "config": {k: v for k, v in config.items() if k != "norm_stats"}}
     weights = TorchWeights(model, "hf", tensors, str(folder))
-    preprocessing = PREPROCESSING | {"resize_kernel": "bicubic"}
-    return Source("hf", folder, model, weights, statistics, tokenizer, preprocessing, origin, notes)
+    action = action_spec(statistics, bins=config.get("n_action_bins", HF_DEFAULTS["n_action_bins"]))
+    return Source("hf", folder, model, weights, statistics, tokenizer, AS_PROCESSOR, origin, notes, action=action)
 
 
 def _statistics(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
     path = folder / "dataset_statistics.json"
     statistics = read_json(path) if path.exists() else otherwise
     where = path if path.exists() else "config.json: norm_stats"
-    for name, entry in statistics.items():
-        action = entry.get("action") if isinstance(entry, Mapping) else None
-        lengths = {len(row) for row in action.values()} if isinstance(action, Mapping) else set()
-        if len(lengths) != 1 or not {"q01", "q99"} <= set(action or ()):
-            raise ConversionError(
-                f"{where}: {name!r} has no action statistics of one length with q01 and q99: mend or remove it"
-            )
+    try:
+        check_statistics(statistics, action_spec(statistics), ObservationSpec())
+    except ValueError as error:
+        raise ConversionError(f"{where}: {error}") from None
     return statistics
 
 
@@ -176,8 +175,8 @@ def open_native(path: Path, parts: Mapping[str, str], overrides: Mapping[str, An
     statistics = _statistics(run, {})
     tokenizer, notes = _tokenizer(run, tokenizer, described.notes(overrides))
     origin = {"kind": "native", "name": path.stem, "config": config}
-    preprocessing = PREPROCESSING | {"resize_kernel": "bicubic"}
-    return Source("native", path, model, weights, statistics, tokenizer, preprocessing, origin, notes)
+    action = action_spec(statistics)
+    return Source("native", path, model, weights, statistics, tokenizer, AS_PROCESSOR, origin, notes, action=action)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -220,7 +219,7 @@ def open_orbax(path: Path) -> Source:
     tokenizer = directory / "contract" / "tokenizer" if contract.tokenizer is not None else None
     origin = contract.training.get("source", {})
     notes = [] if tokenizer else ["the checkpoint has no tokenizer: import it again with --tokenizer"]
-    weights, model = OrbaxReader(directory), contract.model
     return Source(
-        "orbax", directory, model, weights, contract.statistics, tokenizer, contract.preprocessing, origin, notes
-    )
+        "orbax", directory, contract.model, OrbaxReader(directory), contract.statistics, tokenizer,
+        contract.preprocessing, origin, notes, contract.observation, contract.action,
+    )  # fmt: skip

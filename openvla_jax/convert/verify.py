@@ -237,7 +237,7 @@ def text_logits(graph: Any, state: Any, inputs: Inputs) -> np.ndarray:
     @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
     def run(state, images, ids):
         model: OpenVLA = nnx.merge(graph, state)
-        return model(model.normalize(images), ids)[:, model.config.patches :]
+        return model.layout.of_text(model(model.normalize(images), ids))
 
     logits = np.asarray(run(state, inputs.images, inputs.ids))
     return logits[np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]]
@@ -252,12 +252,12 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
     def run(state, images, ids, lengths):
         model: OpenVLA = nnx.merge(graph, state)
         pixels = model.normalize(images)
-        logits = model(pixels, ids)[:, model.config.patches :]
+        logits = model.layout.of_text(model(pixels, ids))
         first, cache = model.prefill(pixels, ids, lengths, steps)
 
         def step(carry, _):
             token, position, cache = carry
-            following, cache = model.decode(token, position, cache)
+            following, cache = model.decode_step(token, position, cache)
             return (jnp.argmax(following, -1).astype(jnp.int32), position + 1, cache), token
 
         start = (jnp.argmax(first, -1).astype(jnp.int32), lengths, cache)
@@ -266,8 +266,8 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
 
     logits, tokens = map(np.asarray, run(state, inputs.images, inputs.ids, inputs.lengths))
     real = np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]
-    values = ActionTokenizer(source.model.base_vocab_size, source.model.action_bins).decode(tokens)
-    kind = source.preprocessing["action_normalization"]
+    values = ActionTokenizer(source.model.base_vocab_size, source.action.bins).decode(tokens)
+    kind = source.action.normalization
     actions = {
         key: unnormalize_actions(values[:, : len(entry["action"]["q01"])], entry["action"], kind)
         for key, entry in list(source.statistics.items())[:MAX_KEYS]
@@ -333,7 +333,8 @@ def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | 
         f"language model: width {llama.width}, depth {llama.depth}, heads {llama.heads} ({llama.kv_heads} kv), "
         f"mlp {llama.mlp_dim}, vocabulary {llama.vocab_size} ({model.base_vocab_size} + padding), "
         f"rms eps {llama.norm_eps:g}, rope theta {llama.rope_theta:g}",
-        f"prompt: {model.prompt_family}; images: {model.resize}; {dict(source.preprocessing)}",
+        f"prompt: {model.prompt_family}; images: {model.resize}; {dataclasses.asdict(source.preprocessing)}",
+        f"actions: {dataclasses.asdict(source.action)}",
         *(f"{name}: {count:,} parameters, {', '.join(sorted(dtypes))}" for name, (count, dtypes) in components.items()),
         f"total: {total:,} parameters{tensors}, {source.nbytes:,} bytes",
         f"statistics: {', '.join(source.statistics) or 'none: actions cannot be unnormalised'}",

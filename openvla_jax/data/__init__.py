@@ -1,8 +1,15 @@
 """From RLDS directories to batches.
 
-The way of the data: `rlds` opens a directory and reads episodes, `trajectory` gives them one form and normalises them
-by `statistics`, `mixture` draws frames from several datasets, `images` decodes, `batches` shuffles, batches and adds
-tokens. TensorFlow is imported by those modules, never by this file.
+The way of the data, by module:
+
+- `source` opens a dataset's folder and divides its episodes among processes; `episodes` reads them.
+- `pipeline` composes the stages of `trajectory`: standardise, normalise by `statistics`, chunk, frames.
+- `mixture` draws frames from several datasets; `faults` marks those that cannot be trained on.
+- `batches` shuffles them while encoded, decodes them with `images`, and sizes the buffer with `memory`.
+- `encoder` adds tokens; `stream` is the iterator, which can be saved and resumed exactly.
+- `rlds` reads one dataset alone.
+
+TensorFlow is imported by those modules, never by this file.
 """
 
 import os
@@ -11,7 +18,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # has to be set before Tenso
 
 
 class DataError(ValueError):
-    """The data on disk, or what was asked of them, cannot be trained on. The message is one line: what, where, mend."""
+    """The data on disk, or what was asked of them, cannot be trained on.
+
+    The message is one line: what is wrong, where, how to fix it.
+    """
 
 
 class DatasetNotFoundError(DataError):

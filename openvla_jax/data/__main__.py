@@ -9,7 +9,6 @@ from-lerobot SRC DIR                                  from-npz SRC DIR
 import argparse
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from etils import epath
 
+from openvla_jax import cli
 from openvla_jax.data import DataError, statistics
 from openvla_jax.data.custom import catalogue
 from openvla_jax.data.mixture import nominal_length, open_phases, open_sources, table
@@ -25,24 +25,19 @@ from openvla_jax.data.rlds import dataset_statistics
 from openvla_jax.data.source import Source
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+@cli.command
+def main(arguments: Sequence[str]) -> int:
+    args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)  # TFDS tells what it opens
-    try:
-        sys.exit(args.run(args))
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("OPENVLA_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # TFDS reports what it opens
+    return args.run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.data", description="RLDS datasets: look, check, make.")
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla data", description="RLDS datasets: look, check, make.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str, dataset: str = "a dataset or a mixture") -> argparse.ArgumentParser:
+    def command(name: str, run, text: str, dataset: str = "a dataset or a mixture") -> cli.Parser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if dataset:
@@ -93,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(args: argparse.Namespace) -> list[Source]:
     configs, mixtures = catalogue(args.module)
-    return open_sources(args.dataset, args.data_dir, configs, mixtures=mixtures)[0]
+    names = [name for name, _ in resolve_mixture(args.dataset, configs, mixtures)]
+    return open_sources(names, args.data_dir, configs)
 
 
 def _statistics(args: argparse.Namespace, sources: list[Source]) -> dict[str, dict]:
@@ -200,4 +196,4 @@ def _from_npz(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

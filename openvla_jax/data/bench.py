@@ -19,13 +19,16 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from openvla_jax.config import preset
-from openvla_jax.data import images
+from openvla_jax.data import images, pipeline
 from openvla_jax.data import trajectory as traj
 from openvla_jax.data.batches import make_train_iterator
-from openvla_jax.data.episodes import read_episodes, trace
+from openvla_jax.data.episodes import read_episodes
 from openvla_jax.data.ingest.writer import FLAGS, encode, flags, write_dataset
+from openvla_jax.data.memory import estimate
 from openvla_jax.data.mixture import open_phases
-from openvla_jax.data.source import shares
+from openvla_jax.data.source import episode_ranges
+from openvla_jax.tokens.actions import ActionTokenizer
+from openvla_jax.tokens.prompts import encode_example
 
 NAME = "bench_two_cameras"
 MODULE = f"""
@@ -116,7 +119,7 @@ def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size:
     """Reading, then reading and decoding, and so on, to a normalised batch on the device."""
     (phase,) = open_phases(data)[-1:]
     stream = phase.mixture.stream("train", seed=0, readers=data["num_parallel_reads"]).shuffle(512, seed=0)
-    decoded = stream.map(lambda frame: images.decode(frame["image"])[0, 0], num_parallel_calls=tf.data.AUTOTUNE)
+    decoded = stream.map(lambda frame: images.decode(frame["image_primary"])[0, 0], num_parallel_calls=tf.data.AUTOTUNE)
 
     def batches(dataset: tf.data.Dataset) -> Callable[[], Any]:
         return functools.partial(next, dataset.batch(batch_size, drop_remainder=True).prefetch(2).as_numpy_iterator())
@@ -170,9 +173,6 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
     """The same frames in the order of the reference: one reader per dataset, a goal image relabelled, carried through
     the shuffle buffer, decoded, resized and augmented beside each frame's own (which is a window of one), all on the
     host; then frame by frame normalised for each tower, to tokens and a batch."""
-    from openvla_jax.tokens.actions import ActionTokenizer
-    from openvla_jax.tokens.prompts import encode_example
-
     (phase,) = open_phases(data)[-1:]
     mixture = phase.mixture
 
@@ -180,10 +180,7 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
         source = mixture.sources[index]
         views = tuple(view for view, key in source.config.image_keys.items() if key)  # parsed, whether used or not
 
-        def columns(raw: dict, episode: tf.Tensor) -> dict:
-            full = traj.restructure(source.config, raw, episode, views=views)
-            full["observation"]["proprio"] = tf.zeros([tf.shape(full["step"])[0], 1])  # its cost is that of the action
-            full = traj.normalize(full, {**mixture.statistics[source.name], "proprio": _UNSCALED})
+        def columns(full: traj.Trajectory, _: tf.Tensor) -> dict:
             full = traj.relabel_goal(traj.add_pad_masks(full), 0)
             return {
                 "image": full["observation"]["image_primary"],
@@ -192,10 +189,12 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
                 "language": full["task"]["language_instruction"],
             }
 
-        episodes = read_episodes(trace(source, columns), shares(source, "train"), seed=0, readers=1).repeat()
+        statistics = mixture.statistics[source.name]
+        traced = pipeline.compose(source, views=views, statistics=statistics, then=columns)
+        episodes = read_episodes(traced, episode_ranges(source, "train"), seed=0, readers=1).repeat()
         return episodes.interleave(tf.data.Dataset.from_tensor_slices, cycle_length=1)
 
-    indices = mixture.having("train")
+    indices = mixture.datasets_with_split("train")
     stream = tf.data.Dataset.sample_from_datasets([frames(i) for i in indices], mixture.probabilities[indices].tolist())
 
     def on_both(function: Callable[[tf.Tensor], tf.Tensor], frame: dict) -> dict:
@@ -213,7 +212,7 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
 
     stream = stream.shuffle(512).map(decode, num_parallel_calls=16).map(augment, num_parallel_calls=16)
     source = stream.prefetch(16).as_numpy_iterator()
-    actions = ActionTokenizer(tokenizer.vocab_size)
+    actions = ActionTokenizer(tokenizer.vocab_size, mixture.action.bins)
 
     def batch() -> None:
         import jax
@@ -227,7 +226,6 @@ def reference(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_si
 
 
 _TOWERS = [(np.array(tower.mean, np.float32), np.array(tower.std, np.float32)) for tower in preset("openvla-7b").towers]
-_UNSCALED = {"mean": [0.0], "std": [1.0], "min": [-1.0], "max": [1.0], "q01": [-1.0], "q99": [1.0]}
 
 
 def _for_towers(image: np.ndarray) -> np.ndarray:
@@ -285,7 +283,7 @@ def measure(stages: Sequence[Stage], batch_size: int, seconds: float, turns: int
 
 def frame_bytes(data: dict[str, Any]) -> float:
     """Mean bytes of a frame's record."""
-    return open_phases(data)[-1].mixture.memory(1).frame_bytes
+    return estimate([open_phases(data)[-1].mixture], 1).frame_bytes
 
 
 def report(ours: list[Stage], theirs: Stage | None, read_bytes: float, host_cores: int) -> str:

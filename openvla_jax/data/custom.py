@@ -14,8 +14,9 @@ from typing import Any
 import tensorflow as tf
 
 from openvla_jax.data import DataError
-from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig, StateEncoding, Trajectory
+from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig, Trajectory
 from openvla_jax.data.oxe.mixtures import MIXTURES, Mixture
+from openvla_jax.data.oxe.state import StateEncoding
 
 # How a gripper command is written, and what makes it 1 = open, 0 = closed, as everything here has it.
 GRIPPERS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
@@ -52,6 +53,11 @@ class Columns:
     def width(self) -> int:
         return 1 if self.stop is None else self.stop - self.start
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a policy's `ObservationSpec.state` calls these columns: "joints_0", "joints_1", ..."""
+        return tuple(f"{self.key.removeprefix('observation/')}_{self.start + i}" for i in range(self.width))
+
     def read(self, step: Mapping) -> tf.Tensor:
         """float32 [T, columns] of a raw trajectory."""
         values = tf.cast(_find(step, self.key), tf.float32)
@@ -80,15 +86,16 @@ def describe(
 ) -> DatasetConfig:
     """A dataset by its keys.
 
-    cameras, depth: view ("primary" is what the policy sees) -> key of the observation ("image", or "cameras/front").
-    action, state: what they consist of, in order; a state is not needed. instruction: where the text is;
-    fixed_instruction: the text of every step, where data carry none. transform: runs first, raw trajectory -> raw
-    trajectory with whatever else must be done, in TensorFlow operations. frame_filter: see DatasetConfig.
+    cameras, depth: view -> key of the observation ("image", or "cameras/front"); policies see "primary" unless their
+    `ObservationSpec` names others. action, state: what they consist of, in order; a state is not needed, and its
+    columns are called as in `Columns.names`. instruction: where the text is; fixed_instruction: the text of every
+    step, if the data carry none. transform: runs first, raw trajectory -> raw trajectory with whatever else must be
+    done, in TensorFlow operations. frame_filter: see DatasetConfig. Raises DataError if there is no action or camera.
     """
     if not action:
         raise DataError(f"dataset {name!r}: no action columns")
-    if "primary" not in cameras:
-        raise DataError(f"dataset {name!r}: cameras {dict(cameras)} name no 'primary' view, the one that policies see")
+    if not cameras:
+        raise DataError(f"dataset {name!r}: no cameras: give at least one, as in cameras={{'primary': 'image'}}")
 
     def standard(trajectory: Trajectory) -> Trajectory:
         trajectory = transform(trajectory) if transform else trajectory
@@ -110,6 +117,7 @@ def describe(
         depth_keys={view: f"depth_{view}_frames" for view in depth or {}},
         state_keys=("state",) if state else (None,),
         state_encoding=StateEncoding.NONE,
+        state_columns=tuple(name for columns in state for name in columns.names),
         action_encoding=None,
         transform=standard,
         frame_filter=frame_filter,

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from openvla_jax.data import CorruptRecordError, DataError, DatasetNotFoundError
-from openvla_jax.data.source import Share, Source
+from openvla_jax.data.source import EpisodeRange, Source
 
 READ_BYTES = 1 << 20  # per reader; remote files are read in pieces of this size
 
@@ -98,7 +98,7 @@ def _program(graph: tf.Graph, reached: set[str]) -> str:
 
 def read_episodes(
     traced: Traced,
-    files: Sequence[Share],
+    files: Sequence[EpisodeRange],
     *,
     seed: int | None = None,
     keep: Callable[[dict], tf.Tensor] | None = None,
@@ -206,7 +206,7 @@ def _subset(features: tfds.features.FeaturesDict, needed: set[tuple[str, ...]]) 
 
 
 @contextlib.contextmanager
-def clear_errors(sources: Sequence[Source]) -> Iterator[None]:
+def explain_errors(sources: Sequence[Source]) -> Iterator[None]:
     """Turns TensorFlow's errors while reading these datasets into one line that names the dataset or file."""
     try:
         yield

@@ -75,7 +75,9 @@ def _rounded(pixels: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(tf.round(pixels), 0, 255), tf.uint8)
 
 
-def load(encoded: tf.Tensor, size: int, expected: Sequence[tuple[int, int]] = ()) -> tuple[tf.Tensor, tf.Tensor]:
+def decode_and_resize(
+    encoded: tf.Tensor, size: int, expected: Sequence[tuple[int, int]] = ()
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes and resizes N images without ever failing: (uint8 [N, size, size, 3], which could be decoded, bool [N]).
 
     An empty string, which stands for a camera that a dataset lacks, is black, as is an image that cannot be decoded.

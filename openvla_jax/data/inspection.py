@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from openvla_jax.data import images, statistics
+from openvla_jax.data import images, pipeline, statistics
 from openvla_jax.data import trajectory as traj
-from openvla_jax.data.episodes import clear_errors, read_episodes, trace
-from openvla_jax.data.source import Source, shares
+from openvla_jax.data.episodes import explain_errors, read_episodes
+from openvla_jax.data.source import Source, episode_ranges
 
 # ---------------------------------------------------------------------------------------------------------------------
 # inspect
@@ -21,7 +21,7 @@ from openvla_jax.data.source import Source, shares
 def describe(source: Source, stats: Mapping) -> str:
     """Where a dataset was found, its schema, what is used of it, its episodes and its statistics, as text."""
     config = source.config
-    used = {split: sum(share.take for share in shares(source, split)) for split in ("train", "val")}
+    used = {split: sum(run.take for run in episode_ranges(source, split)) for split in ("train", "val")}
     return "\n".join(
         [
             f"dataset {source.name}, version {source.info.version}: {source.directory}",
@@ -49,7 +49,7 @@ def figures(source: Source, folder: Path, episodes: int) -> list[Path]:
     figure, axes = plt.subplots(len(shown), columns, figsize=(2 * columns, 2.3 * len(shown)), squeeze=False)
     for row, episode in zip(axes, shown, strict=True):
         for axis, step in zip(row, np.linspace(0, len(episode["image"]) - 1, columns).astype(int), strict=True):
-            (pixels,), (decoded,) = images.load(tf.constant([episode["image"][step]]), 224)
+            (pixels,), (decoded,) = images.decode_and_resize(tf.constant([episode["image"][step]]), 224)
             axis.imshow(pixels.numpy())
             axis.set_title(f"step {step}" if decoded else f"step {step}: broken", fontsize=8)
             axis.axis("off")
@@ -89,7 +89,7 @@ class Finding:
 
 
 def validate(source: Source, episodes: int) -> list[Finding]:
-    """Checks up to so many episodes of a dataset, spread over its train split, as the training stream will see them."""
+    """Checks up to so many episodes from all over the train split, as the training stream will see them."""
     sample = list(itertools.islice(_episodes(source, seed=0), episodes))
     actions = [episode["action"] for episode in sample]
     stacked = np.concatenate(actions)
@@ -108,8 +108,7 @@ def validate(source: Source, episodes: int) -> list[Finding]:
 def _episodes(source: Source, seed: int | None = None) -> Iterator[dict]:
     """Standardised episodes: image (encoded), action, language and, if there is one, proprio."""
 
-    def columns(raw: dict, episode: tf.Tensor) -> dict:
-        full = traj.restructure(source.config, raw, episode)
+    def columns(full: traj.Trajectory, _: tf.Tensor) -> dict:
         return {
             "image": full["observation"]["image_primary"],
             "action": full["action"],
@@ -118,8 +117,9 @@ def _episodes(source: Source, seed: int | None = None) -> Iterator[dict]:
             "episode": full["episode"],
         }
 
-    with clear_errors([source]):
-        yield from read_episodes(trace(source, columns), shares(source, "train"), seed=seed).as_numpy_iterator()
+    traced = pipeline.compose(source, load_proprio=True, then=columns)
+    with explain_errors([source]):
+        yield from read_episodes(traced, episode_ranges(source, "train"), seed=seed).as_numpy_iterator()
 
 
 def _lengths(sample: Sequence[Mapping]) -> list[Finding]:
@@ -169,7 +169,7 @@ def _gripper(source: Source, actions: Sequence[np.ndarray]) -> list[Finding]:
     values = np.concatenate([a[:, -1] for a in actions])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low < -1e-3 or high > 1 + 1e-3:
-        detail = f"values from {low:.3g} to {high:.3g}: 0 closed to 1 open is expected; mend the transform"
+        detail = f"values from {low:.3g} to {high:.3g}: 0 closed to 1 open is expected; fix the transform"
         return [Finding("gripper range", "warning", detail)]
     findings = [Finding("gripper range", "ok", f"{low:.3g} to {high:.3g}")]
     starts = np.array([a[0, -1] for a in actions if len(a)])
@@ -221,7 +221,7 @@ def _pictures(sample: Sequence[Mapping]) -> list[Finding]:
     findings = []
     if broken:
         detail = f"{len(broken)} sampled frames cannot be decoded, the first is {broken[0]}"
-        findings.append(Finding("images", "error", f"{detail}: mend them, or set data.bad_images=skip"))
+        findings.append(Finding("images", "error", f"{detail}: fix them, or set data.bad_images=skip"))
     if empty:
         findings.append(Finding("images", "warning", f"{empty} sampled frames are empty; they are trained as black"))
     if sizes:

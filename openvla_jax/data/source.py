@@ -147,7 +147,7 @@ def open_source(dataset: str | DatasetConfig, data_dir: epath.PathLike) -> Sourc
 
 
 @dataclass(frozen=True)
-class Share:
+class EpisodeRange:
     """The part of a record file that one process reads: episodes skip .. skip + take."""
 
     path: str
@@ -163,7 +163,7 @@ def split_spec(source: Source, split: str) -> str:
     return split
 
 
-def shares(source: Source, split: str, process_index: int = 0, process_count: int = 1) -> list[Share]:
+def episode_ranges(source: Source, split: str, process_index: int = 0, process_count: int = 1) -> list[EpisodeRange]:
     """What this process reads of a split: contiguous runs of episodes, equal to within one, disjoint and covering.
 
     Where there are fewer episodes than processes, process p reads episode p modulo their number.
@@ -177,13 +177,13 @@ def shares(source: Source, split: str, process_index: int = 0, process_count: in
             f"{', '.join(source.splits) or 'none'}"
         )
     files = source.info.splits[spec].file_instructions if sum(source.splits.values()) else []
-    runs = [Share(str(file.filename), file.skip, file.take) for file in files]
+    runs = [EpisodeRange(str(file.filename), file.skip, file.take) for file in files]
     if not sum(run.take for run in runs):
         raise SplitNotFoundError(f"dataset {source.name!r} ({source.directory}): split {spec!r} has no episodes")
     return _part(runs, process_index, process_count)
 
 
-def _part(runs: list[Share], index: int, count: int) -> list[Share]:
+def _part(runs: list[EpisodeRange], index: int, count: int) -> list[EpisodeRange]:
     total = sum(run.take for run in runs)
     start, stop = index * total // count, (index + 1) * total // count
     if total < count:
@@ -192,6 +192,6 @@ def _part(runs: list[Share], index: int, count: int) -> list[Share]:
     for run in runs:
         first, last = max(start, position), min(stop, position + run.take)
         if first < last:
-            result.append(Share(run.path, run.skip + first - position, last - first))
+            result.append(EpisodeRange(run.path, run.skip + first - position, last - first))
         position += run.take
     return result

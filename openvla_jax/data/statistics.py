@@ -1,7 +1,8 @@
 """Statistics of actions and states: computed in one pass, cached as JSON, checked before use.
 
 The JSON of one dataset is the reference's: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same
-without mask}, "num_transitions", "num_trajectories"}; a file of several holds {dataset name: that}.
+without mask}, "num_transitions", "num_trajectories"}; a file of several holds {dataset name: that}. If a policy sees a
+state, "proprio" also has "names": what its columns are called.
 """
 
 import difflib
@@ -15,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from openvla_jax.data import BadActionError, DataError, StatisticsError
+from openvla_jax.data.oxe.state import without_pads
 
 _FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 _FALLBACK = "~/.cache/openvla_jax"
@@ -70,7 +72,7 @@ def check_finite(values: np.ndarray, what: str, name: str, episodes: np.ndarray,
         row, dimension = bad[0]
         raise BadActionError(
             f"dataset {name!r}, episode {episodes[row].decode()}, step {steps[row]}: {what} dimension {dimension} is "
-            f"{values[row, dimension]}: mend the data or its transform"
+            f"{values[row, dimension]}: fix the data or its transform"
         )
 
 
@@ -88,9 +90,9 @@ def load(path: str | Mapping, name: str) -> dict:
     try:
         content = path if isinstance(path, Mapping) else json.loads(epath.Path(path).expanduser().read_text())
     except (OSError, ValueError) as error:
-        raise StatisticsError(f"{where} cannot be read ({_line(error)}): mend its path") from error
+        raise StatisticsError(f"{where} cannot be read ({_line(error)}): fix its path") from error
     if not isinstance(content, Mapping):
-        raise StatisticsError(f"{where} holds a {type(content).__name__}, not an object: mend its path")
+        raise StatisticsError(f"{where} holds a {type(content).__name__}, not an object: fix its path")
     if "action" not in content and name not in content:
         near = difflib.get_close_matches(name, content, 1, 0.0)
         raise StatisticsError(
@@ -166,6 +168,36 @@ def prepare(statistics: Mapping, name: str, mask: Sequence[bool], with_proprio: 
     if spiky:
         logging.warning("dataset %r: action dimensions %s have q01 == q99; they are trained as -1 or 1", name, spiky)
     return {**statistics, "action": {**action, "mask": list(mask)}}
+
+
+def select_state(statistics: Mapping, name: str, layout: Sequence[str], wanted: Sequence[str]) -> dict:
+    """Reduces the statistics of the state to the wanted columns, in order, and stores their names with them.
+
+    Args:
+      statistics: of dataset `name`, with those of its state (see `prepare`). "names" in "proprio" says which columns
+        they describe; files without it hold the columns of `layout`, or those without pads (OpenVLA-OFT's).
+      layout: names of the dataset's state columns, pads included.
+      wanted: names of the columns that a policy sees.
+
+    Raises:
+      StatisticsError: the statistics describe other columns, or the state was not measured (all zeros).
+    """
+    proprio = statistics["proprio"]
+    width = len(proprio["mean"])
+    layouts = {len(names): tuple(names) for names in (without_pads(layout), layout)}
+    columns = tuple(proprio.get("names") or layouts.get(width, ()))
+    unknown = [column for column in wanted if column not in columns]
+    if unknown or any(len(proprio[field]) != len(columns) for field in _FIELDS):
+        held = f"columns {', '.join(columns)}" if columns else f"{width} columns without names"
+        raise StatisticsError(
+            f"statistics of {name!r}: their state has {held}, the policy's is {', '.join(wanted)}: "
+            f"use statistics of the same state"
+        )
+    if not any(any(proprio[field]) for field in _FIELDS):
+        raise StatisticsError(f"statistics of {name!r}: those of the state are zeros: compute them with the state")
+    order = [columns.index(column) for column in wanted]
+    selected = {field: [proprio[field][i] for i in order] for field in _FIELDS}
+    return {**statistics, "proprio": {**selected, "names": list(wanted)}}
 
 
 def _is_finite(value: object) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from openvla_jax.config import nearest
 from openvla_jax.data import BadImageError, DataError, StatisticsError
 from openvla_jax.data.oxe.datasets import DatasetConfig
 
@@ -46,7 +47,7 @@ def restructure(
     if action.shape.rank != 2 or action.shape[1] not in (None, width):
         raise DataError(
             f"dataset {config.name!r}: actions have shape {action.shape.as_list()}, but its action encoding "
-            f"{config.encoding_name} has {width} dimensions: mend the transform or the encoding"
+            f"{config.encoding_name} has {width} dimensions: fix the transform or the encoding"
         )
     action = tf.ensure_shape(action, [None, width])
     length = tf.shape(action)[0]
@@ -81,7 +82,7 @@ def restructure(
         language = _member(config, standard, config.language_key)
         if language.dtype != tf.string:
             raise DataError(
-                f"dataset {config.name!r}: {config.language_key!r} is {language.dtype.name}, not text: mend its entry"
+                f"dataset {config.name!r}: {config.language_key!r} is {language.dtype.name}, not text: fix its entry"
             )
         result["task"]["language_instruction"] = language
     result["dataset_name"] = tf.fill([length], config.name)
@@ -91,11 +92,41 @@ def restructure(
     return result
 
 
+def select_state(trajectory: Trajectory, config: DatasetConfig, names: Sequence[str]) -> Trajectory:
+    """Reduces observation/proprio to the named columns, in the given order: float32 [T, len(names)].
+
+    Raises DataError if the state has no column of a name, or a width that its configuration does not name.
+    """
+    check_state(config, names)
+    known, state = config.state_names, trajectory["observation"]["proprio"]
+    if state.shape[1] not in (None, len(known)):
+        raise DataError(
+            f"dataset {config.name!r}: its state has {state.shape[1]} columns, its configuration names {len(known)} "
+            f"({', '.join(known)}): fix state_columns"
+        )
+    columns = tf.gather(state, [known.index(name) for name in names], axis=1)
+    return trajectory | {"observation": trajectory["observation"] | {"proprio": columns}}
+
+
+def check_state(config: DatasetConfig, names: Sequence[str]) -> None:
+    """Raises DataError for a name that no column of the dataset's state has."""
+    for name in names:
+        if name not in config.state_names:
+            raise DataError(
+                f"dataset {config.name!r} has no state column {name!r}; {nearest(name, config.state_names)}"
+            )
+
+
+def cut(trajectory: Trajectory, length: tf.Tensor | int) -> Trajectory:
+    """Keeps the first `length` steps."""
+    return tf.nest.map_structure(lambda x: x[:length], trajectory)
+
+
 def _member(config: DatasetConfig, tree: Mapping, key: str, kind: type | None = None):
     if not isinstance(tree.get(key), kind or (tf.Tensor, np.ndarray)):
         raise DataError(
             f"dataset {config.name!r}: a standardised trajectory has no {key!r} there, only {', '.join(sorted(tree))}: "
-            f"mend its configuration or transform"
+            f"fix its configuration or transform"
         )
     return tree[key]
 
@@ -121,7 +152,7 @@ def normalize(trajectory: Trajectory, statistics: Mapping, kind: str = "bounds_q
 
 
 def _normalized(x: tf.Tensor, statistics: Mapping, kind: str) -> tf.Tensor:
-    stats = {name: np.asarray(value, np.float64) for name, value in statistics.items() if name != "mask"}
+    stats = {name: np.asarray(value, np.float64) for name, value in statistics.items() if name not in ("mask", "names")}
     if x.shape[-1] not in (None, len(stats["mean"])):
         raise StatisticsError(f"statistics of {len(stats['mean'])} dimensions do not fit values of shape {x.shape}")
     mask = np.asarray(statistics.get("mask", np.ones_like(stats["mean"])), bool)
@@ -139,12 +170,12 @@ def _normalized(x: tf.Tensor, statistics: Mapping, kind: str) -> tf.Tensor:
 
 
 def is_labeled(trajectory: Trajectory) -> tf.Tensor:
-    """True where any step has an instruction (the reference's `skip_unlabeled`)."""
+    """True if any step has an instruction (the reference's `skip_unlabeled`)."""
     return tf.reduce_any(trajectory["task"]["language_instruction"] != "")
 
 
 def within(trajectory: Trajectory, max_action: float | None = None, max_proprio: float | None = None) -> tf.Tensor:
-    """True where no |value| of the action or proprio exceeds its limit; None is no limit."""
+    """True if no |value| of the action or proprio exceeds its limit; None is no limit."""
     fits = tf.constant(True)
     if max_action is not None:
         fits &= tf.reduce_all(tf.abs(trajectory["action"]) <= max_action)
@@ -231,5 +262,4 @@ def chunk(trajectory: Trajectory, window: int = 1, future: int = 0, truncate: bo
     }
     if not truncate:
         return chunked
-    whole = tf.maximum(length - future, 0)
-    return tf.nest.map_structure(lambda x: x[:whole], chunked)
+    return cut(chunked, tf.maximum(length - future, 0))

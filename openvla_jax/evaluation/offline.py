@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions, unnormalize_actions
+from openvla_jax.types import ActionSpec
 
 BATCH = 16
 POOL = 32  # frames are picked evenly from at most this many times as many
@@ -119,17 +120,21 @@ def predict(policy: PredictsActions, frames: Sequence[Frame], unnorm_key: str) -
 
 
 def compare(
-    predicted: np.ndarray, frames: Sequence[Frame], statistics: Mapping[str, Any], kind: str = "bounds_q99"
+    predicted: np.ndarray, frames: Sequence[Frame], statistics: Mapping[str, Any], spec: ActionSpec
 ) -> Comparison:
-    """Predictions beside what was done, un-normalised from the training targets: clipped to what tokens can say."""
+    """Returns predictions beside what was done.
+
+    The true actions are un-normalised from the training targets, so they are clipped to what tokens can say.
+    """
     true = np.stack([frame.action for frame in frames]).astype(np.float64)
-    physical = unnormalize_actions(true, statistics, kind)
-    return Comparison(predicted, physical, bins(normalize_actions(predicted, statistics, kind)), bins(true))
+    physical = unnormalize_actions(true, statistics, spec.normalization)
+    normalized = normalize_actions(predicted, statistics, spec.normalization)
+    return Comparison(predicted, physical, token_bins(normalized, spec.bins), token_bins(true, spec.bins))
 
 
-def bins(normalized: np.ndarray) -> np.ndarray:
-    """The bin that each normalised value decodes from: the two ids of the top bin, which decode alike, are one."""
-    tokenizer = ActionTokenizer()
+def token_bins(normalized: np.ndarray, bins: int) -> np.ndarray:
+    """Returns the bin of each normalised value. The two ids of the top bin, which decode alike, are one."""
+    tokenizer = ActionTokenizer(bins=bins)
     return np.minimum(tokenizer.last_token - tokenizer.encode(normalized), tokenizer.bins - 2)
 
 

@@ -45,14 +45,14 @@ def measure(
     reference: dict[str, np.ndarray] = {}
     for kind in (None, *kinds):
         policy = Policy.from_checkpoint(checkpoint, dtype, kind, exclude=exclude)
-        kinds_of_action = policy.contract.preprocessing["action_normalization"]
+        spec = policy.contract.action
         actions, equal, differences = {}, [], []
         for key, rows_of_key in frames.items():
             actions[key] = offline.predict(policy, rows_of_key, key)
             statistics = policy.contract.statistics[key]["action"]
             base = reference.setdefault(key, actions[key])
             tokens = [
-                offline.bins(offline.normalize_actions(values, statistics, kinds_of_action))
+                offline.token_bins(offline.normalize_actions(values, statistics, spec.normalization), spec.bins)
                 for values in (actions[key], base)
             ]
             equal.append((tokens[0] == tokens[1]).ravel())

@@ -171,14 +171,14 @@ def _predictions(workdir: epath.Path, contract: Contract, count: int) -> Iterabl
     from openvla_jax.inference.policy import Policy
 
     policy = Policy.from_checkpoint(workdir, check_images=False)
-    data, kind = contract.training["data"], contract.preprocessing["action_normalization"]
+    data = contract.training["data"]
     yield (
         f"<p>Checkpoint {open_checkpoint(workdir).name}, greedy, through the serving path; actions in the dataset's "
         "units.</p>"
     )
     for name, statistics in contract.statistics.items():
         frames = offline.held_out_frames(name, data["data_dir"], statistics, count, module=data.get("module", ""))
-        result = offline.compare(offline.predict(policy, frames, name), frames, statistics["action"], kind)
+        result = offline.compare(offline.predict(policy, frames, name), frames, statistics["action"], contract.action)
         yield f"<h3>{html.escape(name)}: {result.accuracy:.0%} of the tokens</h3>"
         for i, frame in enumerate(frames):
             rows: Rows = [("", *(f"dim {d}" for d in range(result.true.shape[1])))]

@@ -56,7 +56,7 @@ class Batcher:
         return self._queue.qsize()
 
     def submit(self, requests: Sequence[Request]) -> "list[concurrent.futures.Future[np.ndarray]]":
-        """Their actions, in the future: all are taken, or none. Raises QueueFullError or StoppedError at once."""
+        """Returns futures of their chunks [K, A]. All are taken, or none: QueueFullError or StoppedError at once."""
         now = time.perf_counter()
         items = [_Item(request, concurrent.futures.Future(), now) for request in requests]
         with self._lock:
@@ -102,12 +102,12 @@ class Batcher:
         began = time.perf_counter()
         try:
             size = next(size for size in self.batch_sizes if size >= len(batch))
-            actions: list[Any] = self.policy.act([item.request for item in batch], size)
+            chunks: list[Any] = self.policy.act([item.request for item in batch], size)
         except Exception as error:  # one batch fails, the server goes on
             for item in batch:
                 item.future.set_exception(error)
             return
         took = time.perf_counter() - began
         self.observe(len(batch), [began - item.arrived for item in batch], took)
-        for item, action in zip(batch, actions, strict=True):
-            item.future.set_result(action)
+        for item, chunk in zip(batch, chunks, strict=True):
+            item.future.set_result(chunk)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from openvla_jax.inference.wire import decode_array, dumps
+from openvla_jax.types import Observation
 
 
 class ServerError(RuntimeError):
@@ -44,7 +45,7 @@ class Client:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def predict_action(self, image: np.ndarray, instruction: str, unnorm_key: str | None = None) -> np.ndarray:
-        """One action, float64 [action_dim]; `image` is uint8 RGB [height, width, 3]. Raises ServerError."""
+        """Returns the first action, float64 [A], for an image uint8 RGB [height, width, 3]. Raises ServerError."""
         answer = self._call("POST", "/act", dumps(_payload(image, instruction, unnorm_key)))
         return np.array(decode_array(answer, "action"))
 
@@ -54,17 +55,30 @@ class Client:
         instructions: Sequence[str],
         unnorm_keys: Sequence[str | None] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
-        """One action per row, float64 [B, action_dim]; a list if action sizes differ. Sent in parts of 32 rows."""
+        """Returns the first action of each row, float64 [B, action_dim]; a list if action sizes differ.
+
+        They are sent in parts of 32 rows.
+        """
         keys = [None] * len(images) if unnorm_keys is None else unnorm_keys
-        rows = [_payload(*row) for row in zip(images, instructions, keys, strict=True)]
-        actions: list[np.ndarray] = []
+        return self._act_batch([_payload(*row) for row in zip(images, instructions, keys, strict=True)])
+
+    def predict_chunk(self, observation: Observation) -> np.ndarray:
+        """Returns the next K actions, float64 [K, action_dim]. Raises ServerError."""
+        return np.array(decode_array(self._call("POST", "/act", dumps(_observed(observation))), "action"))
+
+    def predict_chunks(self, observations: Sequence[Observation]) -> np.ndarray | list[np.ndarray]:
+        """Returns a chunk per observation, float64 [B, K, action_dim]; a list if action sizes differ."""
+        return self._act_batch([_observed(observation) for observation in observations])
+
+    def _act_batch(self, rows: Sequence[dict[str, Any]]) -> np.ndarray | list[np.ndarray]:
+        answers: list[np.ndarray] = []
         for start in range(0, len(rows), 32):
             answer = self._call("POST", "/act_batch", dumps({"requests": rows[start : start + 32]}))
-            actions += [np.asarray(action, np.float64) for action in answer["actions"]]
-        return np.stack(actions) if len({len(action) for action in actions}) == 1 else actions
+            answers += [np.asarray(action, np.float64) for action in answer["actions"]]
+        return np.stack(answers) if len({answer.shape for answer in answers}) == 1 else answers
 
     def info(self) -> dict[str, Any]:
-        """The contract that the server serves: model, preprocessing, statistics, device, dtype."""
+        """Returns what the server serves: model, observation, action, preprocessing, statistics, device, dtype."""
         return self._call("GET", "/info")
 
     def wait_until_ready(self, seconds: float = 600.0) -> None:
@@ -108,6 +122,14 @@ class Client:
                 if last or isinstance(error, TimeoutError):
                     raise ServerError(f"{self.url} does not answer: {error or type(error).__name__}") from None
         raise AssertionError
+
+
+def _observed(observation: Observation) -> dict[str, Any]:
+    images = {name: np.asarray(image) for name, image in observation.images.items()}
+    payload: dict[str, Any] = {"images": images, "instruction": observation.instruction}
+    if observation.state is not None:
+        payload["state"] = np.asarray(observation.state, np.float64)
+    return payload | ({} if observation.unnorm_key is None else {"unnorm_key": observation.unnorm_key})
 
 
 def _payload(image: np.ndarray, instruction: str, unnorm_key: str | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 import openvla_jax
 from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
-from openvla_jax.inference.policy import Policy, Request
+from openvla_jax.inference.policy import TEXT_LENGTHS, Policy, Request
 from openvla_jax.inference.wire import BadRequestError
 from openvla_jax.models.quantize import BlockedQTensor, QTensor, count_bytes
 
@@ -109,7 +109,11 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
     app.state.batcher = batcher
 
     def prepare(payload: dict[str, Any]) -> Request:
-        return policy.prepare(wire.read_image(payload["image"]), payload["instruction"], payload.get("unnorm_key"))
+        return policy.prepare(wire.read_observation(payload, policy.contract.observation.cameras))
+
+    def asked_for(payload: dict[str, Any], chunk: np.ndarray) -> np.ndarray:
+        """Returns all actions for a request with `images`, the first for one with `image`, as OpenVLA's server."""
+        return chunk if "images" in payload else chunk[0]
 
     async def decide(requests: list[Request]) -> list[np.ndarray]:
         if len(requests) > settings.max_queue:
@@ -123,34 +127,38 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
     async def act(body: bytes) -> Response:
-        def read() -> tuple[Request, bool, bool]:
+        def read() -> tuple[Request, dict[str, Any], bool]:
             payload, encoded = wire.read_payload(wire.loads(body))
-            return prepare(payload), encoded, isinstance(payload["image"], dict)
+            return prepare(payload), payload, encoded
 
-        request, encoded, array = await run_in_threadpool(read)
-        (action,) = await decide([request])
+        request, payload, encoded = await run_in_threadpool(read)
+        (chunk,) = await decide([request])
+        answer = asked_for(payload, chunk)
         if encoded:
-            return _json(wire.dumps(action))
+            return _json(wire.dumps(answer))
         # In kind: clients that send an array get one back, those that send a picture read plain numbers.
-        return _json(action if array else action.tolist())
+        images = payload["images"].values() if "images" in payload else [payload["image"]]
+        return _json(answer if any(isinstance(image, dict) for image in images) else answer.tolist())
 
     async def act_batch(body: bytes) -> Response:
-        def read() -> list[Request]:
+        def read() -> tuple[list[Request], list[dict[str, Any]]]:
             value = wire.loads(body)
             if not isinstance(value, dict) or set(value) != {"requests"} or not isinstance(value["requests"], list):
-                raise BadRequestError('send {"requests": [{image, instruction, unnorm_key}, ...]}')
+                raise BadRequestError('send {"requests": [{image, instruction, ...}, ...]}')
             if not value["requests"]:
                 raise BadRequestError("'requests' is empty")
-            prepared = []
+            prepared, payloads = [], []
             for row, item in enumerate(value["requests"]):
                 try:
-                    prepared.append(prepare(wire.read_payload(item)[0]))
+                    payloads.append(wire.read_payload(item)[0])
+                    prepared.append(prepare(payloads[-1]))
                 except ValueError as error:
                     raise BadRequestError(f"request {row}: {error}") from None
-            return prepared
+            return prepared, payloads
 
-        actions = await decide(await run_in_threadpool(read))
-        return _json({"actions": [action.tolist() for action in actions]})
+        requests, payloads = await run_in_threadpool(read)
+        chunks = await decide(requests)
+        return _json({"actions": [asked_for(*row).tolist() for row in zip(payloads, chunks, strict=True)]})
 
     def posted(path: str, handle: Callable[[bytes], Awaitable[Response]]) -> None:
         async def endpoint(request: fastapi.Request) -> Response:
@@ -249,16 +257,12 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 def warm_up(policy: Policy, max_batch: int, log: Callable[[str], None] = print) -> float:
     """Runs every shape that requests can ask for once, so that none waits for compilation; returns seconds."""
-    from openvla_jax.inference.policy import TEXT_LENGTHS
-
-    began = time.perf_counter()
-    size, statistics = policy.contract.model.image_size, policy.contract.statistics
-    pixels = np.zeros((size, size, 3), np.uint8)
-    shortest = policy.prepare(pixels, "a", next(iter(statistics)))
+    began, contract = time.perf_counter(), policy.contract
     sizes = sorted({min(2**n, max_batch) for n in range(max_batch.bit_length() + 1)})
-    for dim in sorted({len(stats["action"]["q01"]) for stats in statistics.values()}):
-        key = next(k for k, stats in statistics.items() if len(stats["action"]["q01"]) == dim)
-        longest = policy.contract.preprocessing["text_length"] - dim - 1
+    by_dim = {contract.action_dim(key): key for key in contract.statistics}
+    for dim, key in sorted(by_dim.items()):
+        shortest = policy.blank_request(dataset=key)
+        longest = contract.preprocessing.text_length - dim * contract.action.horizon - 1
         buckets = [
             length
             for shorter, length in zip((0, *TEXT_LENGTHS), TEXT_LENGTHS, strict=False)
@@ -268,9 +272,9 @@ def warm_up(policy: Policy, max_batch: int, log: Callable[[str], None] = print) 
             length = min(bucket, longest)
             prompt = (shortest.prompt * length)[:length]
             for batch in sizes:
-                policy.act([Request(pixels, prompt, key, dim)], batch)
-                log(f"warm: batch {batch}, text {bucket}, {dim} action tokens ({time.perf_counter() - began:.1f} s)")
-    policy.outside_tokens = policy.decoded_tokens = 0
+                policy.act([dataclasses.replace(shortest, prompt=prompt)], batch)
+                log(f"warm: batch {batch}, text {bucket}, {dim} dimensions ({time.perf_counter() - began:.1f} s)")
+    policy.reset_counters()
     return time.perf_counter() - began
 
 
@@ -281,9 +285,11 @@ def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
     kinds = {module.kind for module in modules if isinstance(module, QTensor | BlockedQTensor)}
     return {
         "model": contract.model.to_dict(),
-        "preprocessing": dict(contract.preprocessing),
+        "observation": dataclasses.asdict(contract.observation),
+        "action": dataclasses.asdict(contract.action),
+        "preprocessing": dataclasses.asdict(contract.preprocessing),
         "statistics": {
-            key: {"action_dim": len(stats["action"]["q01"]), "action": stats["action"]}
+            key: {"action_dim": contract.action_dim(key), "action": stats["action"]}
             for key, stats in contract.statistics.items()
         },
         "training": json.loads(json.dumps(dict(contract.training), default=str)),

@@ -9,15 +9,18 @@ import binascii
 import io
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from openvla_jax.config import nearest
+from openvla_jax.types import Observation
 
 MAX_PIXELS = 16 * 2**20  # of one image: a few kilobytes of PNG can declare gigabytes
-REQUEST_KEYS = ("image", "instruction", "unnorm_key")
+REQUEST_KEYS = ("image", "images", "instruction", "state", "unnorm_key")
+FORM = "an object with instruction, image or images, and optionally state and unnorm_key"
 
 
 class BadRequestError(ValueError):
@@ -91,13 +94,17 @@ def read_payload(value: Any) -> tuple[dict[str, Any], bool]:
 
 def _checked(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, dict):
-        raise BadRequestError(f"the body is {_kind(payload)}: send an object with {', '.join(REQUEST_KEYS)}")
+        raise BadRequestError(f"the body is {_kind(payload)}: send {FORM}")
     for key in payload:
         if key not in REQUEST_KEYS:
             raise BadRequestError(f"unknown key {_short(key)}; {nearest(_short(key), REQUEST_KEYS)}")
-    for key in REQUEST_KEYS[:2]:
-        if key not in payload:
-            raise BadRequestError(f"{key!r} is missing: send an object with {', '.join(REQUEST_KEYS)}")
+    if "image" in payload and "images" in payload:
+        raise BadRequestError("'image' and 'images' are both given: 'image' is the first camera's, send one of the two")
+    for key, given in (("image", {"image", "images"} & set(payload)), ("instruction", "instruction" in payload)):
+        if not given:
+            raise BadRequestError(f"{key!r} is missing: send {FORM}")
+    if "images" in payload and not (isinstance(payload["images"], dict) and payload["images"]):
+        raise BadRequestError(f"images is {_kind(payload['images'])}: send an object, {{camera name: image, ...}}")
     if not isinstance(payload["instruction"], str):
         raise BadRequestError(f"instruction is {_kind(payload['instruction'])}: send text")
     if not isinstance(payload.get("unnorm_key"), str | None):
@@ -107,48 +114,81 @@ def _checked(payload: Any) -> dict[str, Any]:
     return payload
 
 
-def read_image(value: Any) -> np.ndarray:
-    """uint8 [height, width, 3] of a json-numpy object, a base64 JPEG or PNG, or nested lists of 0..255."""
-    if isinstance(value, dict):
-        image = decode_array(value, "image")
-    elif isinstance(value, str):
-        image = _decode_picture(_base64(value.partition("base64,")[2] or value, "image"))
-    elif isinstance(value, list):
-        image = _from_lists(value)
+def read_observation(payload: dict[str, Any], cameras: Sequence[str]) -> Observation:
+    """Returns the observation of a payload that `read_payload` checked; `image` is that of the first of `cameras`.
+
+    Raises BadRequestError that names the key.
+    """
+    if "image" in payload:
+        images = {cameras[0]: read_image(payload["image"])}
     else:
-        raise BadRequestError(f"image is {_kind(value)}: send a json-numpy array, or a JPEG or PNG in base64")
+        for name in payload["images"]:  # before its pixels are decoded
+            if name not in cameras:
+                raise BadRequestError(f"images: unknown camera {_short(name)}; {nearest(_short(name), cameras)}")
+        images = {name: read_image(value, f"images.{name}") for name, value in payload["images"].items()}
+    state = None if payload.get("state") is None else read_state(payload["state"])
+    return Observation(images, payload["instruction"], state, payload.get("unnorm_key"))
+
+
+def read_state(value: Any) -> np.ndarray:
+    """Returns the float64 [columns] of a json-numpy object or a list of numbers."""
+    if isinstance(value, dict):
+        state = decode_array(value, "state")
+    elif isinstance(value, list) and all(type(number) in (int, float) for number in value):
+        state = np.asarray(value, np.float64)
+    else:
+        raise BadRequestError(f"state is {_kind(value)}: send a list of numbers, or a json-numpy array")
+    if state.ndim != 1:
+        raise BadRequestError(f"state has shape {state.shape}: send a list of numbers")
+    return state.astype(np.float64)
+
+
+def read_image(value: Any, where: str = "image") -> np.ndarray:
+    """Returns uint8 [height, width, 3] of a json-numpy object, a base64 JPEG or PNG, or nested lists of 0..255.
+
+    Raises BadRequestError that names the key, `where`.
+    """
+    if isinstance(value, dict):
+        image = decode_array(value, where)
+    elif isinstance(value, str):
+        image = _decode_picture(_base64(value.partition("base64,")[2] or value, where), where)
+    elif isinstance(value, list):
+        image = _from_lists(value, where)
+    else:
+        raise BadRequestError(f"{where} is {_kind(value)}: send a json-numpy array, or a JPEG or PNG in base64")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise BadRequestError(
-            f"image has dtype {image.dtype} and shape {image.shape}; send uint8 RGB [height, width, 3]"
+            f"{where} has dtype {image.dtype} and shape {image.shape}; send uint8 RGB [height, width, 3]"
         )
-    if image.shape[0] * image.shape[1] > MAX_PIXELS or 100 * min(image.shape[:2]) < max(image.shape[:2]):
-        raise BadRequestError(f"image of {image.shape[0]} x {image.shape[1]} pixels: at most {MAX_PIXELS}, sides 1:100")
+    rows, columns = image.shape[:2]
+    if rows * columns > MAX_PIXELS or 100 * min(rows, columns) < max(rows, columns):
+        raise BadRequestError(f"{where} of {rows} x {columns} pixels: at most {MAX_PIXELS}, sides 1:100")
     return image
 
 
-def _decode_picture(data: bytes) -> np.ndarray:
+def _decode_picture(data: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise BadRequestError(f"image of {picture.width} x {picture.height} pixels: at most {MAX_PIXELS}")
+                raise BadRequestError(f"{where} of {picture.width} x {picture.height} pixels: at most {MAX_PIXELS}")
             if picture.mode != "RGB":
-                raise BadRequestError(f"image has mode {picture.mode}: send RGB")
+                raise BadRequestError(f"{where} has mode {picture.mode}: send RGB")
             return np.asarray(picture)
     except BadRequestError:
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
         raise BadRequestError(
-            f"image is no readable JPEG or PNG ({str(error)[:100] or type(error).__name__})"
+            f"{where} is no readable JPEG or PNG ({str(error)[:100] or type(error).__name__})"
         ) from None
 
 
-def _from_lists(value: list[Any]) -> np.ndarray:
+def _from_lists(value: list[Any], where: str) -> np.ndarray:
     try:
         numbers = np.asarray(value)
     except (ValueError, OverflowError):
-        raise BadRequestError("image lists differ in length: send [height][width][3]") from None
+        raise BadRequestError(f"{where} lists differ in length: send [height][width][3]") from None
     if numbers.dtype.kind not in "iu" or numbers.size == 0 or numbers.min() < 0 or numbers.max() > 255:
-        raise BadRequestError("image lists must hold whole numbers from 0 to 255")
+        raise BadRequestError(f"{where} lists must hold whole numbers from 0 to 255")
     return numbers.astype(np.uint8)
 
 

@@ -3,13 +3,15 @@
 python -m openvla_jax.sim.dataset --out data --episodes 2000
 """
 
-import argparse
 import hashlib
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from openvla_jax import cli
 from openvla_jax.data.ingest import writer
 from openvla_jax.sim import tabletop
 from openvla_jax.sim.tabletop import ACTION_DIM, STATE_DIM, Tabletop, expert_action
@@ -124,18 +126,20 @@ def _example(seed: int, parameters: dict) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.sim.dataset", description=__doc__.splitlines()[0])
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m openvla_jax.sim.dataset", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder in which tabletop/1.0.0 is written")
     parser.add_argument("--episodes", type=int, default=2000, help="episodes of the train split; val gets 5%% more")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of the executed noise in metres")
     parser.add_argument("--world", choices=tuple(tabletop.WORLDS), default="tabletop", help="changed: for fine-tuning")
-    args = parser.parse_args()
-    try:
-        print(write_dataset(args.out, args.episodes, noise=args.noise, world=args.world))
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    return parser
+
+
+@cli.command
+def main(arguments: Sequence[str]) -> None:
+    args = parser().parse_args(arguments)
+    print(write_dataset(args.out, args.episodes, noise=args.noise, world=args.world))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

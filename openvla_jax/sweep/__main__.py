@@ -13,37 +13,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from openvla_jax import cli, config_files
 from openvla_jax.sim.tabletop import WORLDS
 from openvla_jax.sweep import jobset, rollouts, runner
 from openvla_jax.sweep.points import SweepError, load_sweep
 
-BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 1, 130
+SOME_FAILED = 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if arguments[:1] == ["report"]:
-            return _report(arguments[1:])
-        return _sweep(arguments)
-    except (SweepError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+@cli.command
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["report"]:
+        return _report(report_parser().parse_args(arguments[1:]))
+    return _sweep(sweep_parser().parse_args(arguments))
 
 
-def _report(arguments: Sequence[str]) -> int:
-    from openvla_jax.sweep.report import write_report
-
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.sweep report", description="Tables and figures.")
+def report_parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla sweep report", description="Tables and figures.")
     parser.add_argument("workdir", type=Path, help="a sweep's workdir; it may still be running")
     parser.add_argument("--metric", help="what to compare points by; default: val/action_accuracy, or the success")
     parser.add_argument("--rollouts", type=int, metavar="N", help="first measure success on N tabletop scenes")
     parser.add_argument("--lower", action="store_true", help="less is better (default: for names with loss or l1)")
     parser.add_argument("--world", choices=tuple(WORLDS), default="tabletop", help="where those scenes are")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from openvla_jax.sweep.report import write_report
+
     if options.rollouts is not None:
         rollouts.measure(options.workdir, options.rollouts, options.world)
     metric = options.metric or ("val/action_accuracy" if options.rollouts is None else rollouts.SUCCESS)
@@ -53,20 +50,24 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _sweep(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m openvla_jax.sweep", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--sweep", type=Path, required=True, help="file with get_sweep()")
+def sweep_parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla sweep", description=__doc__)
+    parser.add_argument("--sweep", required=True, help="FILE with get_sweep(), or the NAME of one: sweeps/lr")
     parser.add_argument("--workdir", required=True, help="folder of the sweep, one directory per point in it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every point")
     parser.add_argument("--launcher", choices=("local", "print", "jobset"), default="local")
     parser.add_argument("--parallel", type=int, default=1, help="runs at once")
     parser.add_argument("--devices", default="", help="CUDA_VISIBLE_DEVICES of each parallel run: 0,1,2")
     jobset.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _sweep(options: argparse.Namespace) -> int:
     if options.parallel < 1:
         raise SweepError(f"--parallel {options.parallel}: one run at least")
-    points = load_sweep(options.sweep, options.set, group=options.workdir.rstrip("/").rpartition("/")[2])
+    points = load_sweep(
+        config_files.find(options.sweep), options.set, group=options.workdir.rstrip("/").rpartition("/")[2]
+    )
 
     if options.launcher == "print":
         for point in points:

@@ -7,7 +7,6 @@ one point.
 
 import copy
 import hashlib
-import importlib.util
 import itertools
 import math
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from openvla_jax import config_files
 from openvla_jax.config import nearest
 
 Overrides = dict[str, Any]
@@ -96,29 +96,22 @@ class Point:
     overrides: Overrides  # flat: "a.b.c" -> scalar or tuple of scalars
     steps: int  # at which the run is finished
 
-    @property
-    def script(self) -> str:
-        """`finetune.py` for the configs of `configs/finetune/`, else `train.py`."""
-        return "finetune.py" if "finetune" in Path(self.config.partition(":")[0]).parts else "train.py"
-
     def arguments(self, workdir: str) -> list[str]:
-        """The command line of the run, without the interpreter."""
+        """The command line of the run, without the interpreter. It needs no checkout, and fine-tunes as well."""
         flags = [f"--config.{key}={_flag(value)}" for key, value in self.overrides.items()]
-        return [self.script, "--config", self.config, "--workdir", workdir, *flags]
+        return ["-m", "openvla_jax", "train", "--config", self.config, "--workdir", workdir, *flags]
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = (), group: str = "") -> list[Point]:
+def load_sweep(path: str | Path, overrides: Sequence[str] = (), group: str = "") -> list[Point]:
     """The points of a sweep file, each checked against its base config: keys exist, values have the right type.
 
     `overrides` are `KEY=VALUE` for all points, as on the command line; what a point sets itself wins. Points that
     log to Weights & Biases without a group of their own are put into `group`. SweepError names the first thing that is
     wrong.
     """
-    module = _load(path, "sweep")
-    if not hasattr(module, "get_sweep"):
-        raise SweepError(f"{path} has no function get_sweep()")
+    found = _call(path, "get_sweep")
     try:
-        base, points = module.get_sweep()
+        base, points = found
     except (TypeError, ValueError) as error:
         raise SweepError(f"{path}: get_sweep() must return (base config, list of override dicts): {error}") from error
     if not isinstance(base, str) or not isinstance(points, list | tuple):
@@ -141,6 +134,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), group: str = "") -> li
         texts = {key: text for key, text in common if key not in overridden}
         settings = texts | overridden
         checked = apply(configs[config], settings, where, parse=texts.keys())
+        if not (checked.init_from or checked.model.preset):
+            raise SweepError(f"{where}: fine-tuning starts from a checkpoint: give --set init_from=DIR")
         if "wandb" in checked and checked.wandb.project and not checked.wandb.group:
             settings = settings | {"wandb.group": group}
         if name in (other.name for other in result):
@@ -150,12 +145,12 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), group: str = "") -> li
 
 
 def load_config(path: str) -> ConfigDict:
-    """The config of FILE or FILE:ARG."""
-    file, _, argument = path.partition(":")
-    module = _load(Path(file), "config")
-    if not hasattr(module, "get_config"):
-        raise SweepError(f"{file} has no function get_config()")
-    return module.get_config(argument) if argument else module.get_config()
+    """The config of FILE, FILE:ARG, NAME or NAME:ARG."""
+    try:
+        file, _, argument = config_files.find(path).partition(":")
+    except ValueError as error:
+        raise SweepError(str(error)) from error
+    return _call(file, "get_config", *([argument] if argument else []))
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str, parse: Iterable[str] = ()) -> ConfigDict:
@@ -185,14 +180,11 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str, parse: I
     return config
 
 
-def _load(path: Path, what: str) -> Any:
-    if not path.is_file():
-        raise SweepError(f"{what} file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"openvla_jax_{what}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _call(path: str | Path, function: str, *arguments: str) -> Any:
+    try:
+        return config_files.call(path, function, *arguments)
+    except ValueError as error:
+        raise SweepError(str(error)) from error
 
 
 def _flatten(point: Any, where: str, prefix: str = "") -> Overrides:

@@ -26,7 +26,6 @@ SWEEP_FILE, LOG_FILE, LOCK_FILE = "sweep.json", "log.txt", ".lock"
 POLL_SECONDS = 0.1
 STOPPED = 143  # exit code of a run that was told to stop, and saved
 LINE_SECONDS = 30.0  # between two reports where the output is no terminal
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHOWN = ("val/action_accuracy", "val/loss", "train/loss")
 _TAIL_BYTES = 65536
 _STATES = ("running", "failed", "waiting", "interrupted", "finished")
@@ -210,7 +209,7 @@ def _start(run: Run, device: str | None) -> None:
         # The child keeps the lock, which belongs to the open file, until it ends. Of Ctrl-C on the terminal it hears
         # through us alone.
         run.process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True, pass_fds=(lock.fileno(),), preexec_fn=_die_with_parent,
         )  # fmt: skip
 
@@ -240,7 +239,7 @@ def _die_with_parent() -> None:
 
 def _stop(running: Sequence[Run]) -> None:
     """Asks all runs to save and end, and waits for them."""
-    print(f"stopping {len(running)} runs; each saves first", file=sys.stderr)
+    print(f"stopping {len(running)} runs; each saves first, and the same command resumes them", file=sys.stderr)
     for run in running:
         if run.process is not None:
             run.process.send_signal(signal.SIGTERM)

@@ -48,7 +48,7 @@ class ActionTokenizer:
         actions = np.asarray(actions, np.float64)  # float32 edges compare as the reference compares them
         if np.isnan(actions).any():
             where = tuple(int(i) for i in np.argwhere(np.isnan(actions))[0])
-            raise ValueError(f"action has NaN at index {where}: mend the data or its statistics")
+            raise ValueError(f"action has NaN at index {where}: fix the data or its statistics")
         return (self.vocab_size - np.digitize(np.clip(actions, -1.0, 1.0), self.bin_edges)).astype(np.int32)
 
     def decode(self, ids: ArrayLike) -> np.ndarray:

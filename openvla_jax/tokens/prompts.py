@@ -48,25 +48,36 @@ def fit_prompt_ids(
     tokenizer: Tokenizer,
     instruction: str,
     text_length: int,
-    action_dim: int,
+    action_tokens: int,
     family: str = "pure",
 ) -> tuple[list[int], bool]:
-    """`prompt_ids` shortened so that the prompt, `action_dim` action tokens and `</s>` fit in `text_length` tokens.
+    """Returns the prompt's ids, cut so that they, the action tokens and `</s>` fit, and whether they were cut.
 
-    Training and inference both call this, so that they cut alike: tokens leave from the end of the instruction, the
-    template around it stays whole. Returns (ids, whether it was cut). Raises ValueError, with the smallest possible
-    text_length, where the template and one token of the instruction do not fit.
+    Training and serving both use this function, so that a policy sees a long instruction as it was trained on it. Only
+    the end of the instruction is cut; the template around it stays whole. The caller reports the cut: training counts
+    it and warns, since one long instruction of a public dataset must not end a run; a policy warns and acts.
+
+    Args:
+      tokenizer: of the language model.
+      instruction: what to do, any text.
+      text_length: tokens of a row: prompt, actions and `</s>` (`Preprocessing.text_length`).
+      action_tokens: how many of them are action tokens (horizon x action dimension).
+      family: the prompt template.
+
+    Raises:
+      ValueError: as `prompt_ids`; or the template and one token of the instruction do not fit. The message names the
+        smallest text_length that would do.
     """
     ids = prompt_ids(tokenizer, instruction, family)
-    room = text_length - action_dim - 1
+    room = text_length - action_tokens - 1
     if len(ids) <= room:
         return ids, False
     head, tail = _template_ids(tokenizer, family)
     shortest = len(head) + 1 + len(tail)
     if room < shortest:
         raise ValueError(
-            f"text_length {text_length} cannot hold prompt {family!r} with {action_dim} action tokens: "
-            f"use at least {shortest + action_dim + 1}"
+            f"text_length {text_length} cannot hold prompt {family!r} with {action_tokens} action tokens: "
+            f"use at least {shortest + action_tokens + 1}"
         )
     return ids[: room - len(tail)] + tail, True
 
@@ -75,19 +86,29 @@ def encode_example(
     tokenizer: Tokenizer,
     action_tokenizer: "ActionTokenizer",
     instruction: str,
-    action: ArrayLike,
+    actions: ArrayLike,
     text_length: int,
     family: str = "pure",
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """One training sequence: `<s>` prompt, lone space, action tokens, `</s>`, right-padded with `<PAD>`.
+    """Makes one training sequence: `<s>` prompt, lone space, action tokens, `</s>`, right-padded with `<PAD>`.
 
-    action: normalised, [A]. Returns tokens int32 [text_length]; target_positions int32 [A + 1], the places in tokens
-    that carry loss (action tokens and `</s>`); truncated, whether the instruction was cut (see `fit_prompt_ids`).
-    Raises ValueError as `prompt_text`, `fit_prompt_ids` and `ActionTokenizer.encode` do.
+    Args:
+      tokenizer, action_tokenizer: of the model; `action_tokenizer.bins` must be the model's.
+      instruction: what to do.
+      actions: normalised, [A] or a chunk [K, A], whose steps follow each other.
+      text_length: tokens of the row.
+      family: the prompt template.
+
+    Returns:
+      tokens int32 [text_length]; target_positions int32 [K * A + 1], the places in tokens that carry loss (action
+      tokens and `</s>`); whether the instruction was cut (see `fit_prompt_ids`).
+
+    Raises:
+      ValueError: as `fit_prompt_ids` and `ActionTokenizer.encode`; actions of another rank.
     """
-    if np.ndim(action) != 1:
-        raise ValueError(f"action has shape {np.shape(action)}: one example takes one action [A]")
-    action_ids = action_tokenizer.encode(action)
+    if np.ndim(actions) not in (1, 2):
+        raise ValueError(f"actions have shape {np.shape(actions)}: one example takes one action [A] or a chunk [K, A]")
+    action_ids = action_tokenizer.encode(actions).reshape(-1)
     prompt, truncated = fit_prompt_ids(tokenizer, instruction, text_length, len(action_ids), family)
     end = len(prompt) + len(action_ids) + 1
     tokens = np.full(text_length, tokenizer.pad_token_id, np.int32)

@@ -19,9 +19,10 @@ from absl import logging
 from etils import epath
 
 from openvla_jax.checkpoint.base import check_fingerprint, read_base
-from openvla_jax.checkpoint.contract import PREPROCESSING, CheckpointError, Contract
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, load_unused, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.models.heads import summarize
 from openvla_jax.models.openvla import count_parameters
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
@@ -32,10 +33,12 @@ from openvla_jax.storage import absolute, retry
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
+from openvla_jax.training.contract import build_contract, choose_specs, shown
 from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
-from openvla_jax.training.step import make_job, summarize
+from openvla_jax.training.step import make_job
+from openvla_jax.types import ObservationSpec
 from openvla_jax.vision.preprocess import center_crop
 
 CONFIG_FILE = "config.json"
@@ -44,10 +47,10 @@ EXACT_RESUME_LIMIT = 256 * 2**20
 # Changing these between starts of one run would make another run of it.
 FIXED = (
     "model", "tokenizer", "seed", "data.dataset", "data.text_length", "train.batch_size", "trainable", "lora",
-    "quantize", "frozen_dtype",
+    "quantize", "frozen_dtype", "action.bins",
 )  # fmt: skip
 
-LATER = ("trainable", "lora", "quantize", "frozen_dtype")  # settings that the first checkpoints do not know
+LATER = ("trainable", "lora", "quantize", "frozen_dtype", "action.bins")  # settings that old checkpoints do not know
 
 
 def run(config: Any, directory: os.PathLike | str) -> TrainState:
@@ -89,6 +92,9 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     # -- Model and tokenizer: from the checkpoint to start from, or from the config --------------------------------
     base = load_contract(config.init_from) if config.init_from else None
     model, tokenizer = resolve_model(config, base)
+    observation, action = choose_specs(config, base)
+    model = shown(model, observation)
+    crop_area = config.augment.policy_crop_area
 
     # -- Data -------------------------------------------------------------------------------------------------------
     start = max(steps_in(workdir / "checkpoints"), default=0)
@@ -99,7 +105,9 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         if base is None:
             raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
         data["statistics"] = base.statistics
-    common: Any = dict(image_size=model.image_size, prompt_family=model.prompt_family)
+    common: Any = dict(
+        image_size=model.image_size, prompt_family=model.prompt_family, observation=observation, action=action
+    )
     local_batch_size = train.batch_size // jax.process_count()
 
     def open_data(seed: int, step: int = 0):
@@ -132,13 +140,14 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
             data, tokenizer, batch_size=local_batch_size, num_batches=train.eval_batches,
             statistics=iterator.statistics, process_index=jax.process_index(), process_count=jax.process_count(),
             **common, )  # fmt: skip
-    if config.augment.enabled:  # validation sees what a policy trained with random crops is served
-        crop = lambda images: np.stack([center_crop(image) for image in images.reshape(-1, *images.shape[2:])])
+    if crop_area is not None:  # validation sees what a policy trained with random crops is served
+        flat = lambda images: images.reshape(-1, *images.shape[2:])
+        crop = lambda images: np.stack([center_crop(image, crop_area) for image in flat(images)])
         eval_batches = [b._replace(images=crop(b.images).reshape(b.images.shape)) for b in eval_batches]
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     datasets = len(iterator.dataset_names)
-    job = make_job(config, model, mesh, datasets)
+    job = make_job(config, model, mesh, datasets, action=action)
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
     log(f"model: {model.name}; {describe_training(model, tuning)}")
     adapter = frozen = None
@@ -165,21 +174,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     else:
         state = init_state(model, dtype, optimizer, mesh, config.seed)
     unused = load_unused(config.init_from) if config.init_from and tuning.full else None
-    contract = Contract(
-        model=model,
-        tokenizer=tokenizer,
-        statistics=(base.statistics if base and config.statistics == "join" else {}) | iterator.statistics,
-        default_key=iterator.dataset_names[0] if len(iterator.dataset_names) == 1 else None,
-        adapter=adapter,
-        # The resize is always that of the data pipeline, whatever served the weights that training started from.
-        preprocessing=dict(base.preprocessing if base else PREPROCESSING)
-        | {
-            "resize_kernel": PREPROCESSING["resize_kernel"],
-            "center_crop": bool(config.augment.enabled),
-            "text_length": config.data.text_length,
-        },
-        training=config.to_dict(),
-    )
+    contract = build_contract(config, model, tokenizer, base, iterator, adapter)
 
     # -- Step ---------------------------------------------------------------------------------------------------------
     if job.execution.kernels:
@@ -196,7 +191,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     options = compiler_options(generation_of(jax.devices()[0].device_kind)) if train.compiler_options == "tuned" else {}
     if tuning.quantize == "int4":
         # A program compiled ahead of time refuses int4 arguments: jax reports their layout as if they were not packed.
-        job = make_job(config, model, mesh, datasets, options)
+        job = make_job(config, model, mesh, datasets, options, action)
         step_fn, eval_fn = job.step, job.evaluate
         if eval_batches:  # run once, which compiles it
             jax.block_until_ready(eval_fn(state.params, state.frozen, eval_batches[0]))
@@ -217,7 +212,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         retry(f"writing {workdir / CONFIG_FILE}", lambda: write_json(workdir / CONFIG_FILE, contract.training))
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
     earlier = writer.earlier if writer is not None else {}
-    progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier)
+    progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier, job.head.metrics)
     profile, skipped, stop = (
         Profile(workdir, train.profile_at, train.profile_steps),
         Skipped(train.max_skipped),
@@ -236,7 +231,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
                 writer.write(step, {"train/skipped": 1.0})
             skipped.add(step, lambda: f"{what}; {checkpoints.describe_latest()}")
             return
-        accuracies.append(float(metrics["action_accuracy"]))
+        accuracies.append(float(metrics.get("action_accuracy", np.nan)))
         if step % train.log_every == 0 or step == train.steps:
             flat = metrics_lib.flatten(metrics, iterator.dataset_names, "train")
             flat |= {f"train/{name}": value for name, value in progress.rates(step).items()}
@@ -257,12 +252,12 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         for batch in eval_batches:
             part = eval_fn(state.params, state.frozen, batch)
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-        flat = metrics_lib.flatten(jax.device_get(summarize(sums)), iterator.dataset_names, "val")
+        flat = metrics_lib.flatten(jax.device_get(summarize(job.head, sums)), iterator.dataset_names, "val")
         if writer is not None:
             writer.write(step, flat)
         log(
             f"step {step}/{train.steps}  validation: loss {flat['val/loss']:.4f}  "
-            f"accuracy {flat['val/action_accuracy']:.1%}  L1 {flat['val/action_l1']:.4f}"
+            f"{metrics_lib.describe(flat, 'val', job.head.metrics)}"
         )
 
     def save(step: int) -> None:
@@ -390,7 +385,8 @@ def resolve_model(config: Settings, base: Contract | None) -> tuple[VLAConfig, A
                 f"{tokenizer.vocab_size} entries: leave the former out"
             )
         return model, tokenizer
-    if settings.get("preset") and model_config({"base_vocab_size": tokenizer.vocab_size} | settings) != base.model:
+    named = settings.get("preset") and model_config({"base_vocab_size": tokenizer.vocab_size} | settings)
+    if named and named != shown(base.model, ObservationSpec()):
         raise CheckpointError(
             f"config.model ({settings['preset']}) differs from the model of {config.init_from} ({base.model.name}); "
             "leave config.model.preset empty to take the checkpoint's"

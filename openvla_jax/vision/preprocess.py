@@ -5,48 +5,36 @@ pipeline resizes in TensorFlow, which `resize_lanczos3` repeats, and crops its v
 """
 
 import io
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from openvla_jax.config import VLAConfig, nearest
+from openvla_jax.config import VLAConfig
+from openvla_jax.types import Preprocessing
 
-RESIZE_KERNELS = ("lanczos3", "bicubic")
 JPEG_QUALITY = 95  # what the reference's evaluations encode with
 
 
-def check_preprocessing(preprocessing: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings that no image could be prepared with."""
-    kernel = preprocessing["resize_kernel"]
-    if kernel not in RESIZE_KERNELS:
-        raise ValueError(f"unknown preprocessing resize_kernel {kernel!r}; {nearest(kernel, RESIZE_KERNELS)}")
-    for name in ("center_crop", "jpeg"):
-        if not isinstance(preprocessing.get(name, False), bool):
-            raise ValueError(f"preprocessing {name} is {preprocessing[name]!r}: true or false")
-
-
-def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Mapping[str, Any]) -> np.ndarray:
+def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 RGB [height, width, 3] of any size to uint8 [S, S, 3].
 
     `jpeg` encodes and decodes first, as the reference's LIBERO and Bridge evaluations do to meet the artefacts of
     their training data. `resize_kernel` "lanczos3" resizes as this project's training does (aspect ratio ignored),
-    "bicubic" as the Hugging Face processor does, by the model's `resize` strategy. `center_crop` comes last. Raises
-    ValueError for anything but a uint8 RGB image.
+    "bicubic" as the Hugging Face processor does, by the model's `resize` strategy. A centre crop of `crop_area` comes
+    last. Raises ValueError for anything but a uint8 RGB image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image has dtype {image.dtype} and shape {image.shape}; give uint8 RGB [height, width, 3]")
-    if preprocessing.get("jpeg", False):
+    if preprocessing.jpeg:
         image = jpeg_round_trip(image)
-    if preprocessing["resize_kernel"] == "lanczos3":
+    if preprocessing.resize_kernel == "lanczos3":
         image = resize_lanczos3(image, model.image_size, model.image_size)
     else:
         fill = tuple(int(255 * value) for value in model.towers[-1].mean)
         image = resize_bicubic(image, model.image_size, model.resize, fill)
-    return center_crop(image) if preprocessing["center_crop"] else image
+    return image if preprocessing.crop_area is None else center_crop(image, preprocessing.crop_area)
 
 
 def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
@@ -59,8 +47,8 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
-def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
-    """The middle of the image at its original size, for policies trained with random crops of that area.
+def center_crop(image: np.ndarray, area: float) -> np.ndarray:
+    """Returns the middle `area` (a share) of the image at its original size, for policies trained with random crops.
 
     As the reference evaluates: `tf.image.crop_and_resize` (bilinear between the corners of the box), then uint8.
     """

@@ -9,20 +9,18 @@ import pytest
 from conftest import ROOT
 from fabricate import write_hf
 
-import convert_weights
+from openvla_jax import convert_weights
 from openvla_jax.convert.torch_io import read_torch_folder
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """The command in this process, as importing PyTorch anew takes longer than most of them."""
 
     def run(*arguments):
-        command = ["convert_weights.py", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        code = 0
+        command = list(map(str, arguments))
         try:
-            convert_weights.main()
+            code = convert_weights.main(command)
         except SystemExit as ended:
             code = int(ended.code or 0)
         return subprocess.CompletedProcess(command, code, *capsys.readouterr())
@@ -47,7 +45,7 @@ def test_import_verify_export_inspect_and_errors(tmp_path, run):
     refused = run("import", tmp_path / "hf", tmp_path / "orbax")
     assert refused.returncode == 2
     assert refused.stderr.strip() == (
-        f"convert_weights.py import: {tmp_path / 'orbax'} exists: name another destination, or pass --overwrite to replace it"  # noqa: E501
+        f"error: {tmp_path / 'orbax'} exists: name another destination, or pass --overwrite to replace it"
     )
     write_hf(tmp_path / "other", "siglip-letterbox", seed=1)
     different = run("verify", tmp_path / "other", tmp_path / "orbax")

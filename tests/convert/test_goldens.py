@@ -75,7 +75,7 @@ def test_greedy_action_tokens_and_actions_are_the_reference_s(imported, expected
         logits, cache = model.prefill(pixels, ids, lengths, steps)
         tokens = [logits.argmax(-1)]
         for step in range(steps - 1):
-            logits, cache = model.decode(tokens[-1], lengths + step, cache)
+            logits, cache = model.decode_step(tokens[-1], lengths + step, cache)
             tokens.append(logits.argmax(-1))
         return jnp.stack(tokens, axis=1)
 
@@ -90,7 +90,7 @@ def test_greedy_action_tokens_and_actions_are_the_reference_s(imported, expected
 def test_the_contract_carries_statistics_and_what_was_assumed(imported):
     _, _, contract = imported
     assert sorted(contract.statistics) == ["bridge_orig", "fractal20220817_data"]
-    assert contract.preprocessing["resize_kernel"] == "bicubic"
+    assert contract.preprocessing.resize_kernel == "bicubic"
     assert contract.training["source"]["kind"] in ("hf", "native")
     assert [(tower.name, tower.heads, tower.mean[0]) for tower in contract.model.towers] == [
         ("dino", 4, 0.485),

@@ -67,7 +67,7 @@ def test_parts_become_one_checkpoint(parts, tmp_path):
     assert contract.model.base_vocab_size == VOCABULARY and contract.model.llama.vocab_size % 64 == 0
     assert contract.tokenizer.pad_token_id == VOCABULARY
     assert (
-        contract.preprocessing["resize_kernel"] == "lanczos3"
+        contract.preprocessing.resize_kernel == "lanczos3"
     )  # it will be trained here, not run as the reference runs it
     export_weights(tmp_path / "dst", tmp_path / "hf")
     back = {name: tensor.read() for name, tensor in read_torch_folder(tmp_path / "hf").items()}

@@ -146,7 +146,7 @@ def test_image_statistics_of_the_preprocessor_are_taken_as_stated(tmp_path):
         rounded["std"]
     )
     assert contract.model.towers[1].std == (0.5, 0.5, 0.5)
-    assert contract.preprocessing["center_crop"] is True
+    assert contract.preprocessing.crop_area == 0.9
     export_weights(tmp_path / "orbax", tmp_path / "back")
     exported = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
     assert [{k: p[k] for k in ("mean", "std")} for p in exported["tvf_normalize_params"]] == [rounded, half]

@@ -172,15 +172,9 @@ def test_lerobot_datasets_are_converted_row_by_row(robot, tmp_path):
 
 
 def test_part_of_the_episodes_can_be_held_out(robot, tmp_path):
-    main_exits(["from-lerobot", str(robot), str(tmp_path / "out"), "--name", "held", "--val_share", "0.3"], 0)
+    assert main(["from-lerobot", str(robot), str(tmp_path / "out"), "--name", "held", "--val_share", "0.3"]) == 0
     lengths = {split: [len(e[1]) for e in _read(tmp_path / "out", "held", split)] for split in ("train", "val")}
     assert lengths == {"train": [6, 5], "val": [4]}
-
-
-def main_exits(arguments, code):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert (caught.value.code or 0) == code
 
 
 def _change_info(folder, **changes):
@@ -210,8 +204,9 @@ def test_damaged_lerobot_datasets_are_told_and_leave_nothing(robot, tmp_path, sp
 
 def test_nothing_is_overwritten(tmp_path, capsys):
     folder = _npz(tmp_path)
-    main_exits(["from-npz", str(folder), str(tmp_path / "out"), "--name", "mine"], 0)
-    main_exits(["from-npz", str(folder), str(tmp_path / "out"), "--name", "mine"], 2)
+    assert main(["from-npz", str(folder), str(tmp_path / "out"), "--name", "mine"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["from-npz", str(folder), str(tmp_path / "out"), "--name", "mine"])
     assert "mine.py exists already: remove it, or choose another --name" in capsys.readouterr().err
 
 

@@ -59,7 +59,7 @@ def test_resize_is_bit_equal_to_tensorflow_s_own_call(height, width):
 
 def test_one_graph_resizes_images_of_expected_and_of_other_sizes():
     encoded = [tf.io.encode_png(np.full((height, 20, 3), height, np.uint8)) for height in (30, 16, 40, 8)]
-    load = tf.function(lambda encoded: images.load(encoded, 16, [(30, 20), (40, 20)]))
+    load = tf.function(lambda encoded: images.decode_and_resize(encoded, 16, [(30, 20), (40, 20)]))
     pixels, decoded = load(tf.stack([*encoded, b"", b"broken"]))
     assert decoded.numpy().tolist() == [True] * 5 + [False]
     assert [np.unique(image).tolist() for image in pixels.numpy()] == [[30], [16], [40], [8], [0], [0]]
@@ -77,7 +77,7 @@ def test_loading_never_fails_and_says_so():
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     png, jpeg = tf.io.encode_png(image).numpy(), tf.io.encode_jpeg(image).numpy()
     texts = [png, jpeg, b"", b"no image", jpeg[:100], png[:-40]]
-    dataset = tf.data.Dataset.from_tensor_slices(texts).batch(4).map(lambda x: images.load(x, 224))
+    dataset = tf.data.Dataset.from_tensor_slices(texts).batch(4).map(lambda x: images.decode_and_resize(x, 224))
     loaded, decoded = (np.concatenate(parts) for parts in zip(*dataset.as_numpy_iterator(), strict=True))
     assert decoded.tolist() == [True, True, True, False, False, False]  # the second batch has no good one
     np.testing.assert_array_equal(loaded[0], image)  # of the right size already

@@ -92,10 +92,12 @@ def test_what_is_wrong_is_found(tmp_path, change, check, level, detail):
 @pytest.fixture
 def exits(capsys):
     def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
         printed = capsys.readouterr()
-        return caught.value.code or 0, printed.out, printed.err
+        return code, printed.out, printed.err
 
     return run
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
-from openvla_jax.data.mixture import Mixture, nominal_length, open_phases, open_sources, probabilities
+from openvla_jax.data.memory import estimate
+from openvla_jax.data.mixture import Mixture, check_cameras, nominal_length, open_phases, open_sources, probabilities
 from openvla_jax.data.oxe import DATASETS, ActionEncoding
 from openvla_jax.data.source import Source, open_source
 
@@ -33,7 +34,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mixture(data_dir):
     configs = _configs(b={"action_encoding": ActionEncoding.JOINT_POS_BIMANUAL})
-    sources, weights = open_sources((("a", 1.0), ("b", 0.5)), data_dir, configs)
+    sources, weights = open_sources(("a", "b"), data_dir, configs), np.array([1.0, 0.5])
     statistics = {}
     for source, size in zip(sources, (12, 30), strict=True):
         width = len(source.config.action_normalization_mask)
@@ -52,32 +53,42 @@ def test_all_missing_datasets_are_listed_at_once(data_dir):
     configs = _configs() | {"d": fake_rlds.config("d")}
     message = r"2 of 3 datasets are missing: dataset 'c' .*; dataset 'd' .*"
     with pytest.raises(DatasetNotFoundError, match=message) as caught:
-        open_sources((("c", 1.0), ("a", 1.0), ("d", 2.0)), data_dir, configs)
+        open_sources(("c", "a", "d"), data_dir, configs)
     assert "\n" not in str(caught.value)
     with pytest.raises(DatasetNotFoundError, match=r"^dataset 'kuka' is not in"):
-        open_sources("kuka", data_dir)
+        open_sources(("kuka",), data_dir)
     with pytest.raises(ValueError, match="oxe_magic_soup"):
-        open_sources("oxe_magic_soop", data_dir)
+        open_phases({"dataset": "oxe_magic_soop", "data_dir": data_dir})
 
 
-def test_what_cannot_be_trained_on_is_left_out_or_refused(data_dir, caplog):
+def test_open_sources_leaves_out_or_refuses_what_cannot_be_trained_on(data_dir, caplog):
     configs = _configs(b={"action_encoding": ActionEncoding.JOINT_POS})
-    sources, weights = open_sources((("a", 1.0), ("b", 2.0)), data_dir, configs)
-    assert [source.name for source in sources] == ["a"]
-    assert weights.tolist() == [1.0]
+    assert [source.name for source in open_sources(("a", "b"), data_dir, configs)] == ["a"]
     assert "dataset 'b' has JOINT_POS actions" in caplog.text
     with pytest.raises(DataError, match="nothing to train on: dataset 'b' has JOINT_POS actions"):
-        open_sources("b", data_dir, configs)
+        open_sources(("b",), data_dir, configs)
+
+
+def test_check_cameras_refuses_unknown_cameras_and_datasets_without_any(data_dir):
     wrist = {"image_keys": {"primary": None, "secondary": None, "wrist": "image"}}
+    sources = open_sources(("a", "b"), data_dir, _configs(a=wrist))
     with pytest.raises(DataError, match=r"dataset 'a' has no primary camera \(only: wrist\): leave it out"):
-        open_sources("a", data_dir, _configs(a=wrist))
+        check_cameras(sources, ("primary",))
+    with pytest.raises(DataError, match=r"dataset 'b' has none of the cameras wrist, secondary \(only: primary\)"):
+        check_cameras(sources, ("wrist", "secondary"))
+    check_cameras(sources, ("primary", "wrist"))  # each has one of them
+    with pytest.raises(
+        DataError, match=r"observation.cameras has 'wrst', which no dataset knows; did you mean 'wrist'"
+    ):
+        check_cameras(sources, ("primary", "wrst"))
 
 
-def test_bridge_opens_as_dataset_and_as_mixture(shared):
-    for name in ("bridge_orig", "bridge", (("bridge_orig", 1.0),)):
-        sources, weights = open_sources(name, str(shared / "data"))
-        assert [source.config for source in sources] == [DATASETS["bridge_orig"]]
-        assert weights.tolist() == [1.0]
+@pytest.mark.parametrize("name", ["bridge_orig", "bridge", (("bridge_orig", 1.0),)])
+def test_open_phases_takes_a_dataset_a_mixture_or_pairs(shared, tmp_path, name):
+    data = {"dataset": name, "data_dir": str(shared / "data"), "statistics_dir": str(tmp_path)}
+    (phase,) = open_phases(data, statistics={"bridge_orig": {}})
+    assert [source.config for source in phase.mixture.sources] == [DATASETS["bridge_orig"]]
+    assert phase.mixture.weights.tolist() == [1.0]
 
 
 def test_weights_count_relative_to_size():
@@ -109,7 +120,7 @@ def test_frames_are_drawn_by_weight_and_hold_what_was_written(mixture):
         episode = first + int(file.split("-")[2]) + int(number)
         step = fake_rlds.episode(episode, steps=(4, 6)[frame["dataset"]], action_dim=width)["steps"][frame["step"]]
         np.testing.assert_allclose(frame["action"], np.pad(step["action"], (0, 14 - width)), atol=1e-6)
-        assert (tf.io.decode_image(frame["image"]).numpy() == step["observation"]["image"]).all()
+        assert (tf.io.decode_image(frame["image_primary"]).numpy() == step["observation"]["image"]).all()
         assert frame["language"] == b"pick up the cup"
 
 
@@ -150,7 +161,7 @@ def test_the_stream_is_seeded_and_processes_read_apart(mixture):
 
 
 def test_datasets_without_held_out_episodes_are_left_out(mixture):
-    assert mixture.having("val") == [0]
+    assert mixture.datasets_with_split("val") == [0]
     assert (mixture.expected_frames("val"), mixture.expected_frames("train")) == (4, 38)
     assert {frame["dataset"] for frame in _take(mixture.stream("val", seed=0), 20)} == {0}
     alone = Mixture([mixture.sources[1]], np.ones(1), mixture.statistics)
@@ -200,8 +211,8 @@ def test_episodes_with_large_actions_are_dropped(tmp_path, mixture):
 
 def test_memory_is_that_of_encoded_frames_and_of_the_records_being_read(mixture):
     stream = _take(Mixture([mixture.sources[0]], np.ones(1), mixture.statistics).stream("train", seed=0), 8)
-    exact = np.mean([len(f["image"]) + len(f["language"]) + len(f["episode"]) for f in stream])
-    memory = Mixture([mixture.sources[0]], np.ones(1), mixture.statistics).memory(readers=8)
+    exact = np.mean([len(f["image_primary"]) + len(f["language"]) + len(f["episode"]) for f in stream])
+    memory = estimate([Mixture([mixture.sources[0]], np.ones(1), mixture.statistics)], readers=8)
     assert memory.frame_bytes - 900 == pytest.approx(exact)
     sizes = [path.stat().length for path in mixture.sources[0].directory.glob("a-*tfrecord*")]
     record = sum(sizes) / 3 - 16  # 16 bytes frame it
@@ -214,5 +225,5 @@ def test_statistics_come_from_where_the_configuration_says(shared, tmp_path):
     (computed,) = (phase.mixture for phase in open_phases(data))
     assert computed.sizes.tolist() == [400]
     assert len(list(tmp_path.glob("statistics_bridge_orig_1.0.0_*.json"))) == 1
-    (phase,) = open_phases(data, {"bridge_orig": {"num_transitions": 3}})
+    (phase,) = open_phases(data, statistics={"bridge_orig": {"num_transitions": 3}})
     assert phase.mixture.sizes.tolist() == [3]

@@ -22,9 +22,9 @@ from openvla_jax.data import (
     trajectory,
 )
 from openvla_jax.data import __main__ as commands
-from openvla_jax.data.episodes import clear_errors, read_episodes, trace
+from openvla_jax.data.episodes import explain_errors, read_episodes, trace
 from openvla_jax.data.rlds import dataset_statistics, make_dataset
-from openvla_jax.data.source import Share, _part, find, open_source, shares
+from openvla_jax.data.source import EpisodeRange, _part, episode_ranges, find, open_source
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,9 @@ def test_what_is_no_rlds_dataset_is_refused(tmp_path):
 
 @hypothesis.given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12))
 def test_processes_share_episodes_disjointly_equally_and_without_gaps(lengths, processes):
-    runs = [Share(f"file{i}", skip, take) for i, (skip, take) in enumerate(zip(lengths[::-1], lengths, strict=True))]
+    runs = [
+        EpisodeRange(f"file{i}", skip, take) for i, (skip, take) in enumerate(zip(lengths[::-1], lengths, strict=True))
+    ]
     episodes = [(run.path, run.skip + i) for run in runs for i in range(run.take)]
     read = [
         [(share.path, share.skip + i) for share in _part(runs, process, processes) for i in range(share.take)]
@@ -142,20 +144,20 @@ def test_processes_read_their_shares(fake, statistics):
 def test_without_val_the_last_twentieth_of_train_is_held_out(tmp_path):
     fake_rlds.write(tmp_path, {"train": [[fake_rlds.episode(i, steps=1) for i in range(40)]]})
     source = open_source(fake_rlds.config(), str(tmp_path))
-    assert [(s.skip, s.take) for s in shares(source, "train")] == [(0, 38)]
-    assert [(s.skip, s.take) for s in shares(source, "val")] == [(38, 2)]
-    assert [(s.skip, s.take) for s in shares(source, "train[3:5]")] == [(3, 2)]
+    assert [(s.skip, s.take) for s in episode_ranges(source, "train")] == [(0, 38)]
+    assert [(s.skip, s.take) for s in episode_ranges(source, "val")] == [(38, 2)]
+    assert [(s.skip, s.take) for s in episode_ranges(source, "train[3:5]")] == [(3, 2)]
     with pytest.raises(SplitNotFoundError, match=r"has no split 'test'; it has train"):
-        shares(source, "test")
+        episode_ranges(source, "test")
 
 
 def test_an_empty_split_is_told(tmp_path):
     fake_rlds.write(tmp_path, {"train": [[fake_rlds.episode(0)]]}, name="one")
     with pytest.raises(SplitNotFoundError, match=r"split 'train\[95%:\]' has no episodes"):
-        shares(open_source(fake_rlds.config("one"), str(tmp_path)), "val")
+        episode_ranges(open_source(fake_rlds.config("one"), str(tmp_path)), "val")
     fake_rlds.write(tmp_path, {"train": [[]]}, name="none")
     with pytest.raises(SplitNotFoundError, match="has no episodes"):
-        shares(open_source(fake_rlds.config("none"), str(tmp_path)), "all")
+        episode_ranges(open_source(fake_rlds.config("none"), str(tmp_path)), "all")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_raw_bridge_episodes_are_those_of_the_reference(shared):
         "image": episode["observation"]["image_0"],
         "file": episode["traj_metadata"]["episode_metadata"]["file_path"],
     }
-    dataset = read_episodes(trace(source, raw), shares(source, "train"))
+    dataset = read_episodes(trace(source, raw), episode_ranges(source, "train"))
     for number, episode in enumerate(dataset.take(5).as_numpy_iterator()):
         for key in ("action", "observation/state", "language_instruction"):
             np.testing.assert_array_equal(episode[key], expected[f"traj{number}/raw/{key}"])
@@ -306,7 +308,7 @@ def test_a_damaged_record_file_is_named(tmp_path, statistics, change):
     message = (
         rf"^dataset 'fake': record file {path} is damaged \((corrupted|truncated) record at \d+.*\): fetch it again$"
     )
-    with pytest.raises(CorruptRecordError, match=message), clear_errors([source]):
+    with pytest.raises(CorruptRecordError, match=message), explain_errors([source]):
         list(make_dataset(source.config, str(tmp_path), statistics=statistics, seed=0))
     with pytest.raises(CorruptRecordError, match=message):
         dataset_statistics(source)
@@ -316,7 +318,7 @@ def test_a_damaged_record_file_is_named(tmp_path, statistics, change):
 def test_missing_files_and_missing_episodes_are_told(tmp_path, statistics):
     path = _broken(tmp_path / "a", lambda content: None)
     source = open_source(fake_rlds.config(), str(tmp_path / "a"))
-    with pytest.raises(DatasetNotFoundError, match=rf"a record file has gone: .*{path}.*"), clear_errors([source]):
+    with pytest.raises(DatasetNotFoundError, match=rf"a record file has gone: .*{path}.*"), explain_errors([source]):
         list(make_dataset(source.config, str(tmp_path / "a"), statistics=statistics))
     _broken(tmp_path / "b", lambda content: b"")
     with pytest.raises(CorruptRecordError, match=r"dataset 'fake' .* 1 episodes fewer than dataset_info.json says"):

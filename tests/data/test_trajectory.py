@@ -89,8 +89,8 @@ def test_ids_and_absent_cameras():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw["observation"].pop("image"), r"no 'image' there, only state: mend"),
-        (lambda raw: raw["observation"].pop("state"), r"no 'state' there, only image: mend"),
+        (lambda raw: raw["observation"].pop("image"), r"no 'image' there, only state: fix"),
+        (lambda raw: raw["observation"].pop("state"), r"no 'state' there, only image: fix"),
         (lambda raw: raw.update(observation=raw["action"]), r"no 'observation' there, only action, language_instr"),
         (lambda raw: raw.update(action=raw["action"][:, :6]), r"actions have shape \[4, 6\], .* EEF_POS has 7 dim"),
         (lambda raw: raw.update(action=raw["action"][0]), r"actions have shape \[7\]"),

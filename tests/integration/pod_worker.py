@@ -117,14 +117,14 @@ def main() -> None:
         from benchmarks.kills import arm
 
         arm(options.kill[0], int(options.kill[1]), float(options.kill[2]))
-    import train
+    from openvla_jax.train import train
 
     config = settings()
     for text in options.set:
         name, _, value = text.partition("=")
         config.update_from_flattened_dict({name: json.loads(value)})
     place = (f"localhost:{port}", int(processes), int(index)) if int(processes) > 1 else (None, None, None)
-    train._run(config, options.workdir, False, place)
+    train(config, options.workdir, place)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(
     contract = load_contract(tuned)
     assert contract.adapter["base"] == str(open_checkpoint(base))
     assert (list(contract.statistics), contract.default_key) == (["other", "tabletop"], "tabletop")
-    assert contract.preprocessing["center_crop"] is True
+    assert contract.preprocessing.crop_area == 0.9
 
 
 @pytest.mark.long
@@ -111,7 +111,7 @@ def test_a_policy_of_base_and_adapter_is_that_of_the_merged_weights(tuned, base,
     # The adapters were trained beside bfloat16 weights, and both are merged into float32 ones.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *(policy.model for policy in policies))
     image = np.zeros((48, 48, 3), np.uint8)
-    assert policies[0].prepare(image, "pick up the red cube").unnorm_key == "tabletop"
+    assert policies[0].prepare(policies[0].observe(image, "pick up the red cube")).unnorm_key == "tabletop"
     assert load_contract(tmp_path / "merged").adapter is None
 
 

@@ -36,7 +36,7 @@ def prefill(model, ids):
 
 @jax.jit
 def decode(model, ids, positions, cache):
-    hidden, cache = model.decode(model.embed(ids[:, None], jnp.float32, PLAIN), positions, cache, PLAIN)
+    hidden, cache = model.decode_step(model.embed(ids[:, None], jnp.float32, PLAIN), positions, cache, PLAIN)
     return model.logits(hidden[:, 0], PLAIN), cache
 
 
@@ -83,6 +83,7 @@ def test_comparison_sees_a_wrong_setting(name, change):
     assert reference.difference(full(model, jnp.asarray(ids)), expected) > 1e-3
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mha", "gqa", "sliding window"])
 def test_decoding_rows_of_different_length_equals_the_full_forward(name):
     """Greedy steps from a right-padded prefill: every row, token for token, as if it were alone."""
@@ -109,6 +110,7 @@ def test_decoding_rows_of_different_length_equals_the_full_forward(name):
         np.testing.assert_array_equal(alone[:-1].argmax(-1), row[length:])
 
 
+@pytest.mark.gpu
 def test_pads_never_reach_a_decoded_token():
     """Whatever stands behind a row's end at prefill: a decoded position overwrites its slot and sees no later one."""
     config = CONFIGS["gqa"]

@@ -24,7 +24,7 @@ CLIP = VisionConfig(
     "clip", 16, 2, 2, 48, 30, 7, class_token=True, position_for_class_token=True, pre_norm=True, norm_eps=1e-5
 )
 LLAMA = LlamaConfig(width=32, depth=3, heads=4, kv_heads=2, mlp_dim=56, vocab_size=128)
-FUSED = VLAConfig("fused", (DINO, SIGLIP), LLAMA, base_vocab_size=100, action_bins=60)
+FUSED = VLAConfig("fused", (DINO, SIGLIP), LLAMA, base_vocab_size=100)
 SINGLE = dataclasses.replace(FUSED, name="single", towers=(SIGLIP,), projector=ProjectorConfig("gelu-mlp"))
 DINOCLIP = dataclasses.replace(FUSED, name="dinoclip", towers=(DINO, CLIP))
 
@@ -58,7 +58,8 @@ def torch_logits(module, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def mean_loss(model, pixels, ids, remat):
     """Mean cross-entropy at the targets."""
-    logits = model.target_logits(pixels, ids, jnp.asarray(TARGETS), Execution(remat=remat))
+    execution = Execution(remat=remat)
+    logits = model.target_logits(model.hidden(pixels, ids, execution), jnp.asarray(TARGETS), execution)
     labels = jnp.take_along_axis(ids, jnp.asarray(TARGETS), axis=1)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean()
 
@@ -101,7 +102,7 @@ def test_target_logits_are_those_before_each_target():
     _, model = pair(FUSED, seed=0)
     pixels, ids = (jnp.asarray(x) for x in inputs(FUSED, 0))
     everywhere = np.asarray(logits_of(model, pixels, ids))
-    at_targets = jax.jit(OpenVLA.target_logits)(model, pixels, ids, jnp.asarray(TARGETS))
+    at_targets = jax.jit(lambda model: model.target_logits(model.hidden(pixels, ids), jnp.asarray(TARGETS)))(model)
     expected = everywhere[np.arange(BATCH)[:, None], FUSED.patches + TARGETS - 1]
     assert reference.difference(at_targets, expected) < 1e-6
 
@@ -150,7 +151,7 @@ def test_prefill_and_decode_give_the_logits_of_the_whole_sequence():
     prompt = jnp.asarray(ids[:, : lengths.max()])  # the shorter rows are padded with tokens that must not be seen
     logits, cache = prefill(model, jnp.asarray(pixels), prompt, jnp.asarray(lengths), steps=steps)
     got = [np.asarray(logits)]
-    decode = jax.jit(OpenVLA.decode)
+    decode = jax.jit(OpenVLA.decode_step)
     for step in range(steps - 1):
         tokens = jnp.asarray(ids[np.arange(BATCH), TARGETS[:, step]])
         logits, cache = decode(model, tokens, jnp.asarray(lengths + step), cache)

@@ -53,6 +53,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed, rows, kind):
     np.testing.assert_allclose(np.asarray(scale, np.float32), needed, rtol=2**-8, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_rows_and_stacks_equal_the_restored_kernel(kind):
     rng = np.random.default_rng(0)
@@ -109,6 +110,7 @@ def test_exclusion_by_path_and_its_typing_errors():
         abstract_quantized(tiny(), "int3", chosen)
 
 
+@pytest.mark.gpu
 def test_a_language_model_quantised_whole_runs_and_stays_close():
     make = lambda key: Llama(key, tiny(base_vocab_size=500).llama)
     model = jax.jit(make)(jax.random.key(0))

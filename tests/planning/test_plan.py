@@ -32,7 +32,12 @@ def test_flops_of_products_agree_with_the_jaxpr():
     ids, targets = jnp.ones((1, text), jnp.int32), jnp.full((1, 8), 3)
     network = jax.eval_shape(lambda key: OpenVLA(model, key), jax.random.key(0))
     graph, params = nnx.split(network)
-    jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).target_logits(pixels, ids, targets))(params)
+
+    def logits(params):
+        model = nnx.merge(graph, params)
+        return model.target_logits(model.hidden(pixels, ids), targets)
+
+    jaxpr = jax.make_jaxpr(logits)(params)
     total, causal, picking = count(jaxpr.jaxpr, model.patches + text)
     assert model_flops(model, text) == pytest.approx(3 * (total - causal / 2 - picking), rel=1e-6)
 
@@ -83,10 +88,23 @@ def test_a_search_proposes_the_fastest_that_fits(monkeypatch, tmp_path, capsys, 
             "examples_per_second": 1.0, "days": 1.0, "compile_seconds": 1.0,
         }  # fmt: skip
 
-    monkeypatch.setattr(planner, "plan", estimate)
+    monkeypatch.setattr(planner, "plan_step", estimate)
+    evaluation = {"eval_fits": True, "eval_hbm_peak_bytes": 1, "eval_temp_bytes": 1, "eval_compile_seconds": 1.0}
+    monkeypatch.setattr(planner, "plan_evaluation", lambda *_: evaluation)
     found = planner.search(Settings(), "v5e:2x2", tmp_path)
     assert ((found[0]["remat"], found[0]["accumulation"]), len(found)) == (fastest, planned)
     assert len(capsys.readouterr().out.splitlines()) == planned
+
+
+def test_a_plan_whose_evaluation_does_not_fit_does_not_fit():
+    over = {"eval_fits": False, "eval_hbm_peak_bytes": 40 * 2**30, "eval_temp_bytes": None, "eval_compile_seconds": 1.0}
+    step = {"topology": "v5e:2x2", "fits": True, "hbm_peak_bytes": 1, "hbm_capacity_bytes": 16 * 2**30}
+    entry = planner.with_evaluation(step, over)
+    assert entry["fits"] is False
+    said = planner._misfit(entry, Settings(), tried=False)
+    assert "the evaluation does not fit, by 24.0 GiB a chip" in said and "--config.train.eval_every=0" in said
+    never = Settings.from_dict({"train": {"eval_every": 0}})
+    assert planner.with_evaluation(step, planner.plan_evaluation(never, "v5e:2x2", ROOT))["fits"]
 
 
 def test_what_a_search_tries_exists():
@@ -110,6 +128,9 @@ def test_a_tiny_run_is_planned_by_the_tpu_compiler(tmp_path):
     assert (entry["topology"], entry["chips"], entry["hosts"], entry["fits"]) == ("v5e:4x4", 16, 4, True)
     assert 0 < entry["hbm_peak_bytes"] < 2**30 < entry["hbm_capacity_bytes"]
     assert entry["args_bytes"] > 0 and 0 < entry["temp_bytes"] < entry["hbm_peak_bytes"]
+    # The moments of Adam stay on the chip while the evaluation runs.
+    assert entry["eval_fits"] and entry["eval_temp_bytes"] < entry["temp_bytes"]
+    assert entry["args_bytes"] / 2 < entry["eval_hbm_peak_bytes"] < 2**30
     assert 0 < entry["mfu"] < 1 and entry["step_seconds"] >= entry["compute_seconds"] > 0
     assert entry["collectives"]["all-gather"]["bytes"] > 0
     assert "v5e:4x4" in result.stdout and "Estimates, not measurements" in result.stdout

@@ -1,6 +1,5 @@
 import itertools
 import math
-import sys
 
 import pytest
 from conftest import ROOT
@@ -12,6 +11,7 @@ from openvla_jax.models.tuning import count_trainable
 from openvla_jax.settings import Settings
 from openvla_jax.sweep import axis, chain, log_spaced, product, seeds, zipped
 from openvla_jax.sweep.points import SweepError, apply, load_config, load_sweep
+from openvla_jax.train import parse
 from openvla_jax.training.step import make_tuning
 
 LR, STEPS = "optimizer.learning_rate", "train.steps"
@@ -52,16 +52,13 @@ def test_points_become_directories_and_commands(tmp_path):
     assert (first.name, second.name) == ("learning_rate=0.0001,preset=tiny", "learning_rate=1,hue=0.1")
     assert first.steps == second.steps == 12
     assert first.arguments("W/x") == [
-        "train.py", "--config", "configs/debug.py", "--workdir", "W/x",
+        "-m", "openvla_jax", "train", "--config", "configs/debug.py", "--workdir", "W/x",
         "--config.train.steps=12", "--config.optimizer.learning_rate=0.0001", "--config.model.preset=tiny",
     ]  # fmt: skip
 
 
-def test_the_commands_say_what_was_checked(tmp_path, monkeypatch):
-    """The flags of a point, read by the parser of train.py, give the overrides back, type and all."""
-    from absl import flags
-    from ml_collections import config_flags
-
+def test_the_commands_say_what_was_checked(tmp_path):
+    """The flags of a point, read by the training command, give the overrides back, type and all."""
     overrides = {
         "augment.contrast": (0.5, 1.5),
         "augment.enabled": True,
@@ -70,13 +67,10 @@ def test_the_commands_say_what_was_checked(tmp_path, monkeypatch):
         "seed": 3,
     }
     (point,) = load_sweep(sweep(tmp_path, [overrides]))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    monkeypatch.setattr(sys, "argv", point.arguments("W"))
-    values(sys.argv)
+    options, config = parse(point.arguments("W")[3:], "train")
+    assert options.workdir == "W"
     for key, value in overrides.items():
-        found = values.config
+        found = config
         for part in key.split("."):
             found = found[part]
         assert found == value and type(found) is type(value)
@@ -93,7 +87,7 @@ def test_runs_that_log_to_wandb_are_grouped(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("[!_]*.py")), ids=lambda path: path.stem)
 def test_shipped_sweeps_have_models_that_can_be_built(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    points = load_sweep(path)
+    points = load_sweep(path, ["init_from=runs/demo"] if path.stem == "tuning" else [])
     assert len(points) > 1
     for point in points:
         config = apply(load_config(point.config), point.overrides, point.name)
@@ -102,9 +96,12 @@ def test_shipped_sweeps_have_models_that_can_be_built(path, monkeypatch):
 
 
 def test_another_base_for_some_points(tmp_path):
-    points = load_sweep(sweep(tmp_path, [{}, {"config": "configs/finetune/full.py"}]))
-    assert [point.script for point in points] == ["train.py", "finetune.py"]
+    path = sweep(tmp_path, [{}, {"config": "configs/finetune/full.py"}])
+    points = load_sweep(path, ["init_from=runs/demo"])
     assert points[0].name == "base" and points[1].name == "config=configs_finetune_full.py"
+    assert points[1].arguments("W")[4] == "configs/finetune/full.py"
+    with pytest.raises(SweepError, match=r"point 1 .*fine-tuning starts from a checkpoint: give --set init_from"):
+        load_sweep(path)
 
 
 def test_an_argument_of_the_config_is_passed_on(tmp_path):

@@ -1,5 +1,5 @@
-"""The runner's mechanics, with a stand-in for train.py that keeps its promises (resume, SIGTERM, exit codes) in
-milliseconds. `benchmarks/sweep.py` kills a sweep of real runs.
+"""The runner's mechanics, with a stand-in for the training command that keeps its promises (resume, SIGTERM, exit
+codes) in milliseconds. `benchmarks/sweep.py` kills a sweep of real runs.
 """
 
 import json
@@ -40,10 +40,10 @@ with (work / "metrics.jsonl").open("w") as f:
 """
 
 DRIVER = """
-import pathlib, sys
+import os, pathlib, sys
 from openvla_jax.sweep import runner
 from openvla_jax.sweep.points import Point, SweepError
-runner.REPOSITORY = pathlib.Path(sys.argv[1])
+os.chdir(sys.argv[1])
 points = [Point(f"seed={s}", "c.py", {"seed": s, "train.steps": 20}, 20) for s in map(int, sys.argv[3].split(","))]
 runs = runner.prepare(pathlib.Path(sys.argv[2]), points)
 try:
@@ -57,20 +57,21 @@ except SweepError as error:
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    (folder / "train.py").write_text(STAND_IN)
-    monkeypatch.setattr(runner, "REPOSITORY", folder)
-    return folder
+def stand_in(tmp_path, monkeypatch):
+    """The file that `python -m openvla_jax` runs in the present folder."""
+    package = tmp_path / "here" / "openvla_jax"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text(STAND_IN)
+    monkeypatch.chdir(package.parent)
+    return package / "__main__.py"
 
 
 def points(*seeds, steps=20):
     return [Point(f"seed={s}", "c.py", {"seed": s, "train.steps": steps}, steps) for s in seeds]
 
 
-def drive(repository, workdir, seeds):
-    command = [sys.executable, "-c", DRIVER, str(repository), str(workdir), ",".join(map(str, seeds))]
+def drive(workdir, seeds):
+    command = [sys.executable, "-c", DRIVER, os.getcwd(), str(workdir), ",".join(map(str, seeds))]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -90,13 +91,13 @@ def quiet(runs):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_sweep_goes_on(tmp_path, repository, how):
+def test_a_killed_sweep_goes_on(tmp_path, stand_in, how):
     """No point is run twice from the start, none is lost, and what they write equals an uninterrupted sweep's."""
     seeds = list(range(1, 7))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert runner.run_all(runner.prepare(whole, points(*seeds)), 3, (), quiet)
 
-    process = drive(repository, killed, seeds)
+    process = drive(killed, seeds)
     wait_for(lambda: sum(runner.saved_step(killed / f"seed={s}") for s in seeds) >= 55)
     finished = [s for s in seeds if runner.saved_step(killed / f"seed={s}") == 20]
     process.send_signal(how)
@@ -105,7 +106,7 @@ def test_a_killed_sweep_goes_on(tmp_path, repository, how):
     assert 0 < len(finished) < len(seeds)
     assert curves(killed) != curves(whole)
 
-    again = drive(repository, killed, seeds)
+    again = drive(killed, seeds)
     output = again.communicate(timeout=60)[0]
     assert again.returncode == 0, output
     assert curves(killed) == curves(whole)
@@ -128,7 +129,7 @@ def test_run_all_trains_a_real_point(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "s" / "seed=5" / "config.json").read_text())["seed"] == 5
 
 
-def test_failures_are_told_and_do_not_stop_the_rest(tmp_path, repository):
+def test_failures_are_told_and_do_not_stop_the_rest(tmp_path, stand_in):
     runs = runner.prepare(tmp_path / "s", points(1, 13, 2))
     assert not runner.run_all(runs, 1, (), quiet)
     assert [run.state for run in runs] == ["finished", "failed", "finished"]
@@ -140,7 +141,7 @@ def test_failures_are_told_and_do_not_stop_the_rest(tmp_path, repository):
     assert [run.state for run in again] == ["finished", "interrupted", "finished"]
 
 
-def test_a_point_that_still_runs_is_not_started_twice(tmp_path, repository):
+def test_a_point_that_still_runs_is_not_started_twice(tmp_path, stand_in):
     """As when a sweep was killed and its run goes on saving."""
     (run,) = runner.prepare(tmp_path / "s", points(1, steps=60))
     runner._start(run, None)
@@ -150,18 +151,16 @@ def test_a_point_that_still_runs_is_not_started_twice(tmp_path, repository):
     assert (run.directory / "starts").read_text() == "x"
 
 
-def test_one_sweep_at_a_time(tmp_path, repository):
+def test_one_sweep_at_a_time(tmp_path, stand_in):
     runner.prepare(tmp_path / "s", points(1))
     with runner.only_one(tmp_path / "s"):
-        process = drive(repository, tmp_path / "s", [1])
+        process = drive(tmp_path / "s", [1])
         assert "another process runs the sweep" in process.communicate(timeout=60)[0]
         assert process.returncode == 2
 
 
-def test_each_parallel_run_has_its_device(tmp_path, repository, monkeypatch):
-    (repository / "train.py").write_text(
-        STAND_IN + "\n(work / 'device').write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
-    )
+def test_each_parallel_run_has_its_device(tmp_path, stand_in, monkeypatch):
+    stand_in.write_text(STAND_IN + "\n(work / 'device').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
     runs = runner.prepare(tmp_path / "s", points(1, 2, 3, 4))
     assert runner.run_all(runs, 2, ("5", "7"), quiet)
     assert {(run.directory / "device").read_text() for run in runs} == {"5", "7"}
@@ -200,7 +199,7 @@ def test_the_command_reports_bad_input_in_one_line(tmp_path):
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 4
     assert lines[0] == (
-        "python train.py --config configs/ablation.py --workdir gs://b/s/learning_rate=1e-05 "
+        "python -m openvla_jax train --config configs/ablation.py --workdir gs://b/s/learning_rate=1e-05 "
         "--config.optimizer.learning_rate=1e-05"
     )
 

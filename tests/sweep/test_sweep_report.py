@@ -82,7 +82,8 @@ def test_success_in_closed_loop_is_a_metric(tmp_path, monkeypatch, capsys):
     assert asked == ["a", "b", "a"]
     assert main(["report", str(workdir), "--rollouts", "10", "--world", "changed"]) == 0
     assert asked == ["a", "b", "a", "a", "b"]
-    assert main(["report", str(workdir), "--rollouts", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(workdir), "--rollouts", "0"])
 
 
 def test_settings_that_change_together_are_one_axis(tmp_path):

@@ -177,9 +177,14 @@ def test_text_length_too_small_for_the_template(tokenizer, family):
         encode_example(tokenizer, codec, long, np.zeros(7), least - 1, family)
 
 
-def test_one_example_takes_one_action(tiny):
-    with pytest.raises(ValueError, match=r"\(2, 7\)"):
-        encode_example(tiny, ActionTokenizer(tiny.vocab_size), "go", np.zeros((2, 7)), 64)
+def test_encode_example_writes_the_steps_of_a_chunk_one_after_the_other(tiny):
+    codec = ActionTokenizer(tiny.vocab_size)
+    chunk = np.linspace(-0.9, 0.9, 21).reshape(3, 7)
+    tokens, positions, truncated = encode_example(tiny, codec, "go", chunk, 64)
+    assert not truncated
+    assert tokens[positions].tolist() == [*(i for step in chunk for i in codec.encode(step)), tiny.eos_token_id]
+    with pytest.raises(ValueError, match=r"\(1, 2, 7\)"):
+        encode_example(tiny, codec, "go", np.zeros((1, 2, 7)), 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

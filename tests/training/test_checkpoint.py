@@ -13,7 +13,7 @@ from training.batches import random_batch
 from training.test_step import SETTINGS
 
 from openvla_jax.checkpoint import reading
-from openvla_jax.checkpoint.contract import CONFIG_FILE, PREPROCESSING, CheckpointError, Contract
+from openvla_jax.checkpoint.contract import CONFIG_FILE, CheckpointError, Contract
 from openvla_jax.checkpoint.load import load_model
 from openvla_jax.config import tiny
 from openvla_jax.parallel.execution import Execution
@@ -88,7 +88,7 @@ def test_contract_returns(saved, contract, tokenizer):
     loaded = reading.load_contract(saved[0])
     assert loaded.model == contract.model
     assert loaded.statistics == STATISTICS
-    assert loaded.preprocessing == PREPROCESSING
+    assert loaded.preprocessing == contract.preprocessing
     assert loaded.training == {"seed": 1}
     text = "In: What action should the robot take to pick up the red cube?\nOut:"
     assert loaded.tokenizer(text).input_ids == tokenizer(text).input_ids

@@ -2,22 +2,25 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden
 from PIL import Image
 
 from openvla_jax.config import preset, tiny
+from openvla_jax.settings import AugmentConfig
+from openvla_jax.types import Preprocessing
+from openvla_jax.vision.augment import Factors, apply_factors
 from openvla_jax.vision.preprocess import (
     center_crop,
-    check_preprocessing,
     jpeg_round_trip,
     prepare_image,
     resize_bicubic,
     resize_lanczos3,
 )
 
-BICUBIC = {"resize_kernel": "bicubic", "center_crop": False}
+BICUBIC = Preprocessing(resize_kernel="bicubic")
 RECIPES = {
     "dinosiglip_naive": ("openvla-7b", "resize-naive"),
     "dinosiglip_crop": ("openvla-7b", "resize-crop"),
@@ -69,7 +72,7 @@ def test_center_crop_equals_tensorflow():
     box = [[offset, offset, 1 - offset, 1 - offset]]
     theirs = tf.image.crop_and_resize(tf.image.convert_image_dtype(image, tf.float32)[None], box, [0], (64, 64))[0]
     theirs = tf.image.convert_image_dtype(tf.clip_by_value(theirs, 0, 1), tf.uint8, saturate=True).numpy()
-    difference = np.abs(center_crop(image).astype(int) - theirs)
+    difference = np.abs(center_crop(image, 0.9).astype(int) - theirs)
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-2
 
@@ -89,17 +92,39 @@ def test_jpeg_round_trip_is_that_of_tensorflow_but_for_its_faster_decoder():
 def test_the_steps_come_in_the_order_of_the_reference_s_evaluation():
     image = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     config = tiny()
-    settings = {"resize_kernel": "lanczos3", "center_crop": True, "jpeg": True}
-    expected = center_crop(resize_lanczos3(jpeg_round_trip(image), 56, 56))
+    settings = Preprocessing(crop_area=0.8, jpeg=True)
+    expected = center_crop(resize_lanczos3(jpeg_round_trip(image), 56, 56), 0.8)
     np.testing.assert_array_equal(prepare_image(image, config, settings), expected)
-    plain = prepare_image(image, config, settings | {"jpeg": False, "center_crop": False})
+    # Training resizes to a square first, in the reference too, so that letterboxing afterwards does nothing.
+    plain = prepare_image(image, dataclasses.replace(config, resize="letterbox"), Preprocessing())
     np.testing.assert_array_equal(plain, resize_lanczos3(image, 56, 56))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"resize_kernel": "lanczos"}, "did you mean 'lanczos3'"), ({"jpeg": "yes"}, "jpeg is 'yes': true or false")],
+    [
+        ({"resize_kernel": "lanczos"}, "did you mean 'lanczos3'"),
+        ({"crop_area": 0.0}, "crop_area is 0.0: give a share"),
+        ({"crop_area": 1.5}, "crop_area is 1.5"),
+        ({"text_length": 0}, "text_length is 0"),
+        ({"center_crop": True}, "unknown key 'center_crop'"),
+    ],
 )
-def test_wrong_settings_are_named(change, message):
+def test_preprocessing_names_a_wrong_setting(change, message):
     with pytest.raises(ValueError, match=message):
-        check_preprocessing(BICUBIC | change)
+        Preprocessing.from_dict(change)
+
+
+@pytest.mark.parametrize("area", [(1.0, 1.0), (0.8, 0.8), (0.9, 0.9), (0.7, 0.9)])
+def test_a_policy_sees_the_centre_of_what_training_augments(area):
+    """Training's own crop, put in the middle and with neutral colours, against what a policy prepares."""
+    image = np.random.default_rng(2).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    crop_area = AugmentConfig(crop_scale=area, enabled=True).policy_crop_area
+    assert crop_area == (None if area == (1.0, 1.0) else pytest.approx(sum(area) / 2))
+    low, high = 0.5 - (crop_area or 1) ** 0.5 / 2, 0.5 + (crop_area or 1) ** 0.5 / 2
+    box, zero, one = jnp.float32([low, low, high, high]), jnp.float32(0), jnp.float32(1)
+    trained = np.asarray(apply_factors(jnp.asarray(image), Factors(box, zero, one, one, zero)))
+    served = prepare_image(image, tiny(), Preprocessing(crop_area=crop_area))
+    assert np.abs(trained.astype(int) - served).max() <= 1
+    other = prepare_image(image, tiny(), Preprocessing(crop_area=0.6))
+    assert np.abs(trained.astype(int) - other).max() > 30, "the crop matters for such an image"

@@ -7,17 +7,8 @@ from enum import IntEnum
 import tensorflow as tf
 
 from openvla_jax.data import DataError
+from openvla_jax.data.oxe.state import StateEncoding, state_names
 from openvla_jax.data.oxe.transforms import TRANSFORMS, Trajectory, Transform, droid_moves, standard
-
-
-class StateEncoding(IntEnum):
-    """What the concatenated state ("proprio") of a dataset holds."""
-
-    NONE = -1  # no state published
-    POS_EULER = 1  # xyz (3), roll pitch yaw (3), pad (1), gripper (1)
-    POS_QUAT = 2  # xyz (3), quaternion (4), gripper (1)
-    JOINT = 3  # joint angles (7, padded), gripper (1)
-    JOINT_BIMANUAL = 4  # joint angles and gripper (6 + 1) of two arms
 
 
 class ActionEncoding(IntEnum):
@@ -42,10 +33,11 @@ class DatasetConfig:
     """How one dataset is read.
 
     image_keys, depth_keys: view ("primary", "secondary", "wrist", ...) -> key of the standardised observation, None
-    where the dataset has no such camera. state_keys: observations concatenated into the state; None is one zero column.
+    if the dataset has no such camera. state_keys: observations concatenated into the state; None is one zero column.
+    state_columns: names of the state's columns, if they are not those of `oxe.state` for this dataset and encoding.
     transform: raw trajectory -> standardised trajectory, in TensorFlow operations (no Python branches on tensors: it is
     traced as it stands). frame_filter: frame with normalised actions [..., action dim] -> scalar bool, False drops it.
-    action_masks: (is it absolute?, is it normalised?) per action dimension, where no ActionEncoding describes it.
+    action_masks: (is it absolute?, is it normalised?) per action dimension, if no ActionEncoding describes it.
     """
 
     name: str
@@ -58,6 +50,12 @@ class DatasetConfig:
     language_key: str = "language_instruction"
     frame_filter: Callable[[Trajectory], tf.Tensor] | None = None
     action_masks: tuple[tuple[bool, ...], tuple[bool, ...]] | None = None
+    state_columns: tuple[str, ...] | None = None
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state's columns, pads included; () if the dataset has no state."""
+        return state_names(self.name, self.state_encoding) if self.state_columns is None else self.state_columns
 
     @tf.autograph.experimental.do_not_convert
     def standardize(self, trajectory: Trajectory) -> Trajectory:

@@ -167,9 +167,7 @@ def resolve_mixture(
     if unknown:
         known = sorted({*datasets, *mixtures})
         hints = [f"{name!r} (nearest: {difflib.get_close_matches(name, known, 1, 0.0)[0]!r})" for name in unknown]
-        raise ValueError(
-            f"unknown dataset or mixture {', '.join(hints)}; mend the name, or configure it in data.module"
-        )
+        raise ValueError(f"unknown dataset or mixture {', '.join(hints)}; fix the name, or configure it in data.module")
     for name, weight in pairs:
         if names.count(name) > 1:
             raise ValueError(f"dataset {name!r} is given twice in the mixture; give it once, with one weight")

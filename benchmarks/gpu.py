@@ -1,0 +1,159 @@
+"""Measures openvla-7b on one GPU in at most eight minutes: gpu_ledger.md and gpu_ledger.json in the folder --out.
+
+  python benchmarks/gpu.py --pack        # where there is a network: fills .gpu, which travels with the checkout
+  python benchmarks/gpu.py               # on the machine with the GPU
+  python benchmarks/gpu.py --small       # every stage with tiny models on a CPU: shows that they run
+
+Each stage is a process with its own time. What it measured is kept when its time ends or it crashes; then the next
+follows. docs/log/gpu.md says what the stages are.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import ROOT, ledger
+from measure.child import run_child
+from measure.pack import make_pack, missing_wheels, shared_folder
+from measure.stages import STAGES, Context, SkippedError, Stage
+
+TOTAL = 8 * 60  # seconds
+PATIENCE = 5  # times a stage's seconds, if small: the CPU may be anybody's
+LEAST = 20  # seconds in which a stage still measures something
+# What `pip install openvla_jax[dev]` brings and the lent machines lack.
+MISSING = frozenset(
+    [
+        "array_record",
+        "av",
+        "beartype",
+        "dm_tree",
+        "fastapi",
+        "httptools",
+        "json_numpy",
+        "keras",
+        "libtpu",
+        "ml_collections",
+        "pydantic",
+        "starlette",
+        "tensorboardX",
+        "tensorflow",
+        "tensorflow_datasets",
+        "tree",
+        "uvicorn",
+    ]
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="default: %(default)s")
+    parser.add_argument("--small", action="store_true", help="tiny models on a CPU")
+    parser.add_argument("--pack", action="store_true", help="fill the folder .gpu, and end")
+    parser.add_argument("--hide-missing", action="store_true", help=f"hide {', '.join(sorted(MISSING))}")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # the process of one stage
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    try:
+        if args.stage:
+            run_stage(args)
+        elif args.pack:
+            make_pack()
+        else:
+            run_all(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    stages = {stage.name: stage for stage in STAGES}
+    chosen = args.stages.split(",")
+    if unknown := set(chosen) - set(stages):
+        raise ValueError(f"unknown stage {', '.join(sorted(unknown))}: --stages; choose from {', '.join(stages)}")
+    if not args.small and shutil.which("nvidia-smi") is None:
+        raise ValueError("no NVIDIA GPU: nvidia-smi is not on the PATH; --small runs tiny models on a CPU")
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    report: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "began": datetime.now(UTC).isoformat(" ", "seconds"),
+        "seconds": 0.0,
+        "small": args.small,
+        "machine": ledger.about_machine(not args.small),
+        "stages": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in (stage for stage in STAGES if stage.name in chosen):
+            left = PATIENCE * TOTAL if args.small else TOTAL - (time.perf_counter() - began)
+            report["stages"].append({"stage": stage.name} | start(stage, args, Path(folder), left))
+            report["seconds"] = time.perf_counter() - began
+            ledger.write(args.out, report)
+            print(f"{stage.name}: {report['stages'][-1]['result']}", flush=True)
+    print((args.out / "gpu_ledger.md").read_text())
+    if any(stage["result"].startswith(("failed", "timed out")) for stage in report["stages"]):
+        sys.exit(1)
+
+
+def start(stage: Stage, args: argparse.Namespace, folder: Path, left: float) -> dict[str, Any]:
+    """The stage in a process of its own, or a note that no time is left for it."""
+    if left < LEAST:
+        return {"result": f"skipped: {left:.0f} s left of {TOTAL}", "seconds": 0.0, "rows": []}
+    seconds = min(stage.seconds * (PATIENCE if args.small else 1), left)
+    rows = folder / f"{stage.name}.jsonl"
+    command = [sys.executable, __file__, "--stage", stage.name, "--rows", str(rows), "--seconds", str(seconds)]
+    command += ["--small"] if args.small else []
+    return run_child(command, rows, seconds, environment(args, folder, stage.name))
+
+
+def environment(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, str]:
+    hidden = MISSING if args.hide_missing else frozenset()
+    path = [str(wheel) for wheel in missing_wheels(hidden)]
+    changes = {"JAX_PLATFORMS": "cpu" if args.small else "cuda", "OPENVLA_SHARED": str(shared_folder())}
+    changes["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if stage.startswith(("torch", "peft")):  # PyTorch needs what jax has done with
+        changes["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+    defaults = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "HF_HUB_OFFLINE": "1"}
+    if args.small:  # little optimisation compiles sooner, and threads of PyTorch that wait take the cores of others
+        defaults |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "OMP_NUM_THREADS": "1"}
+    if hidden:
+        path.insert(0, str(ROOT / "benchmarks" / "measure" / "hide"))
+        changes["OPENVLA_HIDDEN"] = ",".join(sorted(hidden))
+    changes["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Stages share programs, such as those that make weights; nothing is left from earlier runs.
+    return defaults | os.environ | changes
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """In the process of a stage: appends rows to the file --rows as they come."""
+
+    def append(row: dict[str, Any]) -> None:
+        with args.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def record(table: str, **cells: Any) -> None:
+        append({"table": table, **cells})
+        print(table, cells, flush=True)
+
+    (stage,) = (stage for stage in STAGES if stage.name == args.stage)
+    try:
+        stage.run(Context(record, args.small, args.rows.parent, args.seconds))
+    except SkippedError as error:
+        append({"ended": f"skipped: {error}"})
+    except Exception as error:
+        append({"ended": f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]})
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Models of random weights, made on the device leaf by leaf, and their requests; what cards can do at most."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openvla_jax.config import LlamaConfig, VisionConfig, VLAConfig, preset, tiny
+from openvla_jax.models.openvla import OpenVLA, abstract_model
+from openvla_jax.models.quantize import choose_paths, quantize_array, quantize_model
+
+SIZES = ("tiny", "0.4b", "0.8b", "7b")
+# Vendors' data sheets, by a part of the device's name: bytes per second of memory, dense bfloat16 FLOP per second.
+BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "4090": 1.01e12, "A6000": 0.77e12}
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "A6000": 155e12}
+
+
+def card_limit(table: dict[str, float]) -> float | None:
+    """What the table says of the first device, or None for a card that it does not know."""
+    kind = jax.local_devices()[0].device_kind
+    return next((value for name, value in table.items() if name in kind), None)
+
+
+def sized(size: str) -> VLAConfig:
+    """The model of one of SIZES."""
+    if size == "7b":
+        return preset("openvla-7b")
+    if size == "tiny":  # transformers' DINOv2 wants an MLP of four widths
+        config = tiny()
+        dino = dataclasses.replace(config.towers[0], mlp_dim=4 * config.towers[0].width)
+        return dataclasses.replace(config, towers=(dino, *config.towers[1:]))
+    towers = (
+        VisionConfig("dino", 768, 12, 12, 3072, registers=4, class_token=True, layer_scale=True),
+        VisionConfig("siglip", 768, 12, 12, 3072),
+    )
+    depth = {"0.8b": 10, "0.4b": 2}[size]
+    return VLAConfig(size, towers, LlamaConfig(width=2048, depth=depth, heads=16, kv_heads=16, mlp_dim=5504))
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, as `llama/blocks/attention/q/kernel`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves
+    }
+
+
+def random_model(config: VLAConfig, dtype: Any, quantize: str | None = None) -> OpenVLA:
+    """A model whose products have outputs of about their inputs' size; the same weights for the same arguments."""
+
+    def make(key: jax.Array) -> OpenVLA:
+        model = OpenVLA(config, key, dtype)
+        return model if quantize is None else quantize_model(model, quantize, choose_paths(model))
+
+    abstract = jax.eval_shape(make, jax.random.key(0))
+    cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if leaf.dtype == jnp.float32 else leaf.dtype)
+    return fill(jax.tree.map(cast, abstract))
+
+
+def fill(abstract: Any) -> Any:
+    """The tree with random arrays: the largest first, so that what each needs on its way does not raise the peak."""
+    leaves, made = named_leaves(abstract), {}
+    for name, leaf in sorted(leaves.items(), key=lambda item: -item[1].size):
+        if name.endswith("/values"):  # integers are those of a kernel that is made, quantised and dropped
+            kernel = random_leaf(name.removesuffix("/values"), leaf.shape, jnp.bfloat16)
+            made[name], made[f"{name.removesuffix('values')}scale"] = _quantize(kernel, str(leaf.dtype))
+        elif name not in made and f"{name.removesuffix('scale')}values" not in leaves:
+            made[name] = random_leaf(name, leaf.shape, leaf.dtype)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in leaves])
+
+
+_quantize = jax.jit(quantize_array, static_argnums=1)
+
+
+def random_leaf(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Norms are ones, LayerScales 0.1, biases and B of adapters zeros, all else is normal with a seed of its name."""
+    if len(shape) < 2 or any(part in name for part in ("norm", "bias", "scale", "lora/b")):
+        small = any(part in name for part in ("bias", "lora/b"))
+        return jnp.full(shape, 0.0 if small else 0.1 if "scale1" in name or "scale2" in name else 1.0, dtype)
+    deviation = 0.02 if "table" in name or "position" in name else shape[-2] ** -0.5
+    seed = int(np.frombuffer(name.encode(), np.uint8).sum())
+    return _normal(jax.random.key(seed), shape, jnp.dtype(dtype), float(deviation))
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float) -> jax.Array:
+    def one(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, shape[-2:], dtype) * deviation).astype(dtype)
+
+    if len(shape) == 2:
+        return jax.jit(one)(key)
+    return jax.jit(lambda key: jax.lax.map(one, jax.random.split(key, shape[0])))(key)  # a layer at a time
+
+
+def requests(config: VLAConfig, batch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """images uint8 [B, S, S, 3], prompts int32 [B, T] padded to the policy's bucket, lengths int32 [B]."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, config.image_size, config.image_size, 3), dtype=np.uint8)
+    ids = np.full((batch, -(-length // 32) * 32), config.pad_token, np.int32)
+    ids[:, :length] = rng.integers(3, 31000, (batch, length))
+    ids[:, 0] = 1
+    return images, ids, np.full(batch, length, np.int32)
+
+
+def count_billions(config: VLAConfig) -> float:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config))) / 1e9

@@ -1,0 +1,73 @@
+"""Weights between PyTorch and this project's checkpoints: import, verify, export, inspect, merge.
+
+python convert_weights.py import openvla/openvla-7b checkpoints/openvla-7b
+python convert_weights.py verify openvla/openvla-7b checkpoints/openvla-7b
+python convert_weights.py export checkpoints/openvla-7b exported/openvla-7b
+python convert_weights.py merge checkpoints/openvla-7b runs/lora checkpoints/mine        # adapters into their base
+python convert_weights.py import PEFT_FOLDER adapters/mine --base checkpoints/openvla-7b # and export: PEFT's files
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from openvla_jax import cli
+
+DIFFERENT = 1
+
+
+def parser() -> cli.Parser:
+    parser = cli.Parser(prog="openvla convert", description=__doc__)
+    positional = {"import": ("src", "dst"), "export": ("src", "dst"), "verify": ("a", "b"), "inspect": ("src",)}
+    positional["merge"] = ("base", "adapter", "dst")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = {name: commands.add_parser(name) for name in positional}
+    for name, command in add.items():
+        for argument in positional[name]:
+            command.add_argument(argument)
+        if "dst" in positional[name]:
+            command.add_argument("--overwrite", action="store_true", help="replace DST when the new one is complete")
+        if name not in ("export", "merge"):
+            command.add_argument("--model_config", help="preset, JSON or .json file: what SRC does not say of itself")
+    add["import"].add_argument("--tokenizer", help="folder with tokenizer files, if SRC has none")
+    add["import"].add_argument("--part", nargs=2, action="append", help="NAME PATH: a tower, llm or projector")
+    add["import"].add_argument("--center_crop", action="store_true", help="the policy was trained with random crops")
+    add["import"].add_argument("--base", help="SRC is an adapter of PEFT's: the imported checkpoint that it belongs to")
+    add["export"].add_argument("--format", choices=("hf", "prismatic"), default="hf", help="of a whole model")
+    for name in ("export", "merge"):
+        add[name].add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+    add["merge"].add_argument("--threshold", type=float, help="largest difference of logits by merging")
+    add["verify"].add_argument("--threshold", type=float, default=2e-4, help="largest difference of logits")
+    add["verify"].add_argument("--seed", type=int, default=0)
+    add["verify"].add_argument("--tensors_only", action="store_true", help="compare without running the models")
+    return parser
+
+
+@cli.command
+def main(arguments: Sequence[str]) -> int:
+    options = vars(parser().parse_args(arguments))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is taken from a run that needs it
+    from openvla_jax import convert
+
+    command = options.pop("command")
+    if command == "import" and (base := options.pop("base")) is not None:
+        convert.import_adapter(options["src"], options["dst"], base, options["overwrite"])
+    elif command == "import":
+        options["parts"] = dict(options.pop("part") or ())
+        print(*(f"note: {note}" for note in convert.import_weights(**options).notes), sep="\n")
+    elif command == "merge":
+        print(convert.merge_weights(**options))
+    elif command == "export" and convert.is_adapter(options["src"]):
+        convert.export_adapter(options["src"], options["dst"], options["overwrite"])
+    elif command == "export":
+        print(*(f"note: {note}" for note in convert.export_weights(**options)), sep="\n")
+    elif command == "inspect":
+        print(convert.inspect_weights(**options))
+    else:
+        print(report := convert.verify_weights(**options))
+        return 0 if report.passed else DIFFERENT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The contract: what is written is read back, old formats are migrated, and what is wrong is named."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from openvla_jax.checkpoint.contract import (
+    CONFIG_FILE,
+    FORMAT,
+    STATISTICS_FILE,
+    CheckpointError,
+    Contract,
+    action_spec,
+)
+from openvla_jax.config import tiny
+from openvla_jax.tokens.tokenizer import load_tokenizer
+from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
+
+ROW = {"q01": [-1.0, -2.0, 0.0], "q99": [1.0, 2.0, 1.0], "mask": [True, True, False]}
+STATE = {"q01": [0.0, 10.0], "q99": [1.0, 20.0], "min": [-1.0, 9.0], "max": [2.0, 21.0], "names": ["x", "gripper"]}
+STATISTICS = {"arm": {"action": ROW, "proprio": STATE, "num_transitions": 5}}
+# As version 0.1 of the package wrote it.
+FORMAT_1 = {
+    "format": 1,
+    "model": tiny().to_dict() | {"action_bins": 128},
+    "preprocessing": {
+        "resize_kernel": "bicubic",
+        "center_crop": True,
+        "jpeg": False,
+        "text_length": 48,
+        "action_normalization": "bounds_q99",
+    },
+    "training": {"seed": 7},
+    "default_key": "arm",
+}
+
+
+def written(directory, config, statistics=STATISTICS):
+    (directory / CONFIG_FILE).write_text(json.dumps(config))
+    (directory / STATISTICS_FILE).write_text(json.dumps(statistics))
+    return directory
+
+
+def test_contract_returns_as_it_was_saved(tmp_path):
+    tokenizer = load_tokenizer("tiny")
+    contract = Contract(
+        tiny(base_vocab_size=tokenizer.vocab_size),
+        tokenizer,
+        STATISTICS,
+        ObservationSpec(("primary", "wrist"), 180, ("gripper", "x")),
+        ActionSpec(dim=3, horizon=8, executed=4, bins=64, names=("x", "y", "gripper"), control_rate=10.0),
+        Preprocessing("bicubic", 0.8, True, 40),
+        {"seed": 1},
+        "arm",
+        {"base": "b", "fingerprint": "f", "tuning": {}},
+    )
+    contract.save(tmp_path)
+    loaded = Contract.load(tmp_path)
+    assert dataclasses.replace(loaded, tokenizer=None) == dataclasses.replace(contract, tokenizer=None)
+    assert loaded.tokenizer.encode("pick up") == tokenizer.encode("pick up")
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["format"] == FORMAT
+
+
+def test_contract_of_format_1_is_migrated(tmp_path):
+    loaded = Contract.load(written(tmp_path, FORMAT_1))
+    assert loaded.model == tiny()
+    assert loaded.observation == ObservationSpec(("primary",), 0, ())
+    assert loaded.action == ActionSpec(dim=3, bins=128, gripper="open", frame="")
+    assert loaded.preprocessing == Preprocessing("bicubic", 0.9, False, 48)
+    assert (loaded.training, loaded.default_key, loaded.adapter) == ({"seed": 7}, "arm", None)
+    plain = copy.deepcopy(FORMAT_1)
+    plain["preprocessing"]["center_crop"] = False
+    assert Contract.load(written(tmp_path, plain)).preprocessing.crop_area is None
+    loaded.save(tmp_path)
+    assert Contract.load(tmp_path) == loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": FORMAT + 1}, f"contract of format {FORMAT + 1}, this version reads 1 to {FORMAT}"),
+        ({"format": None}, "contract of format None"),
+        ({"model": None}, "lacks model"),
+        ({"cameras": []}, "unknown key 'cameras' in the contract"),
+        (
+            {"observation": {"camera": ["primary"]}},
+            "unknown key 'camera' in observation config; did you mean 'cameras'",
+        ),
+        ({"action": {"horizn": 2}}, "unknown key 'horizn' in action config; did you mean 'horizon'"),
+        ({"action": {"bins": 32000, "dim": 3}}, "action.bins is 32000: the tokenizer of tiny has 32000"),
+        ({"action": {"dim": 2}}, "3 action dimensions, but action.dim is 2"),
+        ({"preprocessing": {"center_crop": True}}, "unknown key 'center_crop' in preprocessing config"),
+        ({"model": {"widht": 1}}, "unknown key 'widht' in model config"),
+    ],
+)
+def test_load_names_what_is_wrong_in_one_line(tmp_path, change, message):
+    config = Contract(tiny(), None, STATISTICS).to_dict() | change
+    with pytest.raises(CheckpointError) as caught:
+        Contract.load(written(tmp_path, config))
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_load_names_what_a_contract_of_format_1_lacks(tmp_path):
+    config = {key: value for key, value in FORMAT_1.items() if key != "preprocessing"}
+    with pytest.raises(CheckpointError, match="of format 1, lacks 'preprocessing'"):
+        Contract.load(written(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "message"),
+    [
+        ({"action": {}}, (), "action has no rows q01 and q99"),
+        ({"action": None}, (), "action has no rows q01 and q99"),
+        ({"action": ROW | {"q01": [0.0, None, 0.0]}}, (), "action/q01 is .*not a list of finite numbers"),
+        ({"action": ROW | {"q99": [1.0, float("inf"), 1.0]}}, (), "action/q99 is .*not a list of finite numbers"),
+        ({"action": ROW | {"q01": [-1.0, 3.0, 0.0]}}, (), "dimension 1 has q01 3.0 above q99 2.0"),
+        ({"action": ROW | {"mask": [True]}}, (), "rows of different length"),
+        ({"proprio": STATE | {"q01": [0.0]}}, ("x",), "proprio has rows of different length"),
+        ({"proprio": {}}, ("x",), "proprio has no rows"),
+        ({}, ("y",), "no state column 'y'; known: gripper, x"),
+        ({"proprio": STATE | {"names": ["x"]}}, ("x",), "proprio has 2 columns, the state is x"),
+    ],
+)
+def test_contract_refuses_statistics_that_cannot_scale(changes, state, message):
+    statistics = {"arm": STATISTICS["arm"] | changes}
+    with pytest.raises(CheckpointError, match=f"statistics of 'arm'.*{message}"):
+        Contract(tiny(), None, statistics, ObservationSpec(state=state))
+
+
+def test_state_statistics_are_in_the_order_of_the_spec():
+    contract = Contract(tiny(), None, STATISTICS, ObservationSpec(state=("gripper", "x")))
+    assert contract.state_statistics("arm") == {
+        "q01": [10.0, 0.0],
+        "q99": [20.0, 1.0],
+        "min": [9.0, -1.0],
+        "max": [21.0, 2.0],
+    }
+
+
+def test_action_spec_guesses_only_what_the_statistics_show():
+    seven = {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    assert action_spec({"a": {"action": seven}}) == ActionSpec(dim=7, gripper="open", frame="delta")
+    fourteen = {"q01": [0.0] * 14, "q99": [1.0] * 14, "mask": [True] * 14}
+    both = action_spec({"a": {"action": seven}, "b": {"action": fourteen}}, bins=64)
+    assert both == ActionSpec(dim=14, gripper="", frame="", bins=64)
+    assert action_spec({}) == ActionSpec()
