@@ -30,7 +30,9 @@ def xla_flags(devices: int) -> str:
     return " ".join(f"{name}={value}" for name, value in flags.items())
 
 
-os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # what is given comes last, and counts
+if os.environ["JAX_PLATFORMS"] == "cpu":  # a GPU's compiler keeps its own defaults
+    # The last of equal flags counts: what is given overrides.
+    os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("PJRT_NPROC", "64")  # as train.py: threads enough for devices that wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch beside workers: its waiting threads would take their cores
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

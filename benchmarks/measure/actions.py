@@ -11,6 +11,7 @@ import numpy as np
 
 from openvla_jax.inference.decode import decode_actions
 from openvla_jax.models import llama, vit
+from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import count_bytes
 
 Parts = dict[str, Callable[[], Any]]  # by name, functions without arguments that return when the work is done
@@ -34,10 +35,8 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
     @jax.jit
     def prefill(leaves, patches, ids, lengths):
-        model = unflatten(leaves)
-        x = model.splice(patches, ids)
-        hidden, cache = model.llama.prefill(x, x.shape[1] + STEPS, lengths + (model.config.patches - 1))
-        return model.llama.logits(hidden[:, 0]), cache
+        with mock.patch.object(OpenVLA, "project", lambda self, patches, execution: patches):  # the vision is done
+            return unflatten(leaves).prefill(patches, ids, lengths, STEPS)
 
     @jax.jit
     def step(leaves, tokens, lengths, cache):
@@ -65,14 +64,18 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
 
 @contextlib.contextmanager
-def fused_attention(implementation: str) -> Iterator[None]:
-    """Programs that are traced inside attend by `jax.nn.dot_product_attention(implementation=...)`.
+def fused_attention(implementation: str) -> Iterator[Callable[[], int]]:
+    """Makes programs that are traced inside it attend by `jax.nn.dot_product_attention(implementation=...)`.
 
-    It is told what the masks of `decode_actions` mean, since cuDNN's kernel is slower with a mask than with a rule:
-    a square one is causal, one of a single query shows the first keys.
+    cuDNN's kernel is slower with a mask than with a rule. The masks of `decode_actions` are two rules: a square mask is
+    causal, and a mask of a single query shows the first keys. Yields a function that returns how often attention was
+    traced.
     """
+    traced = 0
 
     def attention(q, k, v, mask=None):
+        nonlocal traced
+        traced += 1
         rule: dict[str, Any] = {}
         if mask is not None and mask.shape[-2] == 1:
             rule["key_value_seq_lengths"] = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32), q.shape[:1])
@@ -82,13 +85,7 @@ def fused_attention(implementation: str) -> Iterator[None]:
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **rule)
 
     with mock.patch.object(llama, "attention", attention), mock.patch.object(vit, "attention", attention):
-        yield
-
-
-def fused_ways() -> dict[str, Callable[[], Any]]:
-    """By name: cuDNN's attention, for which a CPU has none; jax.nn's formula in its place follows the same rules."""
-    name, implementation = ("cuDNN", "cudnn") if jax.default_backend() == "gpu" else ("jax.nn", "xla")
-    return {name: lambda: fused_attention(implementation)}
+        yield lambda: traced
 
 
 def decode_bytes(model: Any, batch: int, positions: int) -> int:

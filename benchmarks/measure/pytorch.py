@@ -27,8 +27,8 @@ wait = torch.cuda.synchronize if CUDA else (lambda: None)
 
 def make_modules(config: VLAConfig, dtype: str, model: Any = None) -> Any:
     """The modules on the device in `dtype`, with the weights of our `model`, or with their own random ones."""
-    if not CUDA:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA takes
+    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -158,14 +158,14 @@ class Eager:
 
 
 class Compiled(Eager):
-    """Layers by `torch.compile`, which compiles one and runs all with it; a cache has room for the whole action.
+    """Layers by `torch.compile`, which compiles one and runs all with it. The cache has room for the whole action.
 
-    transformers' own layers read their index from the module, for which PyTorch would compile each anew.
+    transformers' own layers read their index from the module, so PyTorch would compile each of them.
     """
 
     def __init__(self, modules: Any, *request: np.ndarray):
         super().__init__(modules, *request)
-        backend = "inductor" if CUDA else "aot_eager"  # on a CPU inductor's C++ takes half a minute to compile
+        backend = "inductor" if CUDA else "eager"  # on a CPU inductor's C++ takes half a minute to compile
         for module, tower in zip(modules.towers, self.config.towers, strict=True):
             for block in module.get_submodule(torch_reference.PARTS[tower.name][0]):
                 block.forward = torch.compile(block.forward, backend=backend)

@@ -22,26 +22,27 @@ def expected_result(stage: str) -> str:
     return next((f"skipped: no {name}" for name in needed if name in MISSING), "done")
 
 
-@pytest.mark.long
-def test_gpu_script_runs_every_stage_small(tmp_path):
-    golden("openvla_tiny")
+def run_small(out: Path, *arguments: str) -> dict:
+    """Runs `--small` as on a machine that lacks packages, and returns its report."""
     env = os.environ | {"OPENVLA_SHARED": str(shared_dir())}
-    command = [*SCRIPT, "--small", "--out", str(tmp_path)]
+    command = [*SCRIPT, "--small", "--hide-missing", "--out", str(out), *arguments]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    report = json.loads((tmp_path / "gpu_ledger.json").read_text())
+    return json.loads((out / "gpu_ledger.json").read_text())
+
+
+def test_gpu_script_runs_the_stages_small(tmp_path):
+    report = run_small(tmp_path, "--stages", ",".join(STAGES - LONG))
     results = {stage["stage"]: stage["result"] for stage in report["stages"]}
-    assert results == {stage: expected_result(stage) for stage in results} and len(results) == 13
+    assert results == {stage: expected_result(stage) for stage in STAGES - LONG}
     rows = [row for stage in report["stages"] for row in stage["rows"]]
-    logits, tokens = (row for row in rows if row["table"] == "golden")
-    assert logits["difference"] < 2e-4 and tokens["equal"] == "14/14"
+    assert not [row for row in rows if row.get("failed", "SkippedError: no CUDA") != "SkippedError: no CUDA"]
     compared = [row for row in rows if row.get("tokens")]
     sides = {(row["side"], row["attention"]) for row in compared}
-    assert sides >= {("openvla_jax", "jax.nn")} | ({("PyTorch eager", "SDPA")} if "torch" not in MISSING else set())
+    assert sides == {("openvla_jax", "jax.nn")} | ({("PyTorch eager", "SDPA")} if "torch" not in MISSING else set())
     assert {row["tokens"].split("/")[0] == row["tokens"].split("/")[1] for row in compared} == {True}, compared
     page = (tmp_path / "gpu_ledger.md").read_text()
     assert all(f"| {stage} | {outcome} |" in page for stage, outcome in results.items())
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
