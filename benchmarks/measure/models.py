@@ -1,6 +1,8 @@
 """Models of random weights, made on the device leaf by leaf, and their requests; what cards can do at most."""
 
 import dataclasses
+import math
+import zlib
 from functools import partial
 from typing import Any
 
@@ -78,21 +80,26 @@ _quantize = jax.jit(quantize_array, static_argnums=1)
 
 
 def random_leaf(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Norms are 1, LayerScales 0.1, biases and adapters' B 0. Other leaves are normal; the name is the seed."""
+    """Norms are 1, LayerScales 0.1, biases and adapters' B 0. Other leaves are uniform; the name is the seed."""
     if len(shape) < 2 or any(part in name for part in ("norm", "bias", "scale", "lora/b")):
         small = any(part in name for part in ("bias", "lora/b"))
         return jnp.full(shape, 0.0 if small else 0.1 if "scale1" in name or "scale2" in name else 1.0, dtype)
     deviation = 0.02 if "table" in name or "position" in name else shape[-2] ** -0.5
-    seed = int(np.frombuffer(name.encode(), np.uint8).sum())
-    return _normal(jax.random.key(seed), shape, jnp.dtype(dtype), float(deviation))
+    return _uniform(np.uint32(zlib.crc32(name.encode())), shape, jnp.dtype(dtype), float(deviation))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float) -> jax.Array:
-    def one(key: jax.Array) -> jax.Array:
-        return (jax.random.normal(key, shape[-2:], dtype) * deviation).astype(dtype)
+def _uniform(seed: Any, shape: tuple[int, ...], dtype: Any, deviation: Any) -> jax.Array:
+    """Hashes each element's index by MurmurHash3's finalizer.
 
-    return one(key) if len(shape) == 2 else jax.lax.map(one, jax.random.split(key, shape[0]))  # a layer at a time
+    It compiles in a tenth of the time of `jax.random.normal`, of which a model needs one program for each shape, and
+    needs no memory beyond the result.
+    """
+    x = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape) ^ seed
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    unit = (x ^ (x >> 16)).astype(jnp.float32) / 2.0**32
+    return ((unit - 0.5) * (12**0.5 * deviation)).astype(dtype)
 
 
 def requests(config: VLAConfig, batch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

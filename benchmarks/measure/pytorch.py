@@ -27,8 +27,8 @@ wait = torch.cuda.synchronize if CUDA else (lambda: None)
 
 def make_modules(config: VLAConfig, dtype: str, model: Any = None) -> Any:
     """The modules on the device in `dtype`, with the weights of our `model`, or with their own random ones."""
-    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
+    if not CUDA:  # as many threads as XLA takes; small products cost less than waiting for a second thread
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if config.llama.width >= 1024 else 1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -75,9 +75,9 @@ def _copy_weights(modules: Any, leaves: dict[str, jax.Array]) -> None:
 
 
 def _copy_tower(module: Any, tower: VisionConfig, leaves: dict[str, jax.Array], path: str) -> None:
-    stack, norm1, norm2, attention, out = torch_reference.PARTS[tower.name]
+    stack, norm1, norm2, projections = torch_reference.PARTS[tower.name]
     modules = {norm1: "norm1", norm2: "norm2", "mlp.fc1": "mlp/up", "mlp.fc2": "mlp/down"}
-    modules |= {f"{attention}.{n}_proj": f"attention/{n}" for n in "qkv"} | {f"{attention}.{out}": "attention/o"}
+    modules |= {theirs: f"attention/{ours}" for ours, theirs in projections.items()}
     names = {"layer_scale1.lambda1": "scale1", "layer_scale2.lambda1": "scale2"} if tower.layer_scale else {}
     for theirs, ours in modules.items():
         weight = "scale" if ours.startswith("norm") else "kernel"
