@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import ROOT, ledger
 from measure.child import run_child
-from measure.pack import make_pack, missing_wheels, shared_folder
+from measure.pack import make_pack, missing_wheels
 from measure.stages import STAGES, Context, SkippedError, Stage
 
 TOTAL = 8 * 60  # seconds
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="tiny models on a CPU")
-    parser.add_argument("--pack", action="store_true", help="fill the folder .gpu, and end")
+    parser.add_argument("--pack", action="store_true", help="download wheels to the folder .gpu, and exit")
     parser.add_argument("--hide-missing", action="store_true", help=f"hide {', '.join(sorted(MISSING))}")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # in the process of --stages: where rows go
@@ -131,8 +131,7 @@ def start(group: list[Stage], args: argparse.Namespace, folder: Path, left: floa
 def environment(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, str]:
     hidden = MISSING if args.hide_missing else frozenset()
     path = [str(wheel) for wheel in missing_wheels(hidden)]
-    changes = {"JAX_PLATFORMS": "cpu" if args.small else "cuda", "OPENVLA_SHARED": str(shared_folder())}
-    changes["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    changes = {"JAX_PLATFORMS": "cpu" if args.small else "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if stage.startswith(("torch", "peft")):  # PyTorch needs the memory that jax has freed
         changes["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
     defaults = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "HF_HUB_OFFLINE": "1"}

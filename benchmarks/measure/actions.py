@@ -1,4 +1,4 @@
-"""One action of our model by parts: the whole call, and its vision, prefill and decode step alone."""
+"""Our model's action as one call, and its parts: vision, prefill and a decode step."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,11 +15,15 @@ from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import count_bytes
 
 Parts = dict[str, Callable[[], Any]]  # by name, functions without arguments that return when the work is done
+PARTS = ("action", "vision", "prefill", "decode step")
 STEPS = 7  # tokens of an action
 
 
 def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> Parts:
-    """`action` returns (tokens int32 [B, 7], logits float32 [B, V] of the first); programs compile at first call."""
+    """Returns functions for PARTS, which compile at their first call.
+
+    `action` returns (tokens int32 [B, 7], logits float32 [B, V] of the first token).
+    """
     leaves, structure = jax.tree.flatten(model)
     unflatten = lambda leaves: jax.tree.unflatten(structure, leaves)
 
@@ -42,7 +46,7 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
     def step(leaves, tokens, lengths, cache):
         return unflatten(leaves).decode(tokens, lengths, cache)[0]
 
-    made: dict[str, Any] = {}  # inputs of the later parts, computed when first asked for
+    made: dict[str, Any] = {}  # inputs of later parts, computed at first use
 
     def patches() -> jax.Array:
         if "patches" not in made:
@@ -89,7 +93,7 @@ def fused_attention(implementation: str) -> Iterator[Callable[[], int]]:
 
 
 def decode_bytes(model: Any, batch: int, positions: int) -> int:
-    """Bytes that a decode step has to read: the language model without its token table, and the cache once."""
+    """Returns the bytes that a decode step reads: the cache, and the language model without its token table."""
     config = model.config.llama
     cache = 2 * config.depth * batch * positions * config.kv_heads * config.head_dim * jnp.dtype(model.dtype).itemsize
     return count_bytes(model.llama) - count_bytes(model.llama.embed) + cache

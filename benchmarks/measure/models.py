@@ -14,7 +14,7 @@ from openvla_jax.config import LlamaConfig, VisionConfig, VLAConfig, preset, tin
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import choose_paths, quantize_array, quantize_model
 
-SIZES = ("smallest", "tiny", "0.4b", "0.8b", "7b")
+SIZES = ("tiny", "0.4b", "0.8b", "7b")
 # Vendors' data sheets, by a part of the device's name: bytes per second of memory, dense bfloat16 FLOP per second.
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "4090": 1.01e12, "A6000": 0.77e12}
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "A6000": 155e12}
@@ -27,7 +27,7 @@ def card_limit(table: dict[str, float]) -> float | None:
 
 
 def sized(size: str) -> VLAConfig:
-    """Returns the model of one of SIZES; `smallest` is for runs that measure nothing."""
+    """Returns the model of one of SIZES, or `smallest`, for runs that measure nothing."""
     if size == "7b":
         return preset("openvla-7b")
     if size in ("smallest", "tiny"):

@@ -45,16 +45,11 @@ class Context:
 # Smoke test
 # ---------------------------------------------------------------------------------------------------------------------
 
-GOLDEN = "goldens/openvla_tiny"
-
 
 def smoke(context: Context) -> None:
     """Records the golden's differences in float32, the card's own rates, and the result of the tests marked gpu."""
-    shared = Path(os.environ["OPENVLA_SHARED"])
-    if not (shared / GOLDEN).is_dir():
-        raise SkippedError(f"no {shared / GOLDEN}: run `benchmarks/gpu.py --pack` beside the shared folder")
     tests = _start_tests(context)
-    _golden(context, shared)
+    _golden(context.record)
     if not context.small:
         _card(context.record)
     output = tests.communicate(timeout=context.seconds)[0]
@@ -77,19 +72,22 @@ def _start_tests(context: Context) -> subprocess.Popen:
     )
 
 
-def _golden(context: Context, shared: Path) -> None:
+def _golden(record: Record) -> None:
     import jax
     import jax.numpy as jnp
+    from goldens.unpack import unpack
 
     from openvla_jax import load_model
     from openvla_jax.convert import import_weights
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    expected = np.load(shared / GOLDEN / "expected.npz", allow_pickle=False)
-    pixels = np.load(shared / GOLDEN / "pixel_values.npy").transpose(0, 2, 3, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        imported = Path(folder) / "imported"
-        import_weights(shared / GOLDEN, imported, tokenizer=shared / "data" / "llama2_tokenizer")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack(folder)
+        golden, imported = folder / "openvla_tiny", folder / "imported"
+        expected = dict(np.load(golden / "expected.npz", allow_pickle=False))
+        pixels = np.load(golden / "pixel_values.npy").transpose(0, 2, 3, 1)
+        import_weights(golden, imported)
         model, _ = load_model(imported, dtype="float32")
     leaves, structure = jax.tree.flatten(model)
 
@@ -111,11 +109,11 @@ def _golden(context: Context, shared: Path) -> None:
     got = np.asarray(logits(leaves, pixels, expected["input_ids"].astype(np.int32)))
     difference = float(np.abs(got[:, 256:, ::29] - expected["logits_text"]).max())
     same = int((got.argmax(-1) == expected["argmax"]).sum())
-    context.record("golden", what="logits, float32", difference=difference, equal=f"{same}/{expected['argmax'].size}")
+    record("golden", what="logits, float32", difference=difference, equal=f"{same}/{expected['argmax'].size}")
     rows = np.array([0, 2])  # the reference appends the lone space to the whole row
     ids = np.concatenate([expected["input_ids"][rows], np.full((2, 1), 29871)], axis=1).astype(np.int32)
     same = int((np.asarray(decode(leaves, pixels[rows], ids)) == expected["action_tokens"]).sum())
-    context.record("golden", what="action tokens", equal=f"{same}/{expected['action_tokens'].size}")
+    record("golden", what="action tokens", equal=f"{same}/{expected['action_tokens'].size}")
 
 
 def _card(record: Record) -> None:
@@ -141,7 +139,6 @@ def _card(record: Record) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LENGTH = 25  # tokens of the prompt
-PARTS = ("action", "vision", "prefill", "decode step")  # a part's inputs are made by those before it
 
 
 def actions(context: Context, batch: int, quantize: str | None = None) -> None:
@@ -152,7 +149,7 @@ def actions(context: Context, batch: int, quantize: str | None = None) -> None:
     import jax
     import jax.numpy as jnp
 
-    from measure.actions import STEPS, action_parts, decode_bytes, fused_attention
+    from measure.actions import PARTS, STEPS, action_parts, decode_bytes, fused_attention
     from measure.models import BANDWIDTH, card_limit, random_model, requests, sized
     from measure.timing import peak_gb, sample
 
@@ -189,6 +186,7 @@ def torch_actions(context: Context, *sides: str) -> None:
     import jax.numpy as jnp
 
     from measure import pytorch
+    from measure.actions import PARTS
     from measure.models import random_model, requests, sized
     from measure.timing import sample
 
@@ -246,24 +244,21 @@ def full(context: Context, batch: int) -> None:
 
 def _train(context: Context, cells: dict[str, Any], tuning: Any, size: str = "7b") -> None:
     from measure import training
-    from measure.models import PEAK, card_limit, sized
+    from measure.models import sized
     from measure.timing import peak_gb, sample
 
     config = sized("smallest" if context.small else size)
     if context.small:  # one tower takes less time to compile
         config = dataclasses.replace(config, towers=config.towers[1:])
-    batch, peak = cells["batch"], card_limit(PEAK)
-    flops = training.model_flops(config, training.TEXT, tuning) * batch
+    batch = cells["batch"]
     for remat in ("save_dots", "full"):
         step = None  # frees the state of a step that did not fit
         cells = {"model": config.name, **cells, "remat": remat}
         with _failures(context.record, "training", cells):
             step = training.make_step(config, tuning, training.rows(config, batch), context.dtype, remat)
             samples = sample(step.run, *context.runs)
-            seconds = float(np.median(samples.seconds))
-            mfu = f"{flops / seconds / peak:.1%}" if peak else "unknown card"
-            more = {"examples/s": batch / seconds, "MFU": mfu, "compile s": step.compile_seconds, "peak GB": peak_gb()}
-            context.record("training", **cells, **samples.cells(), **more)
+            more = {"compile s": step.compile_seconds, "peak GB": peak_gb()}
+            context.record("training", **cells, **samples.cells(), **_speed(config, tuning, batch, samples), **more)
             return
     raise RuntimeError("no step ran: see the table")
 
@@ -274,21 +269,18 @@ def peft(context: Context, batch: int) -> None:
     import torch
 
     from measure import pytorch, training
-    from measure.models import PEAK, card_limit, sized
+    from measure.models import sized
     from measure.timing import sample
 
     rank, batch, config = (4, 1, sized("smallest")) if context.small else (32, batch, sized("7b"))
-    peak = card_limit(PEAK)
-    flops = training.model_flops(config, training.TEXT, training.lora(rank, context.dtype, context.dtype)) * batch
+    tuning = training.lora(rank, context.dtype, context.dtype)
     cells = {"model": config.name, "side": "PyTorch + PEFT", "trained": f"LoRA, rank {rank}", "base": context.dtype}
     for checkpointing in (False, True):
         cells |= {"batch": batch, "remat": "full" if checkpointing else "none"}
         with _failures(context.record, "training", cells):
             run = pytorch.peft_step(config, training.rows(config, batch), context.dtype, rank, checkpointing)
             samples = sample(run, *context.runs)
-            seconds = float(np.median(samples.seconds))
-            mfu = f"{flops / seconds / peak:.1%}" if peak else "unknown card"
-            more = {"examples/s": batch / seconds, "MFU": mfu, "peak GB": pytorch.peak_gb()}
+            more = _speed(config, tuning, batch, samples) | {"peak GB": pytorch.peak_gb()}
             context.record("training", **cells, **samples.cells(), **more)
             return
         run = None
@@ -296,8 +288,18 @@ def peft(context: Context, batch: int) -> None:
     raise RuntimeError("no step ran: see the table")
 
 
+def _speed(config: Any, tuning: Any, batch: int, samples: Any) -> dict[str, Any]:
+    """Returns columns: examples per second, and the share of the FLOP per second on the card's data sheet."""
+    from measure import training
+    from measure.models import PEAK, card_limit
+
+    seconds, peak = float(np.median(samples.seconds)), card_limit(PEAK)
+    flops = training.model_flops(config, training.TEXT, tuning) * batch
+    return {"examples/s": batch / seconds, "MFU": f"{flops / seconds / peak:.1%}" if peak else "unknown card"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shared by the stages
 # ---------------------------------------------------------------------------------------------------------------------
 
 

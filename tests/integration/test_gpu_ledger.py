@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, golden, shared_dir
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from measure.child import run_child
@@ -27,9 +27,8 @@ def expected_result(stage: str) -> str:
 
 def check_small_run(out: Path, stages: list[str]) -> list[dict]:
     """Runs stages small, checks that all succeed and that all sides choose the same tokens, and returns their rows."""
-    env = os.environ | {"OPENVLA_SHARED": str(shared_dir())}
     command = [*SCRIPT, "--small", "--out", str(out), "--stages", ",".join(stages)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     report = json.loads((out / "gpu_ledger.json").read_text())
     results = {stage["stage"]: stage["result"] for stage in report["stages"]}
@@ -53,7 +52,6 @@ def test_gpu_script_runs_its_main_stages_small(tmp_path):
 
 @pytest.mark.long
 def test_gpu_script_runs_every_stage_small(tmp_path):
-    golden("openvla_tiny")
     rows = check_small_run(tmp_path, [stage.name for stage in STAGES])
     logits, tokens = (row for row in rows if row["table"] == "golden")
     assert logits["difference"] < 2e-4 and tokens["equal"] == "14/14"
