@@ -295,7 +295,7 @@ def _timed(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def peft_step(config: VLAConfig, batch: Any, dtype: str, rank: int, checkpointing: bool = False) -> Callable[[], None]:
-    """Returns a step of LoRA on every linear layer, by PEFT and torch's AdamW; like the reference it computes all logits.
+    """Returns a step of LoRA on every linear layer, by PEFT and torch's AdamW. Computes all logits like the reference.
 
     With `checkpointing` the backward pass recomputes the language model's layers. Raises ImportError without peft.
     """
