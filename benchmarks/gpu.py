@@ -30,7 +30,7 @@ from measure.stages import STAGES, Context, SkippedError, Stage
 TOTAL = 8 * 60  # seconds
 PATIENCE = 5  # small stages may take so many times their seconds: the CPU may be busy
 LEAST = 20  # seconds: with less, a stage measures nothing
-# What `pip install openvla_jax[dev]` brings and the lent machines lack.
+# Packages of `pip install openvla_jax[dev]` that the machine with the GPU may lack.
 MISSING = frozenset(
     [
         "array_record",

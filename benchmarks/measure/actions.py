@@ -39,7 +39,7 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
     @jax.jit
     def prefill(leaves, patches, ids, lengths):
-        with mock.patch.object(OpenVLA, "project", lambda self, patches, execution: patches):  # the vision is done
+        with mock.patch.object(OpenVLA, "project", lambda self, patches, *_: patches):  # the vision is done
             return unflatten(leaves).prefill(patches, ids, lengths, STEPS)
 
     @jax.jit
