@@ -1,7 +1,8 @@
 """python train.py --config configs/bridge_tiny.py --workdir runs/bridge_tiny
 
 Real BridgeData V2 episodes (a 25-episode sample, 64 px frames) with the real Llama-2 tokenizer and a tiny model: the
-whole path of a pretraining run, in about a minute on a laptop CPU.
+whole path of a pretraining run, in about a minute on a laptop CPU. Opt-in: a clone does not have the sample, which is
+read from `../shared/data`. `configs/tabletop.py` needs no files from elsewhere.
 """
 
 from configs.common import base

@@ -30,10 +30,9 @@ EXTRAS = {
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes flags by their full names and reports errors in one line."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        options.setdefault("allow_abbrev", False)
+    def __init__(self, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*arguments, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         bad_input(f"{message}; see {self.prog} --help")

@@ -86,6 +86,8 @@ class VLAConfig:
     projector: ProjectorConfig = ProjectorConfig()
     resize: str = "resize-naive"  # or resize-crop, letterbox
     prompt_family: str = "pure"
+    cameras: int = 1  # images of one observation, each of which becomes patches
+    state_dim: int = 0  # columns of the state, which becomes one token; 0: none
     base_vocab_size: int = 32000  # the tokenizer's own entries: action tokens are its last `ActionSpec.bins`
 
     def __post_init__(self) -> None:

@@ -147,7 +147,7 @@ def run_rollout(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     results = evaluate(
         policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics,
-        world=args.world,
+        executed=info["action"]["executed"], world=args.world,
     )  # fmt: skip
     print(f"{args.episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -156,6 +156,7 @@ class Preprocessing:
         return from_dict(cls, data, "preprocessing")
 
 
+@runtime_checkable
 class Environment(Protocol):
     """A task that a policy can be rolled out in: a simulator, here or behind a connection."""
 

@@ -66,10 +66,10 @@ def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this process take one device: programs for eight take longer to compile."""
     import jax
 
-    from openvla_jax.training import loop
+    from openvla_jax.training import setup
 
-    one = functools.partial(loop.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", one)
+    one = functools.partial(setup.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(setup, "make_mesh", one)
 
 
 NEEDS = "needs reference files:"  # how a skip begins that the summary counts

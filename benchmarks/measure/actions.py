@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openvla_jax.inference.decode import decode_actions
 from openvla_jax.models import llama, vit
-from openvla_jax.models.openvla import OpenVLA
+from openvla_jax.models.heads import Inputs, TokenHead
 from openvla_jax.models.quantize import count_bytes
+from openvla_jax.types import ActionSpec
 
 Parts = dict[str, Callable[[], Any]]  # by name, functions without arguments that return when the work is done
 PARTS = ("action", "vision", "prefill", "decode step")
@@ -26,10 +26,12 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
     """
     leaves, structure = jax.tree.flatten(model)
     unflatten = lambda leaves: jax.tree.unflatten(structure, leaves)
+    head = TokenHead(model.config, ActionSpec())
 
     @jax.jit
     def action(leaves, images, ids, lengths):
-        decoded = decode_actions(unflatten(leaves), images, ids, lengths, STEPS, constrained=False)
+        inputs = Inputs(images, ids, lengths)
+        decoded = head.predict(unflatten(leaves), inputs, STEPS, constrained=False)
         return decoded.tokens, decoded.logits
 
     @jax.jit
@@ -39,12 +41,11 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
     @jax.jit
     def prefill(leaves, patches, ids, lengths):
-        with mock.patch.object(OpenVLA, "project", lambda self, patches, *_: patches):  # the vision is done
-            return unflatten(leaves).prefill(patches, ids, lengths, STEPS)
+        return unflatten(leaves).prefill_patches(patches, ids, lengths, STEPS)
 
     @jax.jit
     def step(leaves, tokens, lengths, cache):
-        return unflatten(leaves).decode(tokens, lengths, cache)[0]
+        return unflatten(leaves).decode_step(tokens, lengths, cache)[0]
 
     made: dict[str, Any] = {}  # inputs of later parts, computed at first use
 
@@ -71,8 +72,8 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 def fused_attention(implementation: str) -> Iterator[Callable[[], int]]:
     """Makes programs that are traced inside it attend by `jax.nn.dot_product_attention(implementation=...)`.
 
-    cuDNN's kernel is slower with a mask than with a rule. The masks of `decode_actions` are two rules: a square mask is
-    causal, and a mask of a single query shows the first keys. Yields a function that returns how often attention was
+    cuDNN's kernel is slower with a mask than with a rule. The masks of `TokenHead.predict` are two rules: a square mask
+    is causal, and a mask of a single query shows the first keys. Yields a function that returns how often attention was
     traced.
     """
     traced = 0

@@ -66,7 +66,7 @@ def make_step(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: 
         step=jnp.zeros((), jnp.int32), params=params, frozen=frozen, opt_state=jax.jit(optimizer.init)(params)
     )
     held = [jax.device_put(state, placed)]
-    step = step if tuning.quantize == "int4" else compiled  # see training/loop.py
+    step = step if tuning.quantize == "int4" else compiled  # see training/setup.py
 
     def run() -> None:
         held[0], metrics = step(held[0], batch)

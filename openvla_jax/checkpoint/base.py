@@ -107,12 +107,14 @@ def read_base(
     states.
 
     Every leaf is read in its final dtype onto the devices that hold it. One that is quantised, or that gives up its
-    last layer, is read as it is stored and converted at once, one after the other. Adapters are drawn from `seed`;
-    where that is None, what is trained comes from elsewhere, and is None here.
+    last layer, is read as it is stored and converted at once, one after the other. Adapters, and parts that
+    the checkpoint does not have, are drawn from `seed`. If that is None, what is trained comes from elsewhere, and is
+    None here. Raises CheckpointError for a part that the checkpoint does not have and that would be frozen.
     """
     path = open_checkpoint(path)
-    check_is_base(path, load_contract(path))
-    plain = nnx.state(abstract_model(model), nnx.Param)
+    contract = load_contract(path)
+    check_is_base(path, contract)
+    plain = nnx.state(abstract_model(contract.model), nnx.Param)  # `model` may have parts that the base has not
     check_tree(path, plain)
     stored = flat(ocp.metadata(path, "params").metadata)
     axes = {"/".join(map(str, keys)): leaf.get_metadata()["axes"] for keys, leaf in nnx.to_flat_state(plain)}
@@ -140,6 +142,12 @@ def read_base(
         arrays |= converted
         samples[name] = jax.device_get(taken)
     fresh = {name: leaf.sharding for name, leaf in target.items() if name not in arrays}
+    lost = [name for name in flat(nnx.to_pure_dict(nnx.as_pure(abstract.frozen))) if name in fresh]
+    if lost:
+        raise CheckpointError(
+            f"{path} has no {lost[0]}, which the model needs and would freeze as it is drawn: add "
+            f"{lost[0].partition('/')[0]} to trainable"
+        )
     if fresh and seed is not None:
         arrays |= jax.jit(_adapters, static_argnums=(0, 1, 2), out_shardings=fresh)(
             model, tuning, tuple(fresh), jax.random.key(seed)

@@ -40,9 +40,10 @@ class Contract:
     """Everything that a user of the weights must know and must not retype.
 
     model: the architecture. tokenizer: a transformers fast tokenizer; None if an import found no tokenizer files.
-    statistics: {dataset: {"action": {...}, "proprio": {...}, "num_transitions", ...}}, rows of numbers; "state" names
-    the columns of "proprio". default_key: the dataset whose statistics are used if a request names none. training: the
-    run's config, or the source of an import. adapter: {base, fingerprint, tuning} if params hold only what was trained.
+    statistics: {dataset: {"action": {...}, "proprio": {...}, "num_transitions", ...}}, rows of numbers; "names" in
+    "proprio" are those of its columns. default_key: the dataset whose statistics are used if a request names none.
+    training: the run's config, or the source of an import. adapter: {base, fingerprint, tuning} if params hold only
+    what was trained.
 
     Raises CheckpointError for statistics that do not fit the specs.
     """
@@ -63,6 +64,12 @@ class Contract:
                 f"action.bins is {self.action.bins}: the tokenizer of {self.model.name} has "
                 f"{self.model.base_vocab_size} entries; use fewer bins"
             )
+        shown, taken = self.observation, self.model
+        if (len(shown.cameras), len(shown.state)) != (taken.cameras, taken.state_dim):
+            raise CheckpointError(
+                f"the model of {taken.name} takes {taken.cameras} cameras and {taken.state_dim} columns of state, the "
+                f"observation has cameras {', '.join(shown.cameras)} and state {', '.join(shown.state) or 'none'}"
+            )
         check_statistics(self.statistics, self.action, self.observation)
 
     @property
@@ -76,9 +83,9 @@ class Contract:
 
     def state_statistics(self, dataset: str) -> dict[str, list[float]]:
         """Returns the rows that normalise the state, with columns in the order of `observation.state`."""
-        columns = _state_columns(dataset, self.statistics[dataset], self.observation.state)
         proprio = self.statistics[dataset]["proprio"]
-        return {name: [proprio[name][i] for i in columns] for name in NORMALIZATIONS[self.action.normalization]}
+        columns = _state_columns(dataset, proprio, self.observation.state)
+        return {name: [proprio[name][i] for i in columns] for name in _state_rows(self.action.normalization)}
 
     def check_is_policy(self) -> None:
         """Raises CheckpointError if there are no action statistics, as in a base VLM."""
@@ -248,19 +255,23 @@ def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observat
         where = f"statistics of {dataset!r}"
         if not isinstance(entry, Mapping):
             raise CheckpointError(f"{where} are {entry!r}, not an object: fix or remove them")
-        width = _check_rows(entry.get("action"), f"{where}: action", action.normalization)
+        width = _check_rows(entry.get("action"), f"{where}: action", NORMALIZATIONS[action.normalization])
         if width > action.dim:
             raise CheckpointError(f"{where}: {width} action dimensions, but action.dim is {action.dim}: raise it")
         if observation.state:
-            _check_rows(entry.get("proprio"), f"{where}: proprio", action.normalization)
-            _state_columns(dataset, entry, observation.state)
+            _check_rows(entry.get("proprio"), f"{where}: proprio", _state_rows(action.normalization))
+            _state_columns(dataset, entry["proprio"], observation.state)
 
 
-def _check_rows(rows: Any, where: str, kind: str) -> int:
-    """Returns the width of the rows of numbers that normalisation `kind` needs."""
-    low, high = NORMALIZATIONS[kind]
-    if not isinstance(rows, Mapping) or not {low, high} <= set(rows):
-        raise CheckpointError(f"{where} has no rows {low} and {high}: fix or remove this dataset")
+def _state_rows(kind: str) -> tuple[str, ...]:
+    """Returns the statistics that a state is normalised with: under bounds a column that never changes becomes 0."""
+    return NORMALIZATIONS[kind] if kind == "normal" else tuple(dict.fromkeys((*NORMALIZATIONS[kind], "min", "max")))
+
+
+def _check_rows(rows: Any, where: str, needed: Sequence[str]) -> int:
+    """Returns the width of the rows of numbers, of which `needed` must be there."""
+    if not isinstance(rows, Mapping) or not set(needed) <= set(rows):
+        raise CheckpointError(f"{where} has no rows {' and '.join(needed)}: fix or remove this dataset")
     names = [name for name in ("mean", "std", "min", "max", "q01", "q99") if name in rows]
     for name in names:
         row = rows[name]
@@ -282,10 +293,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def _state_columns(dataset: str, entry: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
-    """Returns the columns of a dataset's "proprio" that the state consists of."""
-    width = len(next(iter(entry["proprio"].values())))
-    names = list(entry.get("state", wanted))
+def _state_columns(dataset: str, proprio: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
+    """Returns the columns of a dataset's statistics of the state that the policy's state consists of."""
+    width = len(next(row for name, row in proprio.items() if name != "names"))
+    names = list(proprio.get("names", wanted))
     if len(names) != width:
         raise CheckpointError(
             f"statistics of {dataset!r}: proprio has {width} columns, the state is {', '.join(names)}: name each column"

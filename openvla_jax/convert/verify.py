@@ -237,7 +237,7 @@ def text_logits(graph: Any, state: Any, inputs: Inputs) -> np.ndarray:
     @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
     def run(state, images, ids):
         model: OpenVLA = nnx.merge(graph, state)
-        return model(model.normalize(images), ids)[:, model.config.patches :]
+        return model.layout.of_text(model(model.normalize(images), ids))
 
     logits = np.asarray(run(state, inputs.images, inputs.ids))
     return logits[np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]]
@@ -252,12 +252,12 @@ def compute(source: Source, inputs: Inputs) -> Outputs:
     def run(state, images, ids, lengths):
         model: OpenVLA = nnx.merge(graph, state)
         pixels = model.normalize(images)
-        logits = model(pixels, ids)[:, model.config.patches :]
+        logits = model.layout.of_text(model(pixels, ids))
         first, cache = model.prefill(pixels, ids, lengths, steps)
 
         def step(carry, _):
             token, position, cache = carry
-            following, cache = model.decode(token, position, cache)
+            following, cache = model.decode_step(token, position, cache)
             return (jnp.argmax(following, -1).astype(jnp.int32), position + 1, cache), token
 
         start = (jnp.argmax(first, -1).astype(jnp.int32), lengths, cache)

@@ -66,7 +66,7 @@ class Skipped:
             dataset, step, episode = line.split(" ", 2)
             if int(step) == SHORT_EPISODE:
                 self.short_episodes += 1
-                place, fault, count = "", "it has fewer steps than action.horizon", self.short_episodes
+                place, fault, count = "", "fewer steps than action.horizon; it", self.short_episodes
             else:
                 self.images += 1
                 place, fault, count = f", step {step}", "the image cannot be decoded; the frame", self.images

@@ -52,7 +52,7 @@ def estimate(mixtures: Sequence[Mixture], readers: int) -> Memory:
 def _overhead(mixture: Mixture) -> int:
     """Bytes of a frame beside its strings."""
     columns = len(mixture.observation.cameras) - 1 + bool(mixture.observation.state)
-    numbers = (mixture.action.horizon - 1) * max(mixture.action_dims) + len(mixture.observation.state)
+    numbers = (mixture.action.horizon - 1) * int(mixture.action_dims.max()) + len(mixture.observation.state)
     return _FRAME_OVERHEAD + columns * _COLUMN_OVERHEAD + 4 * numbers
 
 

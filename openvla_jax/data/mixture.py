@@ -214,7 +214,7 @@ class Mixture:
         """Returns the function of one dataset: raw trajectory -> the columns of its frames."""
         if index in self._traces:
             return self._traces[index]
-        source, observation, width = self.sources[index], self.observation, max(self.action_dims)
+        source, observation, width = self.sources[index], self.observation, int(self.action_dims.max())
 
         def frames(full: traj.Trajectory, _: tf.Tensor) -> dict:
             if self.max_action is not None or self.max_proprio is not None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +15,7 @@ from openvla_jax.data.faults import Skipped
 from openvla_jax.types import Batch
 
 
+@runtime_checkable
 class Encodes(Protocol):
     """What a stream needs of an encoder: `encoder.Encoder` is one."""
 

@@ -152,7 +152,7 @@ def normalize(trajectory: Trajectory, statistics: Mapping, kind: str = "bounds_q
 
 
 def _normalized(x: tf.Tensor, statistics: Mapping, kind: str) -> tf.Tensor:
-    stats = {name: np.asarray(value, np.float64) for name, value in statistics.items() if name != "mask"}
+    stats = {name: np.asarray(value, np.float64) for name, value in statistics.items() if name not in ("mask", "names")}
     if x.shape[-1] not in (None, len(stats["mean"])):
         raise StatisticsError(f"statistics of {len(stats['mean'])} dimensions do not fit values of shape {x.shape}")
     mask = np.asarray(statistics.get("mask", np.ones_like(stats["mean"])), bool)

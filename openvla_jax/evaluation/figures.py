@@ -128,7 +128,7 @@ def _strip(rollouts: Rollouts, index: int, columns: int, scale: int) -> Image.Im
     empty = np.full_like(frames[0], 255)
     tiles = [_enlarge(frames[i], scale) for i in chosen] + [_enlarge(empty, scale)] * (columns - len(chosen))
     success = bool(rollouts.success[index])
-    outcome = f"lifted after {rollouts.steps[index]} steps" if success else "not lifted"
+    outcome = f"{rollouts.achieved} after {rollouts.steps[index]} steps" if success else f"not {rollouts.achieved}"
     return _captioned(
         _grid(tiles, columns, gap=2), f"{rollouts.instructions[index]}: {outcome}", SUCCESS if success else FAILURE
     )

@@ -1,5 +1,6 @@
-"""Closed-loop rollouts in the tabletop world, all scenes in parallel, and success rates with Wilson intervals."""
+"""Closed-loop rollouts of many episodes at once, and success rates with Wilson intervals."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,32 +8,34 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from openvla_jax.sim.tabletop import Tabletop
+from openvla_jax.evaluation.environments.tabletop import TabletopEnvironment, misnamed
+from openvla_jax.types import Environment, Observation
 
-MAX_STEPS = 12  # the expert needs about 5
 # Evaluation scenes have seeds 0, 1, 2, ...: far below those of the training data.
 FIRST_SEED = 0
 
 
 @runtime_checkable
-class ActsOnImages(Protocol):
-    """What rollouts need of a policy."""
+class PredictsChunks(Protocol):
+    """What rollouts need of a policy: `openvla_jax.Policy` and `inference.client.Client` have it."""
 
-    def predict_actions(self, images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
-        """Actions [B, 7] for images uint8 [H, W, 3] and their instructions."""
+    def predict_chunks(self, observations: Sequence[Observation]) -> Any:
+        """Returns the next actions of each episode, float [B, K, A]."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The outcome of one condition. `frames` and `instructions` are kept for the first scenes only."""
+    """The outcome of one condition. `frames` and `instructions` are kept for the first episodes only."""
 
     success: np.ndarray  # bool [N]
-    steps: np.ndarray  # int [N]: actions until success, MAX_STEPS where there was none
+    steps: np.ndarray  # int [N]: actions until success, or `max_steps` without it
     instructions: list[str]
-    frames: list[np.ndarray]  # each uint8 [steps + 1, H, W, 3]
+    frames: list[np.ndarray]  # each uint8 [steps + 1, H, W, 3], of the first camera
+    achieved: str = "succeeded"  # what a success is called
 
     @property
     def rate(self) -> float:
+        """Share of the episodes that succeeded."""
         return float(self.success.mean())
 
     @property
@@ -59,64 +62,74 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
 
 
 def run_rollouts(
-    policy: ActsOnImages,
-    worlds: Sequence[Tabletop],
+    policy: PredictsChunks,
+    environments: Sequence[Environment],
+    seeds: Sequence[int],
     *,
-    instruct: Callable[[Tabletop], str] = lambda world: world.instruction,
-    image_size: int = 48,
-    max_steps: int = MAX_STEPS,
     record: int = 0,
+    executed: int = 1,
 ) -> Rollouts:
-    """Runs every world to its success or to `max_steps`. The policy sees all scenes in each call, finished ones
-    included, so that its batch has one shape and one program is compiled.
+    """Runs an episode in every environment, to its end or to `max_steps`.
 
-    `instruct` gives the sentence that the policy reads; success is always that of the scene's own target.
-    `record` is the number of scenes whose frames are kept. The worlds are changed.
+    The policy sees all episodes in each call, finished ones included, so that its batch has one shape and one program
+    is compiled.
+
+    Args:
+        policy: Predicts the next actions of all episodes.
+        environments: One per episode; they are changed.
+        seeds: The episode that each environment begins.
+        record: Number of episodes whose frames are kept.
+        executed: Actions of a chunk that are executed before the policy is asked again.
     """
-    instructions = [instruct(world) for world in worlds]
-    success = np.zeros(len(worlds), bool)
-    steps = np.full(len(worlds), max_steps)
-    images = [world.render(image_size) for world in worlds]
-    frames = [[image] for image in images[:record]]
-    for step in range(1, max_steps + 1):
-        actions = policy.predict_actions(images, instructions)
-        for index in map(int, np.flatnonzero(~success)):
-            if worlds[index].step(actions[index]):
-                success[index], steps[index] = True, step
-            images[index] = worlds[index].render(image_size)
-            if index < record:
-                frames[index].append(images[index])
-        if success.all():
+    observations = [environment.reset(seed) for environment, seed in zip(environments, seeds, strict=True)]
+    instructions = [observation.instruction for observation in observations[:record]]
+    success, done = np.zeros(len(environments), bool), np.zeros(len(environments), bool)
+    steps = np.array([environment.max_steps for environment in environments])
+    frames = [[_picture(observation)] for observation in observations[:record]]
+    for step in range(max(steps)):
+        if step % executed == 0:
+            chunks = policy.predict_chunks(observations)
+        for i in map(int, np.flatnonzero(~done)):
+            observations[i], done[i], success[i] = environments[i].step(chunks[i][step % executed])
+            if success[i]:
+                steps[i] = step + 1
+            done[i] |= success[i] or step + 1 >= environments[i].max_steps
+            if i < record:
+                frames[i].append(_picture(observations[i]))
+        if done.all():
             break
-    return Rollouts(success, steps, instructions[:record], [np.stack(episode) for episode in frames])
+    achieved = getattr(environments[0], "achieved", "succeeded")
+    return Rollouts(success, steps, instructions, [np.stack(episode) for episode in frames], achieved)
+
+
+def _picture(observation: Observation) -> np.ndarray:
+    return next(iter(observation.images.values()))
 
 
 class RandomPolicy:
     """Actions uniform between the 1% and 99% quantiles of the training data's actions, the gripper between 0 and 1."""
 
-    def __init__(self, action_statistics: Mapping[str, Sequence[float]], seed: int = 0):
-        mask = np.asarray(action_statistics.get("mask", [True] * 7))
+    def __init__(self, action_statistics: Mapping[str, Sequence[float]], executed: int = 1, seed: int = 0):
+        mask = np.asarray(action_statistics.get("mask", [True] * len(action_statistics["q01"])))
         self.low = np.where(mask, action_statistics["q01"], 0.0)
         self.high = np.where(mask, action_statistics["q99"], 1.0)
-        self.rng = np.random.default_rng(seed)
+        self.executed, self.rng = executed, np.random.default_rng(seed)
 
-    def predict_actions(self, images, instructions):
-        return self.rng.uniform(self.low, self.high, (len(images), len(self.low)))
+    def predict_chunks(self, observations: Sequence[Observation]) -> np.ndarray:
+        """Returns float64 [B, executed, A]."""
+        return self.rng.uniform(self.low, self.high, (len(observations), self.executed, len(self.low)))
 
 
 class BlankedPolicy:
     """The given policy with every image black: what it can do from the instruction alone."""
 
-    def __init__(self, policy: ActsOnImages):
+    def __init__(self, policy: PredictsChunks):
         self.policy = policy
 
-    def predict_actions(self, images, instructions):
-        return self.policy.predict_actions([np.zeros_like(image) for image in images], instructions)
-
-
-def misnamed(world: Tabletop) -> str:
-    """The instruction for another object of the same scene: what is left of success if words are ignored."""
-    return world.scene.instruction((world.scene.target + 1) % len(world.scene.colors))
+    def predict_chunks(self, observations: Sequence[Observation]) -> Any:
+        """Returns what the policy answers to black images."""
+        blank = lambda images: {name: np.zeros_like(image) for name, image in images.items()}
+        return self.policy.predict_chunks([dataclasses.replace(o, images=blank(o.images)) for o in observations])
 
 
 def evaluate(
@@ -124,29 +137,34 @@ def evaluate(
     episodes: int,
     *,
     controls: bool = False,
-    image_size: int = 48,
     first_seed: int = FIRST_SEED,
     record: int = 8,
     action_statistics: Mapping[str, Any] | None = None,
+    executed: int | None = None,
     world: str = "tabletop",
 ) -> dict[str, Rollouts]:
-    """Rollouts of `policy` by condition on the scenes first_seed ... first_seed + episodes - 1 of `world`.
+    """Rolls `policy` out, by condition, on the scenes first_seed ... first_seed + episodes - 1 of the tabletop.
 
     Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The
-    last draws from `action_statistics`; by default they are those of `policy.contract.statistics`, of one dataset.
+    last draws from `action_statistics`. These and `executed` default to what `policy.contract` says, of one dataset.
+    Raises ValueError for less than one episode.
     """
     if episodes < 1:
         raise ValueError(f"episodes {episodes}: evaluate at least 1")
+    if executed is None:
+        executed = policy.contract.action.executed
+    seeds = range(first_seed, first_seed + episodes)
 
-    def worlds():
-        return [Tabletop(seed, world) for seed in range(first_seed, first_seed + episodes)]
+    def run(policy: PredictsChunks, record: int = 0, **settings: Callable) -> Rollouts:
+        environments = [TabletopEnvironment(world, **settings) for _ in seeds]
+        return run_rollouts(policy, environments, seeds, record=record, executed=executed)
 
-    results = {"policy": run_rollouts(policy, worlds(), image_size=image_size, record=record)}
+    results = {"policy": run(policy, record)}
     if controls:
         if action_statistics is None:
             (statistics,) = policy.contract.statistics.values()
             action_statistics = statistics["action"]
-        results["another object named"] = run_rollouts(policy, worlds(), instruct=misnamed, image_size=image_size)
-        results["image blanked"] = run_rollouts(BlankedPolicy(policy), worlds(), image_size=image_size)
-        results["random actions"] = run_rollouts(RandomPolicy(action_statistics), worlds(), image_size=image_size)
+        results["another object named"] = run(policy, instruct=misnamed)
+        results["image blanked"] = run(BlankedPolicy(policy))
+        results["random actions"] = run(RandomPolicy(action_statistics, executed))
     return results

@@ -14,7 +14,7 @@ from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.load import load_weights, tensor_mesh
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.config import nearest
-from openvla_jax.inference.decode import Decoded, Sampling, decode_actions
+from openvla_jax.models.heads import Inputs, Prediction, Sampling, make_head
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
 from openvla_jax.tokens.actions import choose_unnorm_key, normalize_actions, unnormalize_actions
@@ -53,20 +53,17 @@ class Policy:
         if contract.tokenizer is None:
             raise CheckpointError("the checkpoint carries no tokenizer: import it again with --tokenizer DIR")
         self.model, self.contract, self.constrained = model, contract, constrained
-        self.action_tokenizer = contract.action_tokenizer
+        self.head = make_head(contract.model, contract.action)
         self.cut_instructions = 0
         self.reset_counters()
         self.programs: set[tuple[int, int, int, bool]] = set()
         # Plain arrays cross into the compiled call: flattening a module costs milliseconds at every call.
         self._params, structure = jax.tree.flatten(model)
 
-        def decode(params, images, input_ids, lengths, sampling, steps):
-            model = jax.tree.unflatten(structure, params)
-            return decode_actions(
-                model, images, input_ids, lengths, steps, constrained, sampling, bins=contract.action.bins
-            )
+        def predict(params, inputs, sampling, dim):
+            return self.head.predict(jax.tree.unflatten(structure, params), inputs, dim, constrained, sampling)
 
-        self._decode = jax.jit(decode, static_argnames="steps")
+        self._predict = jax.jit(predict, static_argnames="dim")
 
     @classmethod
     def from_checkpoint(
@@ -241,7 +238,7 @@ class Policy:
         size, spec = self.contract.model.image_size, self.contract.observation
         images = {name: np.full((size, size, 3), level, np.uint8) for name in spec.cameras}
         state = np.zeros(len(spec.state)) if spec.state else None
-        return self.prepare(Observation(images, "move", state, dataset or next(iter(self.contract.statistics))))
+        return self.prepare(Observation(images, "a", state, dataset or next(iter(self.contract.statistics))))
 
     def act(self, requests: Sequence[Request], batch_size: int | None = None) -> list[np.ndarray]:
         """Returns the chunk of each request, float64 [K, action_dim], in physical units.
@@ -254,7 +251,7 @@ class Policy:
         for key in {request.unnorm_key for request in requests}:
             rows = [row for row, request in enumerate(requests) if request.unnorm_key == key]
             dim = requests[rows[0]].action_dim
-            normalized = self.action_tokenizer.decode(tokens[rows, : horizon * dim]).reshape(-1, horizon, dim)
+            normalized = self.head.decode(tokens[rows, : horizon * dim], dim)
             physical = unnormalize_actions(
                 normalized, contract.statistics[key]["action"], contract.action.normalization
             )
@@ -280,7 +277,7 @@ class Policy:
             row[:count] = reference_tokens(request.prompt, row[:count], eos)
         return tokens
 
-    def run_model(self, requests: Sequence[Request], batch_size: int | None = None) -> Decoded:
+    def run_model(self, requests: Sequence[Request], batch_size: int | None = None) -> Prediction:
         """Runs the model on a batch: the one place that does. Returns device arrays, rows padded to `batch_size`."""
         rows = [*requests, *[requests[0]] * ((batch_size or 0) - len(requests))]
         lengths = np.asarray([len(request.prompt) for request in rows], np.int32)
@@ -289,22 +286,18 @@ class Policy:
         input_ids = np.full((len(rows), bucket), self.contract.model.pad_token, np.int32)
         for ids, request in zip(input_ids, rows, strict=True):
             ids[: len(request.prompt)] = request.prompt
-        steps = self.contract.action.horizon * max(request.action_dim for request in rows)
+        dim = max(request.action_dim for request in rows)
         sampling = None
         if any(request.temperature for request in rows):
             sampling = Sampling(
                 jnp.asarray([request.temperature for request in rows], jnp.float32),
                 jnp.asarray([request.seed & 0x7FFFFFFF for request in rows], jnp.int32),
             )
-        self.programs.add((len(rows), bucket, steps, sampling is not None))
-        spec = self.contract.observation
-        if len(spec.cameras) > 1 or spec.state:
-            raise CheckpointError(
-                f"this model was built for one camera and no state, its contract has cameras {', '.join(spec.cameras)} "
-                f"and state {', '.join(spec.state) or 'none'}: update openvla_jax"
-            )
-        images = np.stack([request.images[0] for request in rows])
-        return self._decode(self._params, images, input_ids, lengths, sampling, steps)
+        self.programs.add((len(rows), bucket, self.contract.action.horizon * dim, sampling is not None))
+        images = np.stack([request.images for request in rows])
+        states = [request.state for request in rows if request.state is not None]
+        inputs = Inputs(images, input_ids, lengths, np.stack(states) if states else None)
+        return self._predict(self._params, inputs, sampling, dim)
 
     def reset_counters(self) -> None:
         """Forgets the tokens that were decoded so far."""

@@ -49,8 +49,8 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Returns queries, keys (both rotated) and values: [B, T, heads, H]."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        q, k = self.q(x, execution).reshape(shape), self.k(x, execution).reshape(shape)
-        q, k = (rope(y, positions, self.config.rope_theta) for y in (q, k))
+        q, k = self.q(x, execution), self.k(x, execution)
+        q, k = (rope(y.reshape(shape), positions, self.config.rope_theta) for y in (q, k))
         # Named after the reshape and the rotation, so that the backward pass repeats neither.
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         return q, k, checkpoint_name(self.v(x, execution).reshape(shape), "v")
@@ -185,7 +185,7 @@ class Llama(nnx.Module):
         x, final = step(x, (self.blocks[-1],), last)
         return self.norm(x), Cache([*cache.k, final.k], [*cache.v, final.v])
 
-    def decode(
+    def decode_step(
         self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """One token per row at its own position; rows of different length share a batch."""

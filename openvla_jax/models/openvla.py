@@ -5,14 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.activations import ACTIVATIONS
-from openvla_jax.models.linear import Linear, matmul_precision
+from openvla_jax.models.linear import Linear
 from openvla_jax.models.llama import Cache, Embedding, Llama
 from openvla_jax.models.quantize import QTensor
+from openvla_jax.models.sequence import SequenceLayout, take_positions
 from openvla_jax.models.stack import unstack
 from openvla_jax.models.vit import UnusedViT, ViT
 from openvla_jax.parallel.execution import PLAIN, Execution
@@ -47,65 +49,83 @@ class Projector(nnx.Module):
         return x
 
 
+class StateProjector(nnx.Module):
+    """The state [B, columns] as one token [B, D] of the sequence: two layers with exact GELU between them."""
+
+    def __init__(self, key, columns: int, width: int):
+        keys = jax.random.split(key)
+        self.fc1 = Linear(keys[0], columns, width, ("state", "embed"), bias=True)
+        self.fc2 = Linear(keys[1], width, width, ("embed", "mlp"), bias=True)
+
+    def __call__(self, state: Float[Array, "B columns"], execution: Execution) -> Float[Array, "B D"]:
+        return self.fc2(ACTIVATIONS["gelu"](self.fc1(state, execution)), execution)
+
+
 class OpenVLA(nnx.Module):
     """The whole model. `dtype` is the dtype of activations and products; parameters are created in float32.
 
-    Sequence: BOS, the image's patches, the rest of the text; positions count patches.
+    The order of the sequence is that of `SequenceLayout`. Pixel values are normalised, three channels per tower in the
+    towers' order: [B, C, H, W, 3 * towers], or [B, H, W, 3 * towers] of one camera. `input_ids` start with BOS and are
+    padded on the right. `state`, float32 [B, columns], is normalised; a model without a state projector takes None.
+    `image_mask`, bool [B, C], hides cameras that a row does not have; None shows all.
     """
 
     unused: nnx.Dict | None  # adapters of what is never run, by tower, so that PEFT's are kept (`models/tuning.py`)
+    state_projector: StateProjector | None
 
     def __init__(self, config: VLAConfig, key: Array, dtype=jnp.float32):
         keys = jax.random.split(key, len(config.towers) + 2)
         self.vision = nnx.Dict({tower.name: ViT(k, tower) for tower, k in zip(config.towers, keys[2:], strict=True)})
         self.projector = Projector(keys[0], config)
         self.llama = Llama(keys[1], config.llama)
+        if config.state_dim:
+            self.state_projector = StateProjector(jax.random.fold_in(key, 1), config.state_dim, config.llama.width)
+        else:
+            self.state_projector = nnx.data(None)
         self.unused = nnx.data(None)
         self.config = config
         self.dtype = jnp.dtype(dtype)
 
+    @property
+    def layout(self) -> SequenceLayout:
+        return SequenceLayout.of(self.config)
+
     def __call__(
         self,
-        pixel_values: Float[HostOrDevice, "B height width channels"],
+        pixel_values: Float[HostOrDevice, "*B height width channels"],
         input_ids: Int[HostOrDevice, "B T"],
         execution: Execution = PLAIN,
+        state: Float[HostOrDevice, "B columns"] | None = None,
+        image_mask: Bool[HostOrDevice, "B C"] | None = None,
     ) -> Float[Array, "B S V"]:
-        """Logits at every position: S = patches + T.
-
-        `pixel_values` are normalised, three channels per tower in the towers' order; `input_ids` start with BOS and are
-        padded on the right. Returns float32.
-        """
+        """Returns float32 logits at every position; pads are hidden from all queries."""
         input_ids = jnp.asarray(input_ids)
-        seen = jnp.pad(input_ids != self.config.pad_token, ((0, 0), (self.config.patches, 0)), constant_values=True)
-        x = self.splice(self.project(pixel_values, execution), input_ids, execution)
-        return self.llama.logits(self.llama(x, execution, seen), execution)
+        visible = self.layout.visible(input_ids != self.config.pad_token, image_mask)
+        x = self.embed(pixel_values, input_ids, execution, state)
+        return self.llama.logits(self.llama(x, execution, visible), execution)
 
     def hidden(
-        self, pixel_values: HostOrDevice, input_ids: Int[HostOrDevice, "B T"], execution: Execution = PLAIN
+        self,
+        pixel_values: Float[HostOrDevice, "*B height width channels"],
+        input_ids: Int[HostOrDevice, "B T"],
+        execution: Execution = PLAIN,
+        state: Float[HostOrDevice, "B columns"] | None = None,
+        image_mask: Bool[HostOrDevice, "B C"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Final normed hidden states of the multimodal sequence."""
-        x = self.splice(self.project(pixel_values, execution), input_ids, execution)
-        return self.llama(x, execution)
+        """Returns the final normed hidden states of the sequence. Outputs at pads mean nothing."""
+        visible = None
+        if image_mask is not None:
+            visible = self.layout.visible(jnp.ones(input_ids.shape, bool), image_mask)
+        return self.llama(self.embed(pixel_values, input_ids, execution, state), execution, visible)
 
     def target_logits(
-        self,
-        pixel_values: HostOrDevice,
-        input_ids: Int[HostOrDevice, "B T"],
-        targets: Int[HostOrDevice, "B N"],
-        execution: Execution = PLAIN,
+        self, hidden: Float[Array, "B S D"], targets: Int[HostOrDevice, "B N"], execution: Execution = PLAIN
     ) -> Float[Array, "B N V"]:
-        """Logits that predict the tokens at text indices `targets` (each from the position before it), and no
-        others.
-        """
-        hidden = self.hidden(pixel_values, input_ids, execution)
-        before = jnp.asarray(targets) + (self.config.patches - 1)
-        # A product with rows of an identity, exact in any dtype: the gradient of a gather is a scatter, which is slow
-        # on TPUs, and wrong when the compiler splits it over two mesh axes.
-        pick = jax.nn.one_hot(before, hidden.shape[1], dtype=hidden.dtype)
-        chosen = jnp.einsum("BNS,BSD->BND", pick, hidden, precision=matmul_precision(hidden.dtype))
+        """Returns the logits that predict the text tokens at indices `targets`, and no others."""
+        chosen = take_positions(hidden, self.layout.predictor(jnp.asarray(targets)))
         return self.llama.logits(chosen, execution)
 
-    def normalize(self, images: UInt8[HostOrDevice, "B height width 3"]) -> Float[Array, "B height width channels"]:
+    def normalize(self, images: UInt8[HostOrDevice, "*B height width 3"]) -> Float[Array, "*B height width channels"]:
         """uint8 RGB to each tower's normalised pixels, stacked on channels."""
         unit = jnp.asarray(images).astype(jnp.float32) / 255.0
         towers = self.config.towers
@@ -113,49 +133,89 @@ class OpenVLA(nnx.Module):
         return jnp.concatenate(pixels, axis=-1)
 
     def project(
-        self, pixel_values: Float[HostOrDevice, "B height width channels"], execution: Execution = PLAIN
+        self, pixel_values: Float[HostOrDevice, "*B height width channels"], execution: Execution = PLAIN
     ) -> Float[Array, "B P D"]:
-        """Projected patch embeddings: each tower reads its own three channels; features are joined in tower order."""
-        size, towers = self.config.image_size, self.config.towers
-        if pixel_values.shape[1:] != (size, size, 3 * len(towers)):
+        """Returns projected patch embeddings, one camera after the other.
+
+        Each tower reads its own three channels; features are joined in tower order. Raises ValueError for another
+        number of cameras or another size than the model's.
+        """
+        config, towers, shape = self.config, self.config.towers, pixel_values.shape
+        wanted = (config.image_size, config.image_size, 3 * len(towers))
+        cameras = shape[1] if len(shape) == 5 else 1
+        if shape[-3:] != wanted or cameras != config.cameras or len(shape) not in (4, 5):
             raise ValueError(
-                f"pixel_values {pixel_values.shape}: {self.config.name!r} takes [B, {size}, {size}, {3 * len(towers)}]"
+                f"pixel_values {shape}: {config.name!r} takes [B, {config.cameras}, {', '.join(map(str, wanted))}]"
             )
-        pixels = jnp.asarray(pixel_values, self.dtype)
+        pixels = jnp.asarray(pixel_values, self.dtype).reshape(-1, *wanted)
         features = []
         for i, tower in enumerate(towers):
             with jax.named_scope(f"vision/{tower.name}"):  # profiles then read like the model
                 features.append(self.vision[tower.name](pixels[..., 3 * i : 3 * i + 3], execution))
         with jax.named_scope("projector"):
-            return self.projector(jnp.concatenate(features, axis=-1), execution)
+            patches = self.projector(jnp.concatenate(features, axis=-1), execution)
+        return rearrange(patches, "(B C) P D -> B (C P) D", C=cameras)
 
-    def splice(
-        self, patches: Float[Array, "B P D"], input_ids: Int[HostOrDevice, "B T"], execution: Execution = PLAIN
-    ) -> Float[Array, "B P+T D"]:
-        """Patches go directly after BOS, without separators."""
+    def embed(
+        self,
+        pixel_values: Float[HostOrDevice, "*B height width channels"],
+        input_ids: Int[HostOrDevice, "B T"],
+        execution: Execution = PLAIN,
+        state: Float[HostOrDevice, "B columns"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Returns the embeddings of the whole sequence. Raises ValueError for a state that the model does not take."""
+        return self.embed_patches(self.project(pixel_values, execution), input_ids, execution, state)
+
+    def embed_patches(
+        self,
+        patches: Float[Array, "B P D"],
+        input_ids: Int[HostOrDevice, "B T"],
+        execution: Execution = PLAIN,
+        state: Float[HostOrDevice, "B columns"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """`embed` of patches that are projected already."""
         text = self.llama.embed(input_ids, self.dtype, execution)
-        return jnp.concatenate([text[:, :1], patches, text[:, 1:]], axis=1)
+        token = None
+        if self.state_projector is not None and state is not None:
+            token = self.state_projector(jnp.asarray(state, self.dtype), execution)[:, None]
+        elif state is not None or self.state_projector is not None:
+            takes = f"a state of {self.config.state_dim} columns" if self.config.state_dim else "no state"
+            raise ValueError(f"state is {'missing' if state is None else 'given'}: {self.config.name!r} takes {takes}")
+        return self.layout.join(text, patches, token)
 
     def prefill(
         self,
-        pixel_values: HostOrDevice,
+        pixel_values: Float[HostOrDevice, "*B height width channels"],
         input_ids: Int[HostOrDevice, "B T"],
         lengths: Int[HostOrDevice, "B"],
         steps: int,
         execution: Execution = PLAIN,
+        state: Float[HostOrDevice, "B columns"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of the token after each row's `lengths` text tokens, and a cache with room for `steps` more."""
-        x = self.splice(self.project(pixel_values, execution), input_ids, execution)
-        last = jnp.asarray(lengths) + (self.config.patches - 1)
+        """Returns the logits of the token after each row's `lengths` text tokens, and a cache for `steps` more."""
+        return self.prefill_patches(self.project(pixel_values, execution), input_ids, lengths, steps, execution, state)
+
+    def prefill_patches(
+        self,
+        patches: Float[Array, "B P D"],
+        input_ids: Int[HostOrDevice, "B T"],
+        lengths: Int[HostOrDevice, "B"],
+        steps: int,
+        execution: Execution = PLAIN,
+        state: Float[HostOrDevice, "B columns"] | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """`prefill` of patches that are projected already."""
+        x = self.embed_patches(patches, input_ids, execution, state)
+        last = self.layout.predictor(jnp.asarray(lengths))
         hidden, cache = self.llama.prefill(x, x.shape[1] + steps, execution, last)
         return self.llama.logits(hidden[:, 0], execution), cache
 
-    def decode(
+    def decode_step(
         self, tokens: Int[Array, "B"], lengths: Int[HostOrDevice, "B"], cache: Cache, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits after one more token, which is text token number `lengths` of its row."""
+        """Returns the logits after one more token, which is text token number `lengths` of its row."""
         x = self.llama.embed(tokens[:, None], self.dtype, execution)
-        hidden, cache = self.llama.decode(x, jnp.asarray(lengths) + self.config.patches, cache, execution)
+        hidden, cache = self.llama.decode_step(x, self.layout.position(jnp.asarray(lengths)), cache, execution)
         return self.llama.logits(hidden[:, 0], execution), cache
 
     def unstack(self) -> None:

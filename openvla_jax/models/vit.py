@@ -5,6 +5,7 @@ tokens dropped. The last block, the final norm and SigLIP's attention pool are n
 their tensors (`UnusedViT`) only travel through checkpoints.
 """
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,11 +36,10 @@ class PatchEmbed(nnx.Module):
         self.size = size
 
     def __call__(self, pixels: Float[Array, "B height width 3"], execution: Execution) -> Float[Array, "B P D"]:
-        batch, rows, columns = pixels.shape[0], pixels.shape[1] // self.size, pixels.shape[2] // self.size
+        rows, columns = pixels.shape[1] // self.size, pixels.shape[2] // self.size
         # Pixels beyond the last whole patch are ignored, as by a VALID convolution.
         x = pixels[:, : rows * self.size, : columns * self.size]
-        x = x.reshape(batch, rows, self.size, columns, self.size, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, rows * columns, -1)
+        x = einops.rearrange(x, "b (y p) (x q) c -> b (y x) (p q c)", p=self.size, q=self.size)
         y = matmul(x, self.kernel, execution)
         if self.lora is not None:
             y = y + self.lora(x, execution, matmul_precision(x.dtype))

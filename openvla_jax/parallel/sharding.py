@@ -32,6 +32,7 @@ RULES: dict[str, str | None] = {
     "norm": None,
     "patch": None,
     "position": None,
+    "state": None,
     "groups": None,
     "adapter": "fsdp",  # the long side of an adapter's factors
     "rank": None,

@@ -1,6 +1,6 @@
 """Plans serving on TPUs before any is rented: one action, tensor-parallel over a slice, compiled ahead of time.
 
-The programs are those of `inference/decode.py`. What is reported are estimates, made as `planning/train.py` makes them,
+The programs are those of `models/heads.py`. What is reported are estimates, made as `planning/train.py` makes them,
 and beside them the time in which the chips read their weights once, below which no stage that touches them all can be.
 """
 
@@ -16,14 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 from openvla_jax.checkpoint.load import abstract_quantized, placed, tensor_mesh
 from openvla_jax.config import VLAConfig
-from openvla_jax.inference.decode import decode_actions
+from openvla_jax.models.heads import Inputs, TokenHead
 from openvla_jax.models.llama import Cache
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes
+from openvla_jax.models.sequence import SequenceLayout
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.tpu import Slice, parse_slice
 from openvla_jax.planning.compile import PlanError, compile_for, topology_devices, write_json
 from openvla_jax.planning.train import ACTION_DIM
+from openvla_jax.types import ActionSpec
 
 TEXT_LENGTH = 32  # the policy's bucket of a usual instruction
 ASSUMPTIONS = (
@@ -95,31 +97,30 @@ def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: i
     replicated = NamedSharding(mesh, P())
     by_heads = NamedSharding(mesh, P(None, None, None, "tensor", None))
     made = lambda shape, dtype, sharding=replicated: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    llama, size, positions = model.llama, model.image_size, model.patches + TEXT_LENGTH
-    images = made((batch, size, size, 3), jnp.uint8)
+    llama, size, layout = model.llama, model.image_size, SequenceLayout.of(model)
+    head = TokenHead(model, ActionSpec(ACTION_DIM))
+    images = made((batch, model.cameras, size, size, 3), jnp.uint8)
     ids, row = made((batch, TEXT_LENGTH), jnp.int32), made((batch,), jnp.int32)
-    patches = made((batch, model.patches, llama.width), jnp.bfloat16)
-    slots = (llama.depth, batch, positions + ACTION_DIM, llama.kv_heads, llama.head_dim)
+    patches = made((batch, model.cameras * model.patches, llama.width), jnp.bfloat16)
+    slots = (llama.depth, batch, layout.length(TEXT_LENGTH) + ACTION_DIM, llama.kv_heads, llama.head_dim)
     cache = Cache(*[made(slots, jnp.bfloat16, by_heads)] * 2)
     execution = Execution(mesh)
     merged: Callable[[Any], OpenVLA] = lambda params: nnx.merge(graph, params)
 
     def action(params, images, ids, lengths):
-        return decode_actions(merged(params), images, ids, lengths, ACTION_DIM, execution=execution).tokens
+        inputs = Inputs(images, ids, lengths)
+        return head.predict(merged(params), inputs, ACTION_DIM, execution=execution).tokens
 
     def vision(params, images):
         network = merged(params)
         return network.project(network.normalize(images), execution)
 
     def prefill(params, patches, ids, lengths):
-        network = merged(params)
-        x = network.splice(patches, ids, execution)
-        hidden, cache = network.llama.prefill(x, positions + ACTION_DIM, execution, lengths + (model.patches - 1))
-        cache = jax.lax.with_sharding_constraint(cache, by_heads)
-        return network.llama.logits(hidden[:, 0], execution).argmax(axis=-1), cache
+        logits, cache = merged(params).prefill_patches(patches, ids, lengths, ACTION_DIM, execution)
+        return logits.argmax(axis=-1), jax.lax.with_sharding_constraint(cache, by_heads)
 
     def decode_step(params, token, lengths, cache):
-        logits, cache = merged(params).decode(token, lengths, cache, execution)
+        logits, cache = merged(params).decode_step(token, lengths, cache, execution)
         return logits.argmax(axis=-1), cache
 
     return [

@@ -15,18 +15,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from openvla_jax.checkpoint.reading import load_contract
 from openvla_jax.config import VLAConfig, model_config
 from openvla_jax.models.quantize import count_bytes
+from openvla_jax.models.sequence import SequenceLayout
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.parallel.sharding import BATCH, check_batch, make_mesh
 from openvla_jax.parallel.tpu import Slice, compiler_options, parse_slice
 from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topology_devices, write_json
 from openvla_jax.settings import Settings
+from openvla_jax.training.contract import choose_specs, shown
 from openvla_jax.training.metrics import duration
 from openvla_jax.training.state import TrainState
 from openvla_jax.training.step import Job, make_job
-from openvla_jax.types import Batch
+from openvla_jax.types import ActionSpec, Batch
 
 ACTION_DIM = 7
 ASSUMPTIONS = (
@@ -86,6 +89,7 @@ def plan_step(config: Settings, topology: str, dump: Path) -> dict[str, Any]:
     """
     tpu, train = parse_slice(topology), config.train
     job, arguments, batch, options, model = _programs(config, tpu)
+    targets = batch.target_positions.shape[1]
     entry: dict[str, Any] = {
         "topology": str(tpu),
         "chips": tpu.chips * tpu.slices,
@@ -97,7 +101,7 @@ def plan_step(config: Settings, topology: str, dump: Path) -> dict[str, Any]:
         "params": sum(leaf.size for leaf in jax.tree.leaves((job.abstract.params, job.abstract.frozen))),
         "trained_params": sum(leaf.size for leaf in jax.tree.leaves(job.abstract.params)),
         "hbm_capacity_bytes": int(tpu.facts.hbm_bytes),
-        "model_flops_per_step": model_flops(model, config.data.text_length, job.tuning) * train.batch_size,
+        "model_flops_per_step": model_flops(model, config.data.text_length, job.tuning, targets) * train.batch_size,
         "compiler_options": options,
     }
     compiled = compile_for(job.step.lower(arguments, batch), "train_step", tpu, dump, options)
@@ -109,12 +113,12 @@ def _programs(config: Settings, tpu: Slice) -> tuple[Job, TrainState, Batch, dic
     """Returns the job, the shapes of its state and of a batch, the compiler options, and the model."""
     train = config.train
     remat_policy(train.remat)
-    model = planned_model(config)
+    model, action = planned_model(config)
     mesh = make_mesh(dataclasses.asdict(config.mesh), topology_devices(tpu))
     check_batch(train.batch_size, train.accumulation, mesh)
-    job = make_job(config, model, mesh, datasets=1)
+    job = make_job(config, model, mesh, datasets=1, action=action)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    batch = abstract_batch(model, train.batch_size, config.data.text_length, NamedSharding(mesh, BATCH))
+    batch = abstract_batch(model, action, train.batch_size, config.data.text_length, NamedSharding(mesh, BATCH))
     options = compiler_options(tpu.generation) if train.compiler_options == "tuned" else {}
     return job, jax.tree.map(place, job.abstract, job.placed), batch, options, model
 
@@ -187,43 +191,44 @@ def run_plans(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def planned_model(config: Settings) -> VLAConfig:
-    """The model that the run would train; no tokenizer is read."""
-    if config.init_from:
-        from openvla_jax.checkpoint.reading import load_contract
-
-        return load_contract(config.init_from).model
-    if not config.model.get("preset"):
+def planned_model(config: Settings) -> tuple[VLAConfig, ActionSpec]:
+    """Returns the model that the run would train, and what it would predict; no tokenizer is read."""
+    base = load_contract(config.init_from) if config.init_from else None
+    if base is None and not config.model.get("preset"):
         raise PlanError("nothing names the model: give --config.init_from=CKPT or --config.model.preset=openvla-7b")
-    return model_config({key: value for key, value in config.model.items() if value is not None})
+    settings = {key: value for key, value in config.model.items() if value is not None}
+    observation, action = choose_specs(config, base)
+    return shown(base.model if base else model_config(settings), observation), action
 
 
-def abstract_batch(model: VLAConfig, rows: int, text_length: int, sharding: NamedSharding) -> Any:
-    """Shapes of one global batch."""
+def abstract_batch(model: VLAConfig, action: ActionSpec, rows: int, text_length: int, sharding: NamedSharding) -> Batch:
+    """Returns the shapes of one global batch."""
 
     def make(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    size, targets = model.image_size, ACTION_DIM + 1
+    size, cameras = model.image_size, model.cameras
+    chunk = (rows, action.horizon, action.dim)
+    targets = action.horizon * action.dim + 1
     return Batch(
-        images=make((rows, 1, size, size, 3), jnp.uint8),
-        image_mask=make((rows, 1), jnp.bool_),
-        state=None,
+        images=make((rows, cameras, size, size, 3), jnp.uint8),
+        image_mask=make((rows, cameras), jnp.bool_),
+        state=make((rows, model.state_dim), jnp.float32) if model.state_dim else None,
         tokens=make((rows, text_length), jnp.int32),
         target_positions=make((rows, targets), jnp.int32),
         target_mask=make((rows, targets), jnp.bool_),
-        actions=make((rows, 1, ACTION_DIM), jnp.float32),
-        action_mask=make((rows, 1, ACTION_DIM), jnp.bool_),
+        actions=make(chunk, jnp.float32),
+        action_mask=make(chunk, jnp.bool_),
         dataset=make((rows,), jnp.int32),
     )
 
 
-def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> float:
+def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL, targets: int = ACTION_DIM + 1) -> float:
     """FLOPs of the model's work on one example: forward and backward, every position of the static shape.
 
     Of a product, 2 per parameter and position forward, 2 back through it where anything before or in it is trained, 2
     for its own gradient where it is trained itself; attention likewise, half of it where that is causal; logits at the
-    target positions only. Neither recomputation nor the products of adapters (1-2%) count.
+    `targets` predicted positions only. Neither recomputation nor the products of adapters (1-2%) count.
     """
     state = nnx.to_flat_state(nnx.state(abstract_prepared(model, tuning), nnx.Param))
     trained = ["/".join(map(str, path)) for path, _ in state if tuning.is_trainable(path)]
@@ -238,9 +243,9 @@ def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> fl
         name = f"vision/{tower.name}/"
         tokens = tower.patches + tower.prefix_tokens
         block = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
-        layers_tokens = (tower.depth - 1) * tokens
+        layers_tokens = (tower.depth - 1) * tokens * model.cameras
         total += work(layers_tokens * block, layers_tokens * tokens * tower.width, begins(name), f"{name}blocks")
-        stem = 3 * tower.patch_size**2 * tower.width * tower.patches
+        stem = 3 * tower.patch_size**2 * tower.width * tower.patches * model.cameras
         total += work(stem, 0, False, f"{name}patch_embed")  # no gradient of pixels is taken,
         total += 2 * stem * begins(f"{name}patch_embed/kernel")  # counted as if there were, as is usual
     vision, llama = model.vision_width, model.llama
@@ -249,9 +254,9 @@ def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> fl
         "gelu-mlp": (vision, llama.width, llama.width),
         "fused-gelu-mlp": (vision, 4 * vision, llama.width, llama.width),
     }[model.projector.kind]
-    products = sum(a * b for a, b in pairwise(layers)) * model.patches
+    products = sum(a * b for a, b in pairwise(layers)) * model.patches * model.cameras
     total += work(products, 0, begins("vision/", "projector/"), "projector/")
-    positions = model.patches + text_length
+    positions = SequenceLayout.of(model).length(text_length)
     kv = llama.kv_heads * llama.head_dim
     block = 2 * llama.width**2 + 2 * llama.width * kv + 3 * llama.width * llama.mlp_dim
     scores = positions * llama.width / 2
@@ -261,7 +266,7 @@ def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL) -> fl
     total += work(first * block, first * scores, begins(*before), "llama/blocks/")
     last *= positions
     total += work(last * block, last * scores, begins(*before, "llama/last"), "llama/last/")
-    return float(total + work(llama.width * llama.vocab_size * (ACTION_DIM + 1), 0, bool(trained), "llama/head/"))
+    return float(total + work(llama.width * llama.vocab_size * targets, 0, bool(trained), "llama/head/"))
 
 
 def _estimate(entry: Mapping[str, Any], config: Settings, tpu: Slice, compiled: Compiled) -> dict[str, Any]:

@@ -66,6 +66,11 @@ def choose_specs(config: Settings, base: Contract | None) -> tuple[ObservationSp
     return replaced(observation, config.observation), replaced(action, config.action)
 
 
+def shown(model: VLAConfig, observation: ObservationSpec) -> VLAConfig:
+    """Returns the model with the cameras and the state of `observation`."""
+    return dataclasses.replace(model, cameras=len(observation.cameras), state_dim=len(observation.state))
+
+
 def replaced(spec: Any, settings: Any) -> Any:
     """Returns `spec` with the settings that are not None."""
     given = {name: value for name, value in vars(settings).items() if value is not None}

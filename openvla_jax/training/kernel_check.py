@@ -6,6 +6,7 @@ import numpy as np
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.attention import attention, attention_kernel, rope
+from openvla_jax.models.sequence import SequenceLayout
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import make_mesh
 
@@ -25,7 +26,7 @@ def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> Non
         tower.name: (tower.patches + tower.prefix_tokens, tower.width, tower.heads, None) for tower in model.towers
     }
     if llama.heads == llama.kv_heads:
-        stacks["llama"] = (model.patches + text_length, llama.width, llama.heads, llama.rope_theta)
+        stacks["llama"] = (SequenceLayout.of(model).length(text_length), llama.width, llama.heads, llama.rope_theta)
     for name, (length, width, heads, theta) in stacks.items():
         try:
             difference = disagreement(length, width, heads, theta, device)

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from openvla_jax.models.heads import Metric
 from openvla_jax.settings import WandbSettings
 from openvla_jax.storage import cause, copy_tree, is_remote, retry
 
@@ -204,13 +205,21 @@ class Progress:
     """Where the time goes: rates since the last line, the time left, and shares of the whole run since its first start.
 
     `earlier` is the last metrics line that was kept from before: the time between it and this start, in which nothing
-    came about that is still there, is lost to the restart.
+    came about that is still there, is lost to the restart. `metrics` are the head's, which a line shows.
     """
 
     PAUSES = ("data", "checkpoint", "evaluation")
 
-    def __init__(self, step: int, steps: int, batch_size: int, began: float, earlier: Mapping[str, float]):
-        self._steps, self._batch_size = steps, batch_size
+    def __init__(
+        self,
+        step: int,
+        steps: int,
+        batch_size: int,
+        began: float,
+        earlier: Mapping[str, float],
+        metrics: Sequence[Metric] = (),
+    ):
+        self._steps, self._batch_size, self._metrics = steps, batch_size, metrics
         self._last_step = step
         self._last_time = self._entered = time.perf_counter()
         self._since_line = dict.fromkeys(self.PAUSES, 0.0)
@@ -268,11 +277,16 @@ class Progress:
         left = (self._steps - step) / max(1e-9, metrics["train/steps_per_second"])
         return (
             f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
-            f"accuracy {metrics['train/action_accuracy']:.1%}  L1 {metrics['train/action_l1']:.4f}  "
+            f"{describe(metrics, 'train', self._metrics)}  "
             f"grad {metrics['train/grad_norm']:.2f}  lr {metrics['train/learning_rate']:.2e}  "
             f"{metrics['train/examples_per_second']:.1f} examples/s  "
             f"data wait {metrics['train/data_wait_fraction']:.0%}  ETA {duration(left)}"
         )
+
+
+def describe(values: Mapping[str, float], prefix: str, metrics: Sequence[Metric]) -> str:
+    """Returns a head's metrics for a progress line; `values` has them as PREFIX/NAME."""
+    return "  ".join(f"{one.label} {values[f'{prefix}/{one.name}']:{one.format}}" for one in metrics)
 
 
 def duration(seconds: float) -> str:

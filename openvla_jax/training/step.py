@@ -7,85 +7,59 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.models.heads import ActionHead, make_head, summarize
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.tuning import FULL, Tuning, make_graph
 from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import BATCH
 from openvla_jax.settings import AugmentConfig, Settings
-from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
-from openvla_jax.types import ActionSpec
+from openvla_jax.types import ActionSpec, Batch
 from openvla_jax.vision.augment import augment
 
 Metrics = dict[str, Array]
+DEFAULT_ACTION = ActionSpec()
 
 
-def loss_and_metrics(
-    model: OpenVLA, batch: Any, datasets: int, execution: Execution = PLAIN, bins: int = ActionSpec.bins
+def loss_and_sums(
+    model: OpenVLA, batch: Batch, head: ActionHead, datasets: int, execution: Execution = PLAIN
 ) -> tuple[Array, Metrics]:
-    """Returns the summed cross-entropy over the batch's target tokens, and sums for the metrics.
+    """Returns the head's summed loss over the batch, and its sums for the metrics by dataset, each [datasets].
 
-    Logits are computed at the target positions only (action tokens and the closing EOS; section 2.3 of the reference
-    behaviour). Accuracy and L1 are over action tokens, from the argmax over the whole vocabulary; L1 is between bin
-    centres of normalised actions in [-1, 1]. Images are uint8; floating ones are taken as normalised already.
+    Images are uint8; floating ones are taken as normalised already.
     """
-    images = batch.images[:, 0]
-    pixels = images if jnp.issubdtype(images.dtype, jnp.floating) else model.normalize(images)
-    logits = model.target_logits(pixels, batch.tokens, batch.target_positions, execution)
-    targets = jnp.take_along_axis(batch.tokens, batch.target_positions, axis=1)
-    mask = batch.target_mask.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
-
-    tokenizer = ActionTokenizer(model.config.base_vocab_size, bins)
-    centers = jnp.asarray(tokenizer.bin_centers, jnp.float32)
-    decode = lambda ids: centers[jnp.clip(model.config.base_vocab_size - ids - 1, 0, len(centers) - 1)]
-    predicted = logits.argmax(axis=-1)
-    is_action = mask * ((targets >= tokenizer.first_token) & (targets <= tokenizer.last_token))
-    per_row = {
-        "loss": losses.sum(axis=1),
-        "targets": mask.sum(axis=1),
-        "correct": ((predicted == targets) * is_action).sum(axis=1),
-        "l1": (jnp.abs(decode(predicted) - decode(targets)) * is_action).sum(axis=1),
-        "actions": is_action.sum(axis=1),
-    }
+    floating = jnp.issubdtype(batch.images.dtype, jnp.floating)
+    pixels = batch.images if floating else model.normalize(batch.images)
+    shown = batch.image_mask if model.config.cameras > 1 else None  # every row has its only camera
+    hidden = model.hidden(pixels, batch.tokens, execution, batch.state, shown)
+    loss, per_row = head.loss(model, hidden, batch, execution)
     in_dataset = jax.nn.one_hot(batch.dataset, datasets)
     sums = {name: jnp.matmul(row, in_dataset, precision=jax.lax.Precision.HIGHEST) for name, row in per_row.items()}
-    return losses.sum(), sums
-
-
-def summarize(sums: Metrics) -> Metrics:
-    """Sums by dataset to means: over all, and `*_by_dataset` vectors (NaN where a dataset has no row in the batch)."""
-    total = {name: value.sum() for name, value in sums.items()}
-    return {
-        "loss": total["loss"] / total["targets"],
-        "action_accuracy": total["correct"] / total["actions"],
-        "action_l1": total["l1"] / total["actions"],
-        "action_accuracy_by_dataset": sums["correct"] / sums["actions"],
-        "action_l1_by_dataset": sums["l1"] / sums["actions"],
-    }
+    return loss, sums
 
 
 def make_forward(
-    model: VLAConfig, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL, bins: int = ActionSpec.bins
+    model: VLAConfig, head: ActionHead, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL
 ) -> Callable[..., tuple[Array, Metrics]]:
-    """Makes `(params, frozen, batch, dropout_key=None) -> (summed loss, sums)` of `loss_and_metrics`.
+    """Makes `(params, frozen, batch, dropout_key=None) -> (summed loss, sums)` of `loss_and_sums`.
 
     The train step and the eval step both run this function, so they agree in sharding, kernels and padding.
 
     Args:
         model: The model's config.
+        head: What the model predicts with.
         execution: How the model runs; it needs a mesh.
         dtype: Of activations and products.
         datasets: Number of datasets that the sums are split by.
         tuning: Which parameters are in `params`, and which are in `frozen`.
-        bins: Values of an action token, which the metrics decode.
     """
     graph, mesh = make_graph(model, dtype, tuning), execution.mesh
     if mesh is None:
@@ -97,7 +71,7 @@ def make_forward(
     def forward(params: nnx.State, frozen: nnx.State, batch: Any, dropout_key: Array | None = None):
         params = pad_to_lanes(params) if whole_lanes else params
         network = nnx.merge(graph, params, frozen)
-        return loss_and_metrics(network, batch, datasets, execution.with_dropout_key(dropout_key), bins)
+        return loss_and_sums(network, batch, head, datasets, execution.with_dropout_key(dropout_key))
 
     return forward
 
@@ -114,17 +88,18 @@ def make_train_step(
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
     tuning: Tuning = FULL,
-    bins: int = ActionSpec.bins,
+    action: ActionSpec = DEFAULT_ACTION,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Makes `(state, batch) -> (state, metrics)` on the global batch.
 
-    Gradients, with respect to `state.params` alone, of the mean loss over all target tokens of the global batch, in
+    Gradients, with respect to `state.params` alone, of the mean loss over all targets of the global batch, in
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
     hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. `execution`
     needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number.
     """
-    forward = make_forward(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
+    head = make_head(model, action)
+    forward = make_forward(model, head, execution, dtype=dtype, datasets=datasets, tuning=tuning)
     mesh = cast(Mesh, execution.mesh)
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
@@ -137,9 +112,10 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
             with jax.named_scope("augment"):
-                batch = batch._replace(images=augment(key, batch.images[:, 0])[:, None])
+                images = rearrange(batch.images, "B C H W c -> (B C) H W c")  # every camera has draws of its own
+                batch = batch._replace(images=augment(key, images).reshape(batch.images.shape))
         keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
-        total = batch.target_mask.sum().astype(jnp.float32)
+        total = head.targets(batch)
         gradient = jax.grad(part_loss, has_aux=True)
         if accumulation == 1:
             grads, sums = gradient(state.params, state.frozen, batch, total, keys[0])
@@ -156,7 +132,7 @@ def make_train_step(
             shapes = jax.eval_shape(gradient, state.params, state.frozen, first, total, keys[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
-        metrics = summarize(sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics = summarize(head, sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -201,6 +177,7 @@ class Job:
     """
 
     tuning: Tuning
+    head: ActionHead
     optimizer: optax.GradientTransformation
     abstract: TrainState
     placed: TrainState
@@ -215,7 +192,7 @@ def make_job(
     mesh: Mesh,
     datasets: int,
     compiler_options: dict[str, str] | None = None,
-    bins: int = ActionSpec.bins,
+    action: ActionSpec = DEFAULT_ACTION,
 ) -> Job:
     """Returns the job of a config (see `settings.py`). No arrays are made."""
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
@@ -226,16 +203,16 @@ def make_job(
     execution = Execution(mesh, kernels, train.remat)
     step = make_train_step(
         model, optimizer, schedule, execution, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, bins=bins,
+        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, action=action,
     )  # fmt: skip
-    evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
+    evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, action=action)
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())  # every host reads the metrics
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=compiler_options)
     evaluate = jax.jit(
         evaluate, in_shardings=(placed.params, placed.frozen, rows), out_shardings=everywhere,
         compiler_options=compiler_options,
     )  # fmt: skip
-    return Job(tuning, optimizer, abstract, placed, execution, step, evaluate)
+    return Job(tuning, make_head(model, action), optimizer, abstract, placed, execution, step, evaluate)
 
 
 def make_augment(config: AugmentConfig) -> Callable[[Array, Array], Array] | None:
@@ -250,14 +227,15 @@ def make_eval_step(
     dtype,
     datasets: int,
     tuning: Tuning = FULL,
-    bins: int = ActionSpec.bins,
+    action: ActionSpec = DEFAULT_ACTION,
 ) -> Callable[[nnx.State, nnx.State, Any], Metrics]:
-    """Makes `(params, frozen, batch) -> sums`, to be added over batches and passed to `summarize`.
+    """Makes `(params, frozen, batch) -> sums`, to be added over batches and passed to `heads.summarize`.
 
     It runs under the mesh and the kernels of `execution`, without rematerialisation or dropout.
     """
     without_remat = dataclasses.replace(execution, remat="none")
-    forward = make_forward(model, without_remat, dtype=dtype, datasets=datasets, tuning=tuning, bins=bins)
+    head = make_head(model, action)
+    forward = make_forward(model, head, without_remat, dtype=dtype, datasets=datasets, tuning=tuning)
 
     def eval_step(params: nnx.State, frozen: nnx.State, batch: Any) -> Metrics:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(cast(Mesh, execution.mesh), BATCH))

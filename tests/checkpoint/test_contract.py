@@ -19,8 +19,8 @@ from openvla_jax.tokens.tokenizer import load_tokenizer
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
 ROW = {"q01": [-1.0, -2.0, 0.0], "q99": [1.0, 2.0, 1.0], "mask": [True, True, False]}
-STATE = {"q01": [0.0, 10.0], "q99": [1.0, 20.0]}
-STATISTICS = {"arm": {"action": ROW, "proprio": STATE, "state": ["x", "gripper"], "num_transitions": 5}}
+STATE = {"q01": [0.0, 10.0], "q99": [1.0, 20.0], "min": [-1.0, 9.0], "max": [2.0, 21.0], "names": ["x", "gripper"]}
+STATISTICS = {"arm": {"action": ROW, "proprio": STATE, "num_transitions": 5}}
 # As version 0.1 of the package wrote it.
 FORMAT_1 = {
     "format": 1,
@@ -37,6 +37,11 @@ FORMAT_1 = {
 }
 
 
+def sized(state):
+    """The tiny model with room for the columns of a state."""
+    return dataclasses.replace(tiny(), state_dim=len(state))
+
+
 def written(directory, config, statistics=STATISTICS):
     (directory / CONFIG_FILE).write_text(json.dumps(config))
     (directory / STATISTICS_FILE).write_text(json.dumps(statistics))
@@ -46,7 +51,7 @@ def written(directory, config, statistics=STATISTICS):
 def test_contract_returns_as_it_was_saved(tmp_path):
     tokenizer = load_tokenizer("tiny")
     contract = Contract(
-        tiny(base_vocab_size=tokenizer.vocab_size),
+        dataclasses.replace(tiny(base_vocab_size=tokenizer.vocab_size), cameras=2, state_dim=2),
         tokenizer,
         STATISTICS,
         ObservationSpec(("primary", "wrist"), 180, ("gripper", "x")),
@@ -117,21 +122,27 @@ def test_load_names_what_a_contract_of_format_1_lacks(tmp_path):
         ({"action": ROW | {"q99": [1.0, float("inf"), 1.0]}}, (), "action/q99 is .*not a list of finite numbers"),
         ({"action": ROW | {"q01": [-1.0, 3.0, 0.0]}}, (), "dimension 1 has q01 3.0 above q99 2.0"),
         ({"action": ROW | {"mask": [True]}}, (), "rows of different length"),
-        ({"proprio": {"q01": [0.0], "q99": [1.0, 2.0]}}, ("x",), "proprio has rows of different length"),
+        ({"proprio": STATE | {"q01": [0.0]}}, ("x",), "proprio has rows of different length"),
         ({"proprio": {}}, ("x",), "proprio has no rows"),
         ({}, ("y",), "no state column 'y'; known: gripper, x"),
-        ({"state": ["x"]}, ("x",), "proprio has 2 columns, the state is x"),
+        ({"proprio": STATE | {"names": ["x"]}}, ("x",), "proprio has 2 columns, the state is x"),
     ],
 )
 def test_contract_refuses_statistics_that_cannot_scale(changes, state, message):
     statistics = {"arm": STATISTICS["arm"] | changes}
     with pytest.raises(CheckpointError, match=f"statistics of 'arm'.*{message}"):
-        Contract(tiny(), None, statistics, ObservationSpec(state=state))
+        Contract(sized(state), None, statistics, ObservationSpec(state=state))
 
 
 def test_state_statistics_are_in_the_order_of_the_spec():
-    contract = Contract(tiny(), None, STATISTICS, ObservationSpec(state=("gripper", "x")))
-    assert contract.state_statistics("arm") == {"q01": [10.0, 0.0], "q99": [20.0, 1.0]}
+    state = ("gripper", "x")
+    contract = Contract(sized(state), None, STATISTICS, ObservationSpec(state=state))
+    assert contract.state_statistics("arm") == {
+        "q01": [10.0, 0.0],
+        "q99": [20.0, 1.0],
+        "min": [9.0, -1.0],
+        "max": [21.0, 2.0],
+    }
 
 
 def test_action_spec_guesses_only_what_the_statistics_show():

@@ -75,7 +75,7 @@ def test_greedy_action_tokens_and_actions_are_the_reference_s(imported, expected
         logits, cache = model.prefill(pixels, ids, lengths, steps)
         tokens = [logits.argmax(-1)]
         for step in range(steps - 1):
-            logits, cache = model.decode(tokens[-1], lengths + step, cache)
+            logits, cache = model.decode_step(tokens[-1], lengths + step, cache)
             tokens.append(logits.argmax(-1))
         return jnp.stack(tokens, axis=1)
 

@@ -25,6 +25,8 @@ from openvla_jax.data import (
     mixture,
 )
 from openvla_jax.data.batches import make_eval_batches, make_train_iterator
+from openvla_jax.data.memory import estimate
+from openvla_jax.data.mixture import open_phases
 from openvla_jax.data.oxe import ActionEncoding
 from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions
 from openvla_jax.tokens.prompts import prompt_ids
@@ -342,11 +344,12 @@ def test_the_buffer_shrinks_to_the_memory_and_to_the_data(fakes, caplog):
 
     whole = _iterator(_data("fake", fakes, shuffle_buffer=10**6))
     assert identity(whole) == 35  # one epoch
-    frame_bytes = whole.memory.frame_bytes
+    memory = estimate([phase.mixture for phase in open_phases(_data("fake", fakes))], readers=2)
+    frame_bytes = memory.frame_bytes
     fixed = whole.state_bytes - 35 * frame_bytes
     assert 900 < frame_bytes < 1300
     images = 3 * 4 + 16 * os.cpu_count()  # three batches, and a group for each core
-    assert fixed == pytest.approx(images * 32 * 32 * 3 + whole.memory.reader_bytes, abs=1)
+    assert fixed == pytest.approx(images * 32 * 32 * 3 + memory.reader_bytes, abs=1)
     assert f"35 frames x {frame_bytes / 1e3:.1f} kB" in whole.summary
     limit = (fixed + 20.5 * frame_bytes) / 1e9
     cut = _iterator(_data("fake", fakes, shuffle_buffer=10**6, max_host_ram_gb=limit))
@@ -430,8 +433,8 @@ def _exhaust(iterator):
 def test_an_image_that_cannot_be_decoded_is_located(names, tmp_path, content):
     iterator = _bad(tmp_path, lambda steps: steps[3]["observation"].update(image=content))
     message = (
-        r"^dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 3: the image cannot be decoded "
-        rf"\({len(content)} bytes starting b'.*: [^\n]+\)$"
+        r"^dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 3: the image of camera 'primary' "
+        rf"cannot be decoded \({len(content)} bytes starting b'.*: [^\n]+\): fix it, or set data.bad_images=skip$"
     )
     with pytest.raises(BadImageError, match=message):
         _exhaust(iterator)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from openvla_jax import evaluate
 from openvla_jax.evaluation import figures, offline, quantization
 from openvla_jax.evaluation.harness import HarnessPolicy
 from openvla_jax.tokens.actions import ActionTokenizer, unnormalize_actions
-from openvla_jax.types import ActionSpec
+from openvla_jax.types import ActionSpec, ObservationSpec
 
 ROW = {
     "q01": [-0.1, -2.0, 0.0],
@@ -89,21 +90,35 @@ def test_harness_conventions():
     seen = []
 
     class Policy:
-        def predict_action(self, image, instruction, unnorm_key):
-            seen.append((image, instruction, unnorm_key))
-            return np.array([0.1, 0.2, 0.996])
+        def __init__(self, rotation=0, **action):
+            spec = ActionSpec(dim=3, horizon=3, executed=2, **action)
+            self.contract = SimpleNamespace(observation=ObservationSpec(rotation=rotation), action=spec)
+
+        def predict_chunk(self, observation):
+            seen.append(observation)
+            return np.array([[0.1, 0.2, 0.996], [0.3, 0.4, 0.004], [9.0, 9.0, 9.0]])
 
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    policy = HarnessPolicy(Policy(), "libero", gripper="libero", rotate=True)
+    policy = HarnessPolicy(Policy(rotation=180), "libero", gripper="libero")
     with pytest.raises(ValueError, match="reset"):
         policy.step(image)
     policy.reset("open the drawer")
     np.testing.assert_array_equal(policy.step(image), [0.1, 0.2, -1.0])
-    np.testing.assert_array_equal(seen[0][0], np.rot90(image, 2))
-    assert seen[0][1:] == ("open the drawer", "libero")
-    raw = HarnessPolicy(Policy())
+    np.testing.assert_array_equal(policy.step(image), [0.3, 0.4, 1.0])
+    assert len(seen) == 1, "two actions of a chunk are executed"
+    policy.step(image)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[0].images["primary"], np.rot90(image, 2))
+    assert (seen[0].instruction, seen[0].unnorm_key) == ("open the drawer", "libero")
+    raw = HarnessPolicy(Policy(rotation=180), rotation=0)
     raw.reset("x")
-    assert raw.step(image)[-1] == 0.996 and seen[1][0] is image
+    assert raw.step({"primary": image})[-1] == 0.996
+    np.testing.assert_array_equal(seen[2].images["primary"], image)
+    reversed_gripper = HarnessPolicy(Policy(gripper="closed"), gripper="libero")
+    reversed_gripper.reset("x")
+    assert reversed_gripper.step(image)[-1] == 1.0
+    with pytest.raises(ValueError, match="nothing says what the policy's last dimension means"):
+        HarnessPolicy(Policy(gripper=""), gripper="libero")
     with pytest.raises(ValueError, match="did you mean 'libero'"):
         HarnessPolicy(Policy(), gripper="libro")
 
@@ -137,7 +152,7 @@ def test_offline_command_writes_its_report(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     rows = list(frames())
     info = {
-        "action": {"bins": 256},
+        "action": {"bins": 256, "dim": 3},
         "statistics": {"arm": {"action": ROW}},
         "training": {},
     }

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from openvla_jax.evaluation import figures
+from openvla_jax.evaluation.environments.tabletop import MAX_STEPS, TabletopEnvironment, misnamed
 from openvla_jax.evaluation.rollouts import (
-    MAX_STEPS,
     BlankedPolicy,
     RandomPolicy,
     evaluate,
-    misnamed,
     run_rollouts,
     wilson_interval,
 )
 from openvla_jax.sim.tabletop import MAX_STEP, Tabletop, expert_action
+from openvla_jax.types import ActionSpec, Observation
 
 STATISTICS = {
     "q01": [-MAX_STEP] * 3 + [0.0] * 4,
@@ -33,14 +33,26 @@ STATISTICS = {
 class Expert:
     """Looks at the worlds instead of the images, and keeps what it was shown."""
 
-    def __init__(self, worlds, lazy=()):
-        self.worlds, self.lazy, self.seen = worlds, lazy, []
+    def __init__(self, environments, lazy=()):
+        self.environments, self.lazy, self.seen = environments, lazy, []
 
-    def predict_actions(self, images, instructions):
-        self.seen.append((np.stack(images), list(instructions)))
-        return np.stack(
-            [np.zeros(7) if i in self.lazy else expert_action(world) for i, world in enumerate(self.worlds)]
-        )
+    @property
+    def worlds(self):
+        return [environment.world for environment in self.environments]
+
+    def predict_chunks(self, observations):
+        self.seen.append(shown(observations))
+        actions = [np.zeros(7) if i in self.lazy else expert_action(world) for i, world in enumerate(self.worlds)]
+        return np.stack(actions)[:, None]
+
+
+def shown(observations):
+    return np.stack([o.images["primary"] for o in observations]), [o.instruction for o in observations]
+
+
+def scenes(count, **settings):
+    """(environments, their seeds) of a number of scenes."""
+    return [TabletopEnvironment(**settings) for _ in range(count)], range(count)
 
 
 @pytest.mark.parametrize(
@@ -76,80 +88,104 @@ def test_wilson_refuses_impossible_counts(successes, trials):
 
 
 def test_successes_steps_and_frames_are_counted_right():
-    worlds = [Tabletop(seed) for seed in range(12)]
-    policy = Expert(worlds, lazy={1, 4})
-    result = run_rollouts(policy, worlds, max_steps=15, record=5)
+    environments, seeds = scenes(12)
+    policy = Expert(environments, lazy={1, 4})
+    result = run_rollouts(policy, environments, seeds, record=5)
     assert result.success.tolist() == [i not in {1, 4} for i in range(12)]
     assert result.rate == 10 / 12 and result.interval == wilson_interval(10, 12)
     for index, seed in enumerate(range(12)):
         if index in {1, 4}:
-            assert result.steps[index] == 15
+            assert result.steps[index] == MAX_STEPS
             continue
         world = Tabletop(seed)
         taken = next(step for step in range(1, 30) if world.step(expert_action(world)))
         assert result.steps[index] == taken
     assert len(result.frames) == 5 and [len(f) for f in result.frames] == [s + 1 for s in result.steps[:5]]
     assert np.array_equal(result.frames[0][0], Tabletop(0).render())
-    assert np.array_equal(result.frames[0][-1], worlds[0].render())
+    assert np.array_equal(result.frames[0][-1], environments[0].world.render())
     shapes = {images.shape for images, _ in policy.seen}
     assert shapes == {(12, 48, 48, 3)}, "every call has the same batch"
     assert policy.seen[0][1] == [Tabletop(seed).instruction for seed in range(12)]
 
 
 def test_rollouts_stop_when_all_have_succeeded():
-    worlds = [Tabletop(seed) for seed in range(4)]
-    policy = Expert(worlds)
-    result = run_rollouts(policy, worlds)
+    environments, seeds = scenes(4)
+    policy = Expert(environments)
+    result = run_rollouts(policy, environments, seeds)
     assert result.success.all() and len(policy.seen) == result.steps.max()
 
 
 def test_misnamed_asks_for_another_object_and_success_stays_with_the_first():
     class Obedient(Expert):
-        def predict_actions(self, images, instructions):
+        def predict_chunks(self, observations):
             actions = []
-            for world, instruction in zip(self.worlds, instructions, strict=True):
-                named = [world.scene.instruction(i) for i in range(3)].index(instruction)
+            for world, observation in zip(self.worlds, observations, strict=True):
+                named = [world.scene.instruction(i) for i in range(3)].index(observation.instruction)
                 pretended = copy.copy(world)
                 pretended.scene = dataclasses.replace(world.scene, target=named)
                 actions.append(expert_action(pretended))
-            return np.stack(actions)
+            return np.stack(actions)[:, None]
 
-    worlds = [Tabletop(seed) for seed in range(30)]
-    assert run_rollouts(Obedient(worlds), worlds).success.all()
-    worlds = [Tabletop(seed) for seed in range(30)]
+    environments, seeds = scenes(30)
+    assert run_rollouts(Obedient(environments), environments, seeds).success.all()
+    environments, seeds = scenes(30, instruct=misnamed)
+    result = run_rollouts(Obedient(environments), environments, seeds)
+    worlds = [environment.world for environment in environments]
     assert all(misnamed(world) != world.instruction for world in worlds)
-    result = run_rollouts(Obedient(worlds), worlds, instruct=misnamed)
     assert not result.success.any()
     assert all(world.held is not None and world.held != world.scene.target for world in worlds)
 
 
 def test_blanked_policy_sees_black_and_the_same_words():
-    worlds = [Tabletop(seed) for seed in range(3)]
-    policy = Expert(worlds)
-    run_rollouts(BlankedPolicy(policy), worlds, max_steps=2)
+    environments, seeds = scenes(3)
+    policy = Expert(environments)
+    run_rollouts(BlankedPolicy(policy), environments, seeds)
     assert not any(images.any() for images, _ in policy.seen)
-    assert policy.seen[0][1] == [world.instruction for world in worlds]
+    assert policy.seen[0][1] == [world.instruction for world in policy.worlds]
+
+
+def test_run_rollouts_executes_some_actions_of_a_chunk_before_it_asks_again():
+    class Planner(Expert):
+        """Plans two steps ahead in a copy of each world, and then one that would undo them."""
+
+        def predict_chunks(self, observations):
+            self.seen.append(shown(observations))
+            chunks = []
+            for world in self.worlds:
+                copied = copy.deepcopy(world)
+                first = expert_action(copied)
+                copied.step(first)
+                chunks.append(np.stack([first, expert_action(copied), np.full(7, 9.0)]))
+            return np.stack(chunks)
+
+    environments, seeds = scenes(6)
+    plain = run_rollouts(Expert(environments), environments, seeds)
+    planner = Planner(environments)
+    result = run_rollouts(planner, environments, seeds, executed=2)
+    assert result.success.all() and result.steps.tolist() == plain.steps.tolist()
+    assert len(planner.seen) == -(-max(result.steps) // 2)
 
 
 def test_random_policy_stays_in_the_quantiles_and_fails():
     policy = RandomPolicy(STATISTICS)
-    actions = policy.predict_actions([None] * 4000, [""] * 4000)
+    actions = policy.predict_chunks([Observation({}, "")] * 4000)[:, 0]
     assert np.abs(actions[:, :3]).max() <= MAX_STEP and np.abs(actions[:, 3:6]).max() == 0
     assert actions.mean(axis=0) == pytest.approx([0] * 6 + [0.5], abs=0.02)
     assert (actions[:, 6].min(), actions[:, 6].max()) == pytest.approx((0, 1), abs=0.01)
-    assert run_rollouts(RandomPolicy(STATISTICS), [Tabletop(seed) for seed in range(200)]).rate <= 0.1
+    assert RandomPolicy(STATISTICS, executed=3).predict_chunks([Observation({}, "")]).shape == (1, 3, 7)
+    assert run_rollouts(RandomPolicy(STATISTICS), *scenes(200)).rate <= 0.1
 
 
 def test_evaluate_runs_every_condition_on_the_same_scenes():
     class Still:
-        contract = SimpleNamespace(statistics={"tabletop": {"action": STATISTICS}})
+        contract = SimpleNamespace(statistics={"tabletop": {"action": STATISTICS}}, action=ActionSpec())
 
         def __init__(self):
             self.first = []
 
-        def predict_actions(self, images, instructions):
-            self.first.append((np.stack(images), instructions))
-            return np.zeros((len(images), 7))
+        def predict_chunks(self, observations):
+            self.first.append(shown(observations))
+            return np.zeros((len(observations), 1, 7))
 
     policy = Still()
     results = evaluate(policy, 6, controls=True, record=2)
@@ -164,8 +200,9 @@ def test_evaluate_runs_every_condition_on_the_same_scenes():
 
 
 def test_report_and_figures(tmp_path):
-    worlds = [Tabletop(seed) for seed in range(6)]
-    result = run_rollouts(Expert(worlds, lazy={1}), worlds, record=6)
+    environments, seeds = scenes(6)
+    result = run_rollouts(Expert(environments, lazy={1}), environments, seeds, record=6)
+    assert result.achieved == "lifted"
     pytest.importorskip("matplotlib")
     metrics = [
         {"step": s, "train/loss": 5 / s, "train/action_accuracy": 0.1, "train/action_l1": 0.2} for s in range(1, 20)

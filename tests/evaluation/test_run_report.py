@@ -2,19 +2,21 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 pytest.importorskip("matplotlib")
 
 from openvla_jax import evaluate
-from openvla_jax.checkpoint.contract import Contract
-from openvla_jax.config import model_config
-from openvla_jax.evaluation import offline, run_report
+from openvla_jax.checkpoint.reading import load_contract
+from openvla_jax.evaluation import run_report
 from openvla_jax.inference.policy import Policy
 from openvla_jax.models.openvla import count_parameters
-from openvla_jax.tokens.actions import ActionTokenizer
+from openvla_jax.sim import dataset
 
 ACTION = {
     "q01": [-1.0, -2.0, 0.0],
@@ -68,42 +70,42 @@ def test_a_run_without_a_checkpoint(workdir, capsys):
     assert len(sources) == 2 and all(source.startswith("data:image/png;base64") for source in sources)
 
 
-def test_a_run_with_a_checkpoint(workdir, monkeypatch):
-    model = model_config({"preset": "tiny", "base_vocab_size": 700})
-    contract = Contract(model, None, STATISTICS, training=CONFIG)
-    monkeypatch.setattr(run_report, "steps_in", lambda folder: [20])
-    monkeypatch.setattr(run_report, "load_contract", lambda folder: contract)
-    monkeypatch.setattr(run_report, "open_checkpoint", lambda folder: folder / "checkpoints" / "20")
-    (workdir / "checkpoints" / "20").mkdir(parents=True)
-    (workdir / "checkpoints" / "20" / "file").write_bytes(b"x" * 2_000_000)
-    image = np.full((4, 4, 3), 200, np.uint8)
-    seen = offline.Frame(image, "open <the> drawer", np.array([0.5, -0.5, 1.0], np.float32), "e", 3)
-    asked = []
+def test_mixture_draws_frames_by_size():
+    """bridge_rt_1 weighs both datasets 1.0."""
+    metrics = [{"train/bridge_orig/action_accuracy": 0.45}]
+    rows = run_report.mixture(CONFIG, metrics, STATISTICS)
+    assert rows[1] == ("bridge_orig", "1", "100", "3,000", "75.0%", "0.45", "-")
+    assert rows[2][:5] == ("fractal20220817_data", "1", "20", "1,000", "25.0%")
 
-    class Fixed:
-        action_tokenizer = ActionTokenizer()
 
-        def predict_actions(self, images, instructions, unnorm_keys):
-            asked.extend(unnorm_keys)
-            return np.tile([0.5, 1.0, 0.996], (len(images), 1))
-
-    monkeypatch.setattr(Policy, "from_checkpoint", lambda path, check_images: Fixed())
-    monkeypatch.setattr(offline, "held_out_frames", lambda name, data_dir, statistics, count, module: [seen] * count)
-    page = run_report.write_report(workdir, frames=2).read_text()
-    assert f"{count_parameters(model):,} parameters" in page
-    # bridge_rt_1 weighs both datasets 1.0, so frames are drawn by size.
-    assert cells(page, "bridge_orig") == ["1", "100", "3,000", "75.0%", "0.45", "-"]
-    assert cells(page, "20") == ["2.0", "0.1", "0.5"]
+def test_report_shows_what_a_checkpoint_predicts_on_held_out_frames(tmp_path, monkeypatch):
+    """Of a real run; its held-out frames are written by the simulator, which says here what was done in them."""
+    shutil.copytree(ROOT / "tests" / "data" / "checkpoint_v1", tmp_path / "v1")
+    monkeypatch.chdir(tmp_path / "v1")
+    page = run_report.write_report("run", frames=2).read_text()
+    contract = load_contract("run")
+    assert f"{count_parameters(contract.model):,} parameters" in page
+    assert cells(page, "tabletop")[1:4] == ["3", "25", "100.0%"]
+    size = sum(path.stat().st_size for path in Path("run/checkpoints/4").rglob("*") if path.is_file())
+    assert cells(page, "4") == [f"{size / 1e6:,.1f}", "-", "-"]
     assert "Not shown" not in page, page[page.index("Not shown") :][:200]
-    assert set(asked) == set(STATISTICS) and page.count("open &lt;the&gt; drawer</b> (step 3)") == 4
-    assert re.findall(r"<td>done</td><td>(.*?)</td><td>(.*?)</td>", page)[0] == ("0.500", "-1.000")
-    assert re.findall(r"<td>predicted</td><td>(.*?)</td><td>(.*?)</td>", page)[0] == ("0.500", "1.000")
 
-    def missing(*_, module):
-        raise FileNotFoundError("no D here")
+    instruction, steps = dataset.expert_episode(dataset.FIRST_SEED["val"], noise=0.02)
+    policy = Policy.from_checkpoint("run", check_images=False)
+    shown = [int(step) for step in re.findall(rf"{instruction}</b> \(step (\d+)\)", page)]
+    assert len(set(shown)) == 2
+    bounds = contract.statistics["tabletop"]["action"]  # training clips actions to them, but not the gripper's
+    low, high = np.array([*bounds["q01"][:6], 0.0]), np.array([*bounds["q99"][:6], 1.0])
+    for kind, actions in (
+        ("done", [np.clip(steps[step]["action"], low, high) for step in shown]),
+        ("predicted", [policy.predict_action(steps[step]["image"], instruction) for step in shown]),
+    ):
+        rows = re.findall(rf"<tr><td>{kind}</td>(.*?)</tr>", page)
+        found = [[float(cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
+        np.testing.assert_allclose(found, actions, rtol=0, atol=6e-4)
 
-    monkeypatch.setattr(offline, "held_out_frames", missing)
-    assert "Not shown: no D here" in run_report.write_report(workdir).read_text()
+    shutil.rmtree("data")
+    assert "Not shown: " in run_report.write_report("run").read_text()
 
 
 def test_what_is_no_run_is_told_in_one_line(tmp_path, capsys):

@@ -116,11 +116,44 @@ def test_a_batch_in_one_body(client, policy):
     assert wrong.status_code == 400 and "request 2: instruction '' is empty" in wrong.json()["error"]
 
 
+def test_act_answers_images_with_the_whole_chunk(client, policy):
+    images = {"primary": array(image())}
+    chunk = decoded(client.post("/act", json={"images": images, "instruction": INSTRUCTIONS[0]}).json())
+    np.testing.assert_array_equal(chunk, policy.predict_chunk(policy.observe(image(), INSTRUCTIONS[0])))
+    rows = [good(), {"images": images, "instruction": INSTRUCTIONS[0]}]
+    first, whole = client.post("/act_batch", json={"requests": rows}).json()["actions"]
+    assert whole == [first] and first == chunk[0].tolist()
+    listed = {"images": {"primary": image().tolist()}, "instruction": INSTRUCTIONS[0]}
+    assert client.post("/act", json=listed).json() == chunk.tolist(), "plain numbers for plain numbers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"images": {"primry": array(image())}}, 400, "images: unknown camera 'primry'; did you mean 'primary'"),
+        ({"images": {}}, 400, "images is an object: send an object, {camera name: image, ...}"),
+        ({"images": {"primary": 3}}, 400, "images.primary is a number"),
+        ({"images": {"primary": array(image()), "wrist": array(image())}}, 400, "unknown camera"),
+        ({"images": {"primary": array(image())}, "image": array(image())}, 400, "'image' and 'images' are both given"),
+        ({"images": {"primary": array(image())}, "state": "x"}, 400, "state is text: send a list of numbers"),
+        ({"images": {"primary": array(image())}, "state": [1, None]}, 400, "state is a list"),
+        ({"images": {"primary": array(image())}, "state": [10**400]}, 400, "state is a list"),
+        ({"images": {"primary": array(image())}, "state": [1.0]}, 422, "state is given, but the policy was trained"),
+        ({}, 400, "'image' is missing"),
+    ],
+)
+def test_act_names_the_key_of_a_wrong_observation(client, changes, status, message):
+    response = client.post("/act", json={"instruction": "push"} | changes)
+    assert response.status_code == status and message in response.json()["error"], response.json()
+
+
 def test_what_it_says_of_itself(client, policy):
     assert client.get("/health").json() == {"status": "ok"}
     info = client.get("/info").json()
     assert info["model"] == json.loads(json.dumps(policy.contract.model.to_dict()))
     assert info["preprocessing"]["resize_kernel"] == "lanczos3" and info["dtype"] == "float32"
+    assert info["observation"] == {"cameras": ["primary"], "rotation": 0, "state": []}
+    assert (info["action"]["horizon"], info["action"]["executed"], info["action"]["bins"]) == (1, 1, 256)
     assert info["statistics"]["arm"]["action_dim"] == 3 and info["constrained"] is True
     assert info["devices"] == 1 and info["quantization"] is None
     before = policy.decoded_tokens

@@ -34,6 +34,11 @@ def settings(directory: Path):
     return config
 
 
+def get_config():
+    """The settings for train.py; the data are then named on the command line."""
+    return settings(Path())
+
+
 def adapter_settings(directory: Path):
     """Two steps of LoRA on the checkpoint in `directory`/run."""
     config = settings(directory)

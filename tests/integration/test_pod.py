@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, xla_flags
 
 from openvla_jax.checkpoint.reading import steps_in
+from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training.hosts import LOST
 from openvla_jax.training.metrics import read_metrics
 
@@ -88,6 +89,37 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
     (step,) = steps_in(tmp_path / "checkpoints")
     assert f"stopped by a signal at step {step}, saved" in first
     assert read_metrics(tmp_path)[-1]["step"] == step
+
+
+def train(workdir, data_dir, *overrides):
+    """Two processes of train.py on two devices each, with the real data pipeline; what process 0 printed."""
+    address = f"localhost:{free_port()}"
+    command = [
+        sys.executable, "train.py", "--config", "tests/integration/frozen.py", "--workdir", str(workdir),
+        f"--config.data.data_dir={data_dir}", "--config.mesh.fsdp=4", f"--coordinator={address}", "--num_processes=2",
+        *overrides,
+    ]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [*command, f"--process_id={index}"], cwd=ROOT, env=os.environ | {"XLA_FLAGS": xla_flags(2)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    return finish(running, [0, 0])[0]
+
+
+def test_two_processes_resume_each_its_own_data(tmp_path):
+    """The curve over a restart is the uninterrupted one: both shuffle buffers are taken up as they were."""
+    write_dataset(tmp_path / "data", episodes=16)
+    straight, parted = tmp_path / "straight", tmp_path / "parted"
+    train(straight, tmp_path / "data")
+    train(parted, tmp_path / "data", "--config.train.steps=4")
+    states = {path.name: path.read_bytes() for path in (parted / "checkpoints" / "4" / "data").glob("*.data-*")}
+    assert len(states) == len(set(states.values())) == 2
+    assert "resumed from step 4" in train(parted, tmp_path / "data")
+    assert curve(parted) == curve(straight)
+    assert sorted(step for step, key in curve(straight) if key == "train/loss") == list(range(1, 9))
 
 
 def test_processes_that_were_started_unlike_stop_with_the_difference(tmp_path):

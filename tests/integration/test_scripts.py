@@ -86,7 +86,7 @@ def test_a_run_becomes_a_jobset_of_all_hosts():
     assert spec["replicas"] == 2 and spec["template"]["spec"]["parallelism"] == 64
     (container,) = spec["template"]["spec"]["template"]["spec"]["containers"]
     assert shlex.split(container["command"][2])[2:] == [
-        "train.py", "--config", "configs/openvla_7b.py:v5e-256", "--workdir", "gs://b/run-3",
+        "-m", "openvla_jax", "train", "--config", "configs/openvla_7b.py:v5e-256", "--workdir", "gs://b/run-3",
         "--config.data.data_dir=gs://b/o xe",
     ]  # fmt: skip
     for wrong, message in (("runs/x", "name a bucket"), ("gs://b/r", "unknown TPU 'v9'")):

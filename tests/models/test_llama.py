@@ -36,7 +36,7 @@ def prefill(model, ids):
 
 @jax.jit
 def decode(model, ids, positions, cache):
-    hidden, cache = model.decode(model.embed(ids[:, None], jnp.float32, PLAIN), positions, cache, PLAIN)
+    hidden, cache = model.decode_step(model.embed(ids[:, None], jnp.float32, PLAIN), positions, cache, PLAIN)
     return model.logits(hidden[:, 0], PLAIN), cache
 
 

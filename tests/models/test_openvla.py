@@ -11,7 +11,7 @@ import pytest
 from openvla_jax.config import LlamaConfig, ProjectorConfig, VisionConfig, VLAConfig, tiny
 from openvla_jax.models.openvla import OpenVLA, Projector
 from openvla_jax.models.stack import REMAT_POLICIES
-from openvla_jax.parallel.execution import Execution
+from openvla_jax.parallel.execution import PLAIN, Execution
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference
@@ -58,7 +58,8 @@ def torch_logits(module, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def mean_loss(model, pixels, ids, remat):
     """Mean cross-entropy at the targets."""
-    logits = model.target_logits(pixels, ids, jnp.asarray(TARGETS), Execution(remat=remat))
+    execution = Execution(remat=remat)
+    logits = model.target_logits(model.hidden(pixels, ids, execution), jnp.asarray(TARGETS), execution)
     labels = jnp.take_along_axis(ids, jnp.asarray(TARGETS), axis=1)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean()
 
@@ -75,7 +76,7 @@ def test_projector(kind):
     model = reference.filled(lambda key: Projector(key, config), reference.projector_arrays(module))
     x = np.random.default_rng(0).standard_normal((2, 5, config.vision_width), dtype=np.float32)
     expected = module.double()(torch.tensor(x).double())
-    assert reference.difference(jax.jit(lambda model, x: model(x))(model, jnp.asarray(x)), expected) < 1e-5
+    assert reference.difference(jax.jit(lambda model, x: model(x, PLAIN))(model, jnp.asarray(x)), expected) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def test_target_logits_are_those_before_each_target():
     _, model = pair(FUSED, seed=0)
     pixels, ids = (jnp.asarray(x) for x in inputs(FUSED, 0))
     everywhere = np.asarray(logits_of(model, pixels, ids))
-    at_targets = jax.jit(OpenVLA.target_logits)(model, pixels, ids, jnp.asarray(TARGETS))
+    at_targets = jax.jit(lambda model: model.target_logits(model.hidden(pixels, ids), jnp.asarray(TARGETS)))(model)
     expected = everywhere[np.arange(BATCH)[:, None], FUSED.patches + TARGETS - 1]
     assert reference.difference(at_targets, expected) < 1e-6
 
@@ -150,7 +151,7 @@ def test_prefill_and_decode_give_the_logits_of_the_whole_sequence():
     prompt = jnp.asarray(ids[:, : lengths.max()])  # the shorter rows are padded with tokens that must not be seen
     logits, cache = prefill(model, jnp.asarray(pixels), prompt, jnp.asarray(lengths), steps=steps)
     got = [np.asarray(logits)]
-    decode = jax.jit(OpenVLA.decode)
+    decode = jax.jit(OpenVLA.decode_step)
     for step in range(steps - 1):
         tokens = jnp.asarray(ids[np.arange(BATCH), TARGETS[:, step]])
         logits, cache = decode(model, tokens, jnp.asarray(lengths + step), cache)

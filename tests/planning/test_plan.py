@@ -32,7 +32,12 @@ def test_flops_of_products_agree_with_the_jaxpr():
     ids, targets = jnp.ones((1, text), jnp.int32), jnp.full((1, 8), 3)
     network = jax.eval_shape(lambda key: OpenVLA(model, key), jax.random.key(0))
     graph, params = nnx.split(network)
-    jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).target_logits(pixels, ids, targets))(params)
+
+    def logits(params):
+        model = nnx.merge(graph, params)
+        return model.target_logits(model.hidden(pixels, ids), targets)
+
+    jaxpr = jax.make_jaxpr(logits)(params)
     total, causal, picking = count(jaxpr.jaxpr, model.patches + text)
     assert model_flops(model, text) == pytest.approx(3 * (total - causal / 2 - picking), rel=1e-6)
 

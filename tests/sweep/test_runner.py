@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, xla_flags
 
 from openvla_jax.sweep import runner
 from openvla_jax.sweep.points import Point, SweepError
@@ -111,6 +111,22 @@ def test_a_killed_sweep_goes_on(tmp_path, stand_in, how):
     assert again.returncode == 0, output
     assert curves(killed) == curves(whole)
     assert all((killed / f"seed={s}" / "starts").read_text() == "x" for s in finished)
+
+
+@pytest.mark.long
+def test_run_all_trains_a_real_point(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
+    data = ROOT / "tests" / "data" / "checkpoint_v1" / "data"
+    settings = {
+        "data.data_dir": str(data), "data.statistics_dir": str(tmp_path / "statistics"), "train.steps": 3, "seed": 5,
+    }  # fmt: skip
+    point = Point("seed=5", "tests/integration/frozen.py", settings, 3)
+    runs = runner.prepare(tmp_path / "s", [point])
+    assert runner.run_all(runs, 1, (), quiet), runner.log_tail(runs[0], 20)
+    assert [run.state for run in runs] == ["finished"] and runner.saved_step(tmp_path / "s" / "seed=5") == 3
+    rows = [json.loads(line) for line in curves(tmp_path / "s")["seed=5"].splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
+    assert json.loads((tmp_path / "s" / "seed=5" / "config.json").read_text())["seed"] == 5
 
 
 def test_failures_are_told_and_do_not_stop_the_rest(tmp_path, stand_in):

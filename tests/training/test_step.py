@@ -10,24 +10,34 @@ import pytest
 from flax import nnx
 from training.batches import MODEL, random_batch
 
+from openvla_jax.models.heads import TokenHead, summarize
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
-from openvla_jax.settings import OptimizerSettings
+from openvla_jax.settings import AugmentConfig, OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
-from openvla_jax.training.step import loss_and_metrics, make_train_step, pad_to_lanes, summarize
+from openvla_jax.training.step import loss_and_sums, make_augment, make_train_step, pad_to_lanes
+from openvla_jax.types import ActionSpec
 
 SETTINGS = OptimizerSettings(learning_rate=1e-3)
+HEAD = TokenHead(MODEL, ActionSpec())
 
 
-def make_step(mesh, accumulation=1):
+def make_step(mesh, accumulation=1, augment=None):
     """(the jitted step, where the leaves of its state lie)."""
     schedule = make_schedule(SETTINGS, 10)
     optimizer = make_optimizer(SETTINGS, schedule)
     _, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
     step = make_train_step(
-        MODEL, optimizer, schedule, Execution(mesh), dtype=jnp.float32, datasets=2, accumulation=accumulation
+        MODEL,
+        optimizer,
+        schedule,
+        Execution(mesh),
+        dtype=jnp.float32,
+        datasets=2,
+        accumulation=accumulation,
+        augment=augment,
     )
     return jax.jit(step, out_shardings=(placed, None)), placed
 
@@ -92,6 +102,19 @@ def test_accumulation_gives_the_losses_of_the_whole_batch(single, reference):
         assert parts["action_l1"] == pytest.approx(one["action_l1"], rel=1e-6)
 
 
+@pytest.mark.long
+def test_augmentation_in_the_step_does_not_depend_on_the_devices(single, reference):
+    augment = make_augment(AugmentConfig(enabled=True))
+    mesh = make_mesh({"data": 8})
+    (step, _), (sharded, placed) = make_step(single[0], augment=augment), make_step(mesh, augment=augment)
+    one, _ = losses(step, single[1], single[0], steps=2)
+    eight, _ = losses(sharded, jax.device_put(jax.device_get(single[1]), placed), mesh, steps=2)
+    for ours, theirs, plain in zip(one, eight, reference[0][:2], strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+        assert abs(ours["loss"] - plain["loss"]) > 1e-4 * plain["loss"], "nothing was augmented"
+
+
 def test_training_lowers_the_loss_of_one_batch(single):
     mesh, state, step = single
     batch, found = global_batch(random_batch(16), mesh), []
@@ -128,7 +151,7 @@ def make_model(params):
 @jax.jit
 def value_and_gradient(params, batch):
     """((loss, sums of three datasets), gradient) of a model of these parameters."""
-    return jax.value_and_grad(lambda p: loss_and_metrics(make_model(p), batch, 3), has_aux=True)(params)
+    return jax.value_and_grad(lambda p: loss_and_sums(make_model(p), batch, HEAD, 3), has_aux=True)(params)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +162,7 @@ def params(single):
 def test_metrics_equal_a_plain_computation(params):
     batch = random_batch(6)._replace(target_mask=np.arange(8) < np.array([8, 8, 5, 8, 3, 8])[:, None])
     (_, sums), _ = value_and_gradient(params, batch)
-    got = jax.device_get(summarize(sums))
+    got = jax.device_get(summarize(HEAD, sums))
 
     run = jax.jit(lambda model: model(model.normalize(batch.images[:, 0]), batch.tokens))
     logits = np.asarray(run(make_model(params)), np.float64)
@@ -175,7 +198,7 @@ def test_pixels_reach_the_loss(params):
 
 def test_profiles_name_what_they_show_like_the_model(params):
     """Every product of the forward pass is within a part of the model."""
-    loss = lambda params: loss_and_metrics(make_model(params), random_batch(2), 2)[0]
+    loss = lambda params: loss_and_sums(make_model(params), random_batch(2), HEAD, 2)[0]
     text = jax.jit(loss).lower(params).as_text(debug_info=True)
     for scope in ("vision/dino", "vision/siglip", "projector", "llama", "llama/head"):
         assert f"{scope}/" in text, scope
@@ -186,7 +209,7 @@ def test_unused_text_positions_do_not_matter(params):
     batch = random_batch(6)
     padded = batch._replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 9)), constant_values=MODEL.pad_token))
     expected = float(value_and_gradient(params, batch)[0][0])
-    loss = jax.jit(lambda params, batch: loss_and_metrics(make_model(params), batch, 3)[0])
+    loss = jax.jit(lambda params, batch: loss_and_sums(make_model(params), batch, HEAD, 3)[0])
     assert float(loss(params, padded)) == pytest.approx(expected, rel=1e-6)
 
 
@@ -211,7 +234,7 @@ def test_padding_to_lanes_changes_no_number():
     assert padded.llama.blocks.mlp.up.kernel.shape == (2, 64, 176)  # 256 would be too much
 
     batch = random_batch(4, model=odd)
-    loss = lambda change: lambda params: loss_and_metrics(nnx.merge(graph, change(params)), batch, 2)[0]
+    loss = lambda change: lambda params: loss_and_sums(nnx.merge(graph, change(params)), batch, HEAD, 2)[0]
     plain, aligned = (jax.jit(jax.value_and_grad(loss(change)))(params) for change in (lambda x: x, pad_to_lanes))
     assert float(aligned[0]) == pytest.approx(float(plain[0]), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), aligned[1], plain[1])

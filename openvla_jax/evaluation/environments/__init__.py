@@ -1,0 +1,1 @@
+"""Environments that policies are rolled out in; each implements `types.Environment`."""
