@@ -65,10 +65,10 @@ def test_products_rows_and_stacks_equal_the_restored_kernel(kind):
         np.testing.assert_array_equal(values[layer], alone_values)
         tensor = QTensor(nnx.Param(alone_values), nnx.Param(alone_scale))
         restored = np.asarray(tensor.dequantize(jnp.float32), np.float64)
-        np.testing.assert_allclose(matmul(x, tensor), np.asarray(x, np.float64) @ restored, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(matmul(x, tensor, PLAIN), np.asarray(x, np.float64) @ restored, rtol=1e-5, atol=1e-4)
         ids = np.array([[0, 255], [128, 7]])
         np.testing.assert_array_equal(tensor.rows(ids, jnp.float32), restored[ids].astype(np.float32))
-        assert matmul(x.astype(jnp.bfloat16), tensor).dtype == jnp.bfloat16
+        assert matmul(x.astype(jnp.bfloat16), tensor, PLAIN).dtype == jnp.bfloat16
     assert [group_size(n, "int4") for n in (64, 128, 2176, 4304, 11008)] == [64, 128, 128, 16, 128]
 
 
