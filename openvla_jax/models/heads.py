@@ -5,7 +5,7 @@ A head has no parameters of its own: these are parts of the model. Steps, policy
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class Prediction(NamedTuple):
     logits: Float[Array, "B V"]  # of the first token
 
 
+@runtime_checkable
 class ActionHead(Protocol):
     """What a step, a policy and a report need of a head."""
 
