@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html, write_text
+from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
+from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import CONFIG, SweepError
 from openvla_jax.sweep.rollouts import BOUNDS, SUCCESS, measured
 from openvla_jax.sweep.runner import SWEEP_FILE
@@ -86,9 +87,9 @@ def write_report(workdir: Path, metric: str, lower: bool) -> list[Path]:
     title = f"Sweep {workdir.name}: {metric}, {len(results)} points"
     progress = f"{sum(math.isfinite(r.last(metric)) for r in results)} of {len(results)} points have it so far."
     paths = [workdir / "report.html", workdir / "report.md", workdir / "results.csv"]
-    write_text(paths[0], _page(title, progress, rows, figures, results, swept))
-    write_text(paths[1], _markdown(title, progress, rows, figures))
-    write_text(paths[2], _csv(results, swept, known))
+    atomic_write(paths[0], _page(title, progress, rows, figures, results, swept))
+    atomic_write(paths[1], _markdown(title, progress, rows, figures))
+    atomic_write(paths[2], _csv(results, swept, known))
     for name, data in figures.items():
         path = workdir / f"{name}.png"
         path.write_bytes(data)

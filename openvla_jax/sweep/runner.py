@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import Point, SweepError
 from openvla_jax.training.metrics import METRICS_FILE, duration
 
@@ -97,9 +98,7 @@ def prepare(workdir: Path, points: Sequence[Point]) -> list[Run]:
     elif workdir.exists() and any(workdir.iterdir()):
         raise SweepError(f"{workdir} is not empty and holds no sweep: name another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps({"points": record}, indent=2) + "\n")
-    new.replace(file)
+    atomic_write(file, json.dumps({"points": record}, indent=2) + "\n")
     return read(workdir, points)
 
 

@@ -29,7 +29,7 @@ from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
 from openvla_jax.parallel.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.parallel.tpu import compiler_options, generation_of
 from openvla_jax.settings import Settings
-from openvla_jax.storage import absolute, retry
+from openvla_jax.storage import absolute, atomic_write, retry
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
@@ -209,7 +209,8 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
     checkpoints = Checkpoints(workdir, train.keep_last, train.keep_every)
     writer = None
     if jax.process_index() == 0:
-        retry(f"writing {workdir / CONFIG_FILE}", lambda: write_json(workdir / CONFIG_FILE, contract.training))
+        text = json.dumps(contract.training, indent=2)
+        retry(f"writing {workdir / CONFIG_FILE}", lambda: atomic_write(workdir / CONFIG_FILE, text))
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
     earlier = writer.earlier if writer is not None else {}
     progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier, job.head.metrics)
@@ -429,10 +430,3 @@ def describe_training(model: VLAConfig, tuning: Tuning) -> str:
     parts = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     kept = "" if tuning.full else f"; the rest is frozen in {tuning.quantize or tuning.frozen_dtype}"
     return f"training {trained:,} of {total:,} parameters, {trained / total:.2%} ({parts}){kept}"
-
-
-def write_json(path: epath.Path, data: Any) -> None:
-    """Atomic."""
-    new = path.parent / (path.name + ".new")
-    new.write_text(json.dumps(data, indent=2))
-    new.replace(path)
