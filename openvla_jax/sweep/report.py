@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
 from openvla_jax.storage import atomic_write
@@ -20,9 +21,6 @@ from openvla_jax.sweep.runner import SWEEP_FILE
 from openvla_jax.training.metrics import METRICS_FILE, read_metrics
 
 SEED = "seed"
-# Student's t at 97.5%, for means of n = 2, 3, ... seeds; 1.96 from 30 on.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048)  # fmt: skip
 _LOG_SPAN = 20.0  # an axis whose values differ by more than this factor is drawn on a logarithmic scale
 
 
@@ -62,8 +60,7 @@ class Group:
         known = [value for value in self.values if not math.isnan(value)]
         if len(known) < 2:
             return self.bounds
-        t = _T[len(known) - 2] if len(known) - 2 < len(_T) else 1.96
-        half = float(t * np.std(known, ddof=1) / math.sqrt(len(known)))
+        half = float(stats.t.ppf(0.975, len(known) - 1) * np.std(known, ddof=1) / math.sqrt(len(known)))
         return self.mean - half, self.mean + half
 
 
