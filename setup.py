@@ -27,6 +27,7 @@ BASE = [
     "orbax-checkpoint>=0.12.8,<0.13",  # the v1 API is young: a new minor version needs a look
     "pillow>=10.0",
     "pyyaml>=6.0",
+    "rich>=13.7",
     "scipy>=1.13",
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
