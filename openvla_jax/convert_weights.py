@@ -5,6 +5,8 @@ python convert_weights.py verify openvla/openvla-7b checkpoints/openvla-7b
 python convert_weights.py export checkpoints/openvla-7b exported/openvla-7b
 python convert_weights.py merge checkpoints/openvla-7b runs/lora checkpoints/mine        # adapters into their base
 python convert_weights.py import PEFT_FOLDER adapters/mine --base checkpoints/openvla-7b # and export: PEFT's files
+
+An Orbax checkpoint may be in a bucket (gs://BUCKET/run); what is written goes to a local disk.
 """
 
 import os

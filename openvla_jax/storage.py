@@ -1,7 +1,8 @@
-"""Local and remote files: paths, and writes that are tried again."""
+"""Local and remote files: paths, writes that are tried again, and writes of a whole file."""
 
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -50,6 +51,25 @@ def cause(error: BaseException) -> str:
     """The first line of an error, short."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
+
+
+def atomic_write(path: os.PathLike | str, content: str | bytes) -> None:
+    """Writes a file that readers see whole, or as it was; writers at the same time do not disturb each other.
+
+    Text is UTF-8. Raises what the file system raises; then nothing is left of the new file.
+    """
+    whole = epath.Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(whole):  # objects of a bucket appear whole, and renaming one would copy it
+        whole.write_bytes(data)
+        return
+    new = whole.with_name(f".{whole.name}.{uuid.uuid4().hex}")
+    try:
+        new.write_bytes(data)
+        new.replace(whole)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def copy_tree(source: str, target: epath.Path) -> None:

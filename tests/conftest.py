@@ -112,6 +112,51 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Path:
+    """The folder that `gs://` paths lie in during the test: gs://b/run is its b/run."""
+    from etils.epath import backend, gpath
+
+    root = tmp_path / "buckets"
+    root.mkdir()
+
+    class Bucket(backend._OsPathBackend):
+        pass
+
+    def mapped(method):
+        def call(self, *arguments, **options):
+            return method(self, *(_local(argument) for argument in arguments), **options)
+
+        return call
+
+    def _local(argument):
+        text = os.fspath(argument) if isinstance(argument, os.PathLike) else argument
+        return f"{root}/{text[5:]}" if isinstance(text, str) and text.startswith("gs://") else argument
+
+    for name in (
+        "open",
+        "exists",
+        "isdir",
+        "listdir",
+        "makedirs",
+        "mkdir",
+        "rmtree",
+        "remove",
+        "replace",
+        "copy",
+        "stat",
+    ):
+        setattr(Bucket, name, mapped(getattr(backend._OsPathBackend, name)))
+    Bucket.walk = lambda self, top, **options: (
+        (f"gs://{os.path.relpath(folder, root)}", *names) for folder, *names in os.walk(_local(top))
+    )
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    fake = Bucket()
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
+    monkeypatch.setattr(gpath, "_GCS_BACKENDS", (fake,))
+    return root
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """One line that cannot be overlooked if tests were skipped for want of reference files."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -83,7 +83,7 @@ def test_documented_commands_parse(path, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["python train.py --config configs/no.py --workdir W", "python -m openvla_jax.data inspect MIX gs://BUCKET/oxe",
+    ["python train.py --config configs/no.py --workdir W", "python -m openvla_jax.data inspect MIX",
      "python train.py --config debug --workdir W --config.trian.steps=3", "python -m openvla_jax.evaluat rollout"],
 )  # fmt: skip
 def test_parse_refuses_what_does_not_exist(command):

@@ -16,14 +16,17 @@ from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.convert import peft
 from openvla_jax.convert.exporter import DTYPES
-from openvla_jax.convert.importer import finished_or_gone, refuse_existing, require_finite, run_with_progress
+from openvla_jax.convert.importer import finished_or_gone, new_folder, require_finite
 from openvla_jax.convert.names import ConversionError, is_stacked
 from openvla_jax.convert.orbax_io import OrbaxReader, OrbaxWriter
+from openvla_jax.convert.progress import run_with_progress
 from openvla_jax.convert.source import Source
 from openvla_jax.convert.sources import open_orbax, open_source
+from openvla_jax.convert.staging import require_local
 from openvla_jax.convert.verify import Report, build_model, make_inputs, text_logits
 from openvla_jax.models.tree import flat, nested
 from openvla_jax.models.tuning import MODES, Tuning, add_lora
+from openvla_jax.storage import absolute, is_remote
 
 # Largest difference of logits that merging may make, by the dtype of the merged weights. float32 differs by the order
 # of sums; bfloat16 rounds every merged kernel once.
@@ -46,7 +49,7 @@ class Factors:
 class Adapter:
     """A fine-tuning's result without its base. `contract` is None for PEFT's."""
 
-    path: Path
+    path: os.PathLike
     tuning: Tuning
     weights: Factors | OrbaxReader
     contract: Contract | None = None
@@ -67,12 +70,12 @@ def open_adapter(path: str | Path, base: Source) -> Adapter:
     CheckpointError where it is none, or one of another base.
     """
     folder = Path(path)
-    if (folder / peft.CONFIG).exists():
+    if not is_remote(path) and (folder / peft.CONFIG).exists():
         tuning, leaves, copies = peft.read_peft(folder, base.model)
         adapter = Adapter(folder, tuning, Factors(leaves), None, copies)
         _check_copies(adapter, base)
         return adapter
-    directory = Path(open_checkpoint(folder))
+    directory = open_checkpoint(path)
     contract = load_contract(directory)
     if contract.adapter is None:
         raise ConversionError(f"{directory} is a whole model, not an adapter: there is nothing to merge")
@@ -114,15 +117,14 @@ def _check_copies(adapter: Adapter, base: Source) -> None:
 
 def import_adapter(src: str | Path, dst: str | Path, base: str | Path, overwrite: bool = False) -> None:
     """PEFT's adapter at `src` as a checkpoint `dst` that is used with the Orbax checkpoint `base`."""
-    dst = Path(dst)
-    refuse_existing(dst, overwrite)
+    dst = new_folder(dst, overwrite)
     source = open_source(base)
     if source.kind != "orbax":
         raise ConversionError(f"{base} is no checkpoint of this project: import it first, then the adapter on it")
-    adapter = open_adapter(src, source)
+    adapter = open_adapter(require_local(src, "PEFT's folder"), source)
     assert isinstance(adapter.weights, Factors)
     contract = load_contract(source.path)
-    info = {"base": os.path.abspath(source.path), "fingerprint": source_fingerprint(source)}
+    info = {"base": os.fspath(absolute(source.path)), "fingerprint": source_fingerprint(source)}
     contract = dataclasses.replace(contract, adapter=info | {"tuning": adapter.tuning.to_dict()})
     nbytes = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in adapter.weights.leaves.values())
     with finished_or_gone(dst, nbytes) as folder:
@@ -138,9 +140,8 @@ def import_adapter(src: str | Path, dst: str | Path, base: str | Path, overwrite
 
 def export_adapter(src: str | Path, dst: str | Path, overwrite: bool = False) -> None:
     """A checkpoint of adapters as the folder that PEFT loads onto the exported base."""
-    dst = Path(dst)
-    refuse_existing(dst, overwrite)
-    directory = Path(open_checkpoint(src))
+    dst = new_folder(dst, overwrite)
+    directory = open_checkpoint(src)
     contract = load_contract(directory)
     tuning = Tuning.from_dict(dict((contract.adapter or {})["tuning"]))
     if tuning.lora is None or tuning.trainable != MODES["lora"]:
@@ -187,8 +188,7 @@ def merge_weights(
     Where there are adapters, logits of the base with adapters beside it and of the merged weights are compared on
     seeded inputs; past `threshold` (default: `THRESHOLDS`) it raises ConversionError, and `dst` is as it was.
     """
-    dst = Path(dst)
-    refuse_existing(dst, overwrite)
+    dst = new_folder(dst, overwrite)
     if dtype not in (None, *DTYPES):
         raise ConversionError(f"dtype {dtype!r}: {' or '.join(DTYPES)}")
     source = open_source(base)

@@ -12,9 +12,8 @@ import numpy as np
 from openvla_jax.convert.importer import (
     NEVER_FINITE,
     finished_or_gone,
-    refuse_existing,
+    new_folder,
     require_finite,
-    run_with_progress,
 )
 from openvla_jax.convert.names import (
     TRANSFORMS,
@@ -25,6 +24,7 @@ from openvla_jax.convert.names import (
     source_shapes,
     table,
 )
+from openvla_jax.convert.progress import run_with_progress
 from openvla_jax.convert.reference_files import hf_files, native_files
 from openvla_jax.convert.source import Source
 from openvla_jax.convert.sources import open_source
@@ -42,7 +42,9 @@ def export_weights(
     dtype: Literal["float32", "bfloat16"] | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Writes the checkpoint `src` for the reference's PyTorch code; returns remarks. `dst` appears when it is complete.
+    """Writes the checkpoint `src`, here or in a bucket, for the reference's PyTorch code; returns remarks.
+
+    `dst` appears when it is complete.
 
     Without `dtype` every tensor keeps its stored dtype, so that an import comes back bit for bit. Tensors that the
     policy never runs and the checkpoint lacks (it was trained from scratch) are written as zeros, with a remark. Raises
@@ -52,8 +54,7 @@ def export_weights(
         raise ConversionError(
             f"format {format!r}, dtype {dtype!r}: formats are hf and prismatic, dtypes {' and '.join(DTYPES)}"
         )
-    dst = Path(dst)
-    refuse_existing(dst, overwrite)
+    dst = new_folder(dst, overwrite)
     source = open_source(src)
     source.refuse_quantized()
     tokenizer = source.contract().tokenizer

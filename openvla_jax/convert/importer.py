@@ -1,29 +1,25 @@
 """PyTorch weights into an Orbax checkpoint with its contract: read from mapped files, written slice by slice."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from openvla_jax.checkpoint.contract import REFERENCE_CROP_AREA
 from openvla_jax.convert.names import ConversionError, Slot
 from openvla_jax.convert.orbax_io import OrbaxWriter
+from openvla_jax.convert.progress import run_with_progress
 from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.sources import open_source
+from openvla_jax.convert.staging import require_local
 
-T = TypeVar("T")
-# Tensors in flight: one is transposed while another is written. Each costs about three times its bytes.
-WORKERS = 2
 NEVER_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # the exponent bits of NaN and infinity
 
 
@@ -43,8 +39,7 @@ def import_weights(
     that the policy was trained with the reference's random crops, 0.9 of the area. Raises ConversionError or OSError;
     then `dst` is as it was.
     """
-    dst = Path(dst)
-    refuse_existing(dst, overwrite)
+    dst = new_folder(dst, overwrite)
     source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts)
     if not isinstance(source.weights, TorchWeights):
         raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
@@ -83,33 +78,17 @@ def require_finite(x: np.ndarray, name: str, where: object) -> None:
             )
 
 
-def run_with_progress(job: Callable[[T], int], items: Iterable[T], total: int, title: str) -> None:
-    """Runs `job` on all items, a few at a time; each returns the bytes it dealt with. A failure stops the rest."""
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=title) as bar,
-        concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
-    ):
-        waiting = iter(items)
-        running = {pool.submit(job, item) for item in itertools.islice(waiting, WORKERS)}
-        while running:
-            done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                bar.update(future.result())
-            running |= {pool.submit(job, item) for item in itertools.islice(waiting, len(done))}
-        if bar.n != total:
-            raise ConversionError(
-                f"{title}: {bar.n} of {total} bytes were dealt with: this is a bug, do not use the result"
-            )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # All or nothing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refuse_existing(dst: Path, overwrite: bool) -> None:
-    if dst.exists() and not overwrite:
-        raise ConversionError(f"{dst} exists: name another destination, or pass --overwrite to replace it")
+def new_folder(dst: str | os.PathLike, overwrite: bool) -> Path:
+    """Returns the destination's path. Raises ConversionError if it exists or is in a bucket."""
+    path = require_local(dst, "the destination")
+    if path.exists() and not overwrite:
+        raise ConversionError(f"{path} exists: name another destination, or pass --overwrite to replace it")
+    return path
 
 
 @contextlib.contextmanager

@@ -7,14 +7,20 @@ path, and a `_METADATA` file that lists them; this module writes that format (un
 
 import json
 import math
+import os
+import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 
 from openvla_jax.convert.names import ConversionError, Shape, is_stacked
+from openvla_jax.convert.staging import stage
+from openvla_jax.storage import is_remote
 
 CHUNK_BYTES = 16 * 2**20
 _TREE_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
@@ -97,20 +103,26 @@ class OrbaxWriter:
         }
         (self.directory / "_CHECKPOINT_METADATA").write_text(json.dumps(checkpoint))
         (self.directory / "orbax.checkpoint").touch()
+        (self.directory / "commit_success.txt").touch()  # without it Orbax reads no copy in a bucket (gs://)
 
 
 class OrbaxReader:
     """The arrays of a complete checkpoint directory, written by Orbax or by `OrbaxWriter`.
 
-    `leaves`: {item/path: (dtype, shape)}. Raises ConversionError where the checkpoint is damaged.
+    One in a bucket is copied first, as far as `items` go; the copy goes with the reader, or at the program's end.
+    `leaves`: {item/path: (dtype, shape)}. Raises ConversionError if the checkpoint is damaged.
     """
 
-    def __init__(self, directory: Path, items: tuple[str, ...] = ("params", "unused")):
+    def __init__(self, directory: os.PathLike, items: tuple[str, ...] = ("params", "unused")):
         self._arrays: dict[str, Any] = {}
         self._directory = directory
+        local = Path(directory)
+        if is_remote(directory):
+            local = stage(epath.Path(directory), items)
+            weakref.finalize(self, shutil.rmtree, local, ignore_errors=True)
         context = ts.Context(_CONTEXT)
         for item in items:
-            folder = directory / item
+            folder = local / item
             if not folder.is_dir():
                 continue
             try:
@@ -124,7 +136,7 @@ class OrbaxReader:
                 self._arrays |= {leaf: future.result() for leaf, future in pending.items()}
             except (OSError, ValueError, KeyError) as error:
                 raise ConversionError(
-                    f"{folder} is not a readable Orbax item ({error}): the checkpoint is damaged"
+                    f"{directory}/{item} is not a readable Orbax item ({error}): the checkpoint is damaged"
                 ) from None
         self.leaves: dict[str, tuple[np.dtype, Shape]] = {
             leaf: (array.dtype.numpy_dtype, tuple(array.shape)) for leaf, array in self._arrays.items()

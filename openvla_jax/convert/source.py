@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -61,11 +61,11 @@ class Source:
     """Weights and everything that is known about them; `tokenizer` is a folder or None."""
 
     kind: Literal["hf", "native", "orbax", "parts"]
-    path: Path
+    path: os.PathLike  # where it is; a bucket's, though its copy is read
     model: VLAConfig
     weights: TorchWeights | OrbaxReader
     statistics: Mapping[str, Any]
-    tokenizer: Path | None
+    tokenizer: os.PathLike | None
     preprocessing: Preprocessing
     origin: Mapping[str, Any]  # what a checkpoint keeps about where it came from
     notes: Sequence[str] = ()

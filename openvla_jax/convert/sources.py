@@ -4,6 +4,7 @@ All three give their leaves in the tree's arrangement, layer by layer (`Source.w
 and comparing do not care which it is.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.parts import load_towers, open_parts
 from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_torch_folder
+from openvla_jax.storage import is_remote
 from openvla_jax.types import ObservationSpec, Preprocessing
 
 AS_PROCESSOR = Preprocessing(resize_kernel="bicubic")  # as the Hugging Face processor, which serves imports
@@ -37,11 +39,15 @@ def open_source(
     tokenizer: str | Path | None = None,
     parts: Mapping[str, str] | None = None,
 ) -> Source:
-    """The weights at `src`. `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`).
+    """The weights at `src`, which is in a bucket only if it is an Orbax checkpoint.
+
+    `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`).
 
     Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such
     weights.
     """
+    if is_remote(src):
+        return open_orbax(src)
     overrides = read_overrides(model_config)
     path = Path(src)
     given: Any = {"overrides": overrides, "tokenizer": None if tokenizer is None else Path(tokenizer)}
@@ -210,9 +216,9 @@ def _latest_pt(folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_orbax(path: Path) -> Source:
+def open_orbax(path: str | os.PathLike) -> Source:
     """A checkpoint of this project: an import, a step of a run, or a run (its latest step)."""
-    directory = Path(open_checkpoint(path))
+    directory = open_checkpoint(path)
     contract = load_contract(directory)
     if contract.adapter is not None:
         raise ConversionError(f"{directory} is an adapter of {contract.adapter['base']}: {MERGE}")

@@ -1,9 +1,9 @@
 """python -m openvla_jax.data COMMAND: look at datasets, check them, time them, make them.
 
-inspect bridge_orig --data_dir DIR [--out FIGURES]    stats MIXTURE --data_dir DIR [--output FILE]
-validate MIXTURE --data_dir DIR                       mixture MIXTURE --data_dir DIR
-bench [MIXTURE --data_dir DIR]                        stand-ins MIXTURE DIR
-from-lerobot SRC DIR                                  from-npz SRC DIR
+inspect bridge_orig DIR [--out FIGURES]    stats MIXTURE DIR [--output FILE]
+validate MIXTURE DIR                       mixture MIXTURE DIR
+bench [MIXTURE DIR]                        stand-ins MIXTURE DIR
+from-lerobot SRC DIR                       from-npz SRC DIR
 """
 
 import argparse
@@ -42,7 +42,11 @@ def parser() -> cli.Parser:
         sub.set_defaults(run=run)
         if dataset:
             sub.add_argument("dataset", help=dataset, nargs="?" if name == "bench" else None)
-            sub.add_argument("--data_dir", required=name != "bench", help="the folder that holds the datasets")
+            folder = sub.add_mutually_exclusive_group(required=name != "bench")
+            folder.add_argument(  # without a default: an absent one must not replace what --data_dir says
+                "data_dir", metavar="DIR", nargs="?", default=argparse.SUPPRESS, help="the folder with the datasets"
+            )
+            folder.add_argument("--data_dir", help="the same as DIR, by the name that configs give it")
             sub.add_argument("--module", help="a Python file with datasets of your own")
             sub.add_argument("--statistics_dir", help="keep computed statistics here, not beside the data")
         return sub
@@ -153,7 +157,7 @@ def _bench(args: argparse.Namespace) -> int:
     from openvla_jax.tokens.tokenizer import load_tokenizer
 
     if bool(args.dataset) != bool(args.data_dir):
-        raise DataError("give a dataset and its --data_dir, or neither")
+        raise DataError("give a dataset and its DIR, or neither")
     with tempfile.TemporaryDirectory() as made:
         data = _data(args) | {"num_parallel_reads": args.readers, "shuffle_buffer": 512, "text_length": 64}
         if not args.dataset:

@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 import math
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from etils import epath
 
 from openvla_jax.data import BadActionError, DataError, StatisticsError
 from openvla_jax.data.oxe.state import without_pads
+from openvla_jax.storage import atomic_write
 
 _FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 _FALLBACK = "~/.cache/openvla_jax"
@@ -105,8 +105,8 @@ def load(path: str | Mapping, name: str) -> dict:
 def cached(file_name: str, folders: Sequence[str], compute: Callable[[], dict]) -> dict:
     """The JSON `file_name` from the first folder that has it; else computed and written to the first that takes it.
 
-    The user's cache folder is tried last, for data that are read-only. Files appear whole (written aside, then
-    renamed), so processes that compute at the same time do not disturb each other.
+    The user's cache folder is tried last, for data that are read-only. Files appear whole, so
+    processes that compute at the same time do not disturb each other.
     """
     paths = [epath.Path(folder).expanduser() / file_name for folder in (*folders, _FALLBACK)]
     for path in paths:
@@ -117,11 +117,9 @@ def cached(file_name: str, folders: Sequence[str], compute: Callable[[], dict]) 
                 logging.warning("%s is not JSON: computing the statistics anew", path)
     result = compute()
     for path in paths:
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(result, indent=2) + "\n")
-            aside.replace(path)
+            atomic_write(path, json.dumps(result, indent=2) + "\n")
         except Exception as error:  # whatever a remote file system raises; the cache is a convenience
             logging.info("cannot keep statistics at %s (%s)", path, _line(error))
             continue

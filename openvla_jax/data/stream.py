@@ -12,6 +12,7 @@ from etils import epath
 
 from openvla_jax.data import DataError
 from openvla_jax.data.faults import Skipped
+from openvla_jax.storage import atomic_write
 from openvla_jax.types import Batch
 
 
@@ -106,9 +107,7 @@ class TrainIterator(Iterator[Batch]):
         if self.skipped_episodes:
             counts["skipped_episodes"] = self.skipped_episodes
         notes = {"identity": self.identity, "step": self.step, **counts}
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps(notes, indent=2) + "\n")
-        aside.replace(path)
+        atomic_write(path, json.dumps(notes, indent=2) + "\n")
 
     def restore(self, directory: str) -> None:
         """Takes the stream up where `save` wrote it: the next batch is the one that would have followed.

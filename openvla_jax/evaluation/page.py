@@ -3,11 +3,8 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from typing import Any
-
-from etils import epath
 
 COLORS = ("#1f5a94", "#c0392b", "#2e8b57", "#8e5ea2", "#d98e04", "#4c9fb0", "#7f4f24", "#5c6770")
 _STYLE = (
@@ -58,11 +55,3 @@ def page(title: str, body: Sequence[str]) -> str:
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     text = f"<h1>{html.escape(title)}</h1>{''.join(body)}"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{text}</body></html>\n'
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Atomic."""
-    whole = epath.Path(path)
-    new = whole.parent / (whole.name + ".new")
-    new.write_text(text)
-    new.replace(whole)

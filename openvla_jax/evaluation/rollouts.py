@@ -1,7 +1,6 @@
 """Closed-loop rollouts of many episodes at once, and success rates with Wilson intervals."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -44,21 +43,17 @@ class Rollouts:
         return wilson_interval(int(self.success.sum()), len(self.success))
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927): the rates that a score test at `z` does not reject.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Returns the Wilson score interval of a proportion, 95% (Wilson 1927).
 
-    ValueError unless 0 <= successes <= trials and trials > 0.
+    Raises ValueError unless 0 <= successes <= trials and trials > 0.
     """
+    from scipy.stats import binomtest  # takes a second to import, and most users of this module need none
+
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} successes of {trials} trials: expected 0 <= successes <= trials, trials >= 1")
-    rate = successes / trials
-    center = rate + z * z / (2 * trials)
-    margin = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    scale = 1 + z * z / trials
-    # Without successes the lower bound is 0, and rounding must not move it; likewise 1 without failures.
-    low = (center - margin) / scale if successes else 0.0
-    high = (center + margin) / scale if successes < trials else 1.0
-    return low, high
+    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def run_rollouts(

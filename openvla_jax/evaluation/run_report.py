@@ -13,9 +13,9 @@ from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig
 from openvla_jax.evaluation import figures
-from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html, write_text
+from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
 from openvla_jax.models.openvla import count_parameters
-from openvla_jax.storage import absolute
+from openvla_jax.storage import absolute, atomic_write
 from openvla_jax.training.metrics import METRICS_FILE, duration, read_metrics
 
 REPORT_FILE = "report.html"
@@ -52,7 +52,7 @@ def write_report(directory: str | os.PathLike, frames: int = 4) -> epath.Path:
         *predictions(workdir, contract, frames),
         f"<details><summary>Config</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
-    write_text(workdir / REPORT_FILE, page(f"Run {workdir.name}", body))
+    atomic_write(workdir / REPORT_FILE, page(f"Run {workdir.name}", body))
     return workdir / REPORT_FILE
 
 

@@ -1,6 +1,5 @@
 """Compiles a program for a TPU slice without one, and estimates its memory and time."""
 
-import json
 import math
 import re
 import time
@@ -56,13 +55,6 @@ def compile_for(lowered: Any, name: str, tpu: Slice, dump: Path, options: Mappin
     # Not the sum of its parts: of a program with donated arguments, `temp_size_in_bytes` counts some of them again.
     peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return Compiled(seconds, int(peak), memory, cost)
-
-
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Atomic."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(report, indent=2) + "\n")
-    new.replace(path)
 
 
 def topology_devices(tpu: Slice) -> list[Any]:

@@ -4,6 +4,7 @@ The programs are those of `models/heads.py`. What is reported are estimates, mad
 and beside them the time in which the chips read their weights once, below which no stage that touches them all can be.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes
 from openvla_jax.models.sequence import SequenceLayout
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.tpu import Slice, parse_slice
-from openvla_jax.planning.compile import PlanError, compile_for, topology_devices, write_json
+from openvla_jax.planning.compile import PlanError, compile_for, topology_devices
 from openvla_jax.planning.train import ACTION_DIM
+from openvla_jax.storage import atomic_write
 from openvla_jax.types import ActionSpec
 
 TEXT_LENGTH = 32  # the policy's bucket of a usual instruction
@@ -142,7 +144,7 @@ def run_plans(model: VLAConfig, topologies: Sequence[str], dump: Path, out: str 
         print("\n".join(lines(entries[-1])), flush=True)
     print(ASSUMPTIONS)
     if out:
-        write_json(Path(out), {"assumptions": ASSUMPTIONS, "entries": entries})
+        atomic_write(out, json.dumps({"assumptions": ASSUMPTIONS, "entries": entries}, indent=2) + "\n")
     return all(entry["fits"] for entry in entries)
 
 

@@ -5,6 +5,7 @@ published rates: compute time from the compiler's cycle estimates, communication
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +24,9 @@ from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import FULL, Tuning, abstract_prepared
 from openvla_jax.parallel.sharding import BATCH, check_batch, make_mesh
 from openvla_jax.parallel.tpu import Slice, compiler_options, parse_slice
-from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topology_devices, write_json
+from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topology_devices
 from openvla_jax.settings import Settings
+from openvla_jax.storage import atomic_write
 from openvla_jax.training.contract import choose_specs, shown
 from openvla_jax.training.metrics import duration
 from openvla_jax.training.state import TrainState
@@ -182,7 +184,7 @@ def run_plans(
             print(_misfit(found[0], config, tries))
     print(ASSUMPTIONS)
     if out:
-        write_json(Path(out), {"assumptions": ASSUMPTIONS, "entries": entries})
+        atomic_write(out, json.dumps({"assumptions": ASSUMPTIONS, "entries": entries}, indent=2) + "\n")
     return fits
 
 

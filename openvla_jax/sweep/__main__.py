@@ -80,8 +80,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
     workdir = Path(options.workdir)
     runs = runner.prepare(workdir, points)
-    with runner.only_one(workdir):
-        done = runner.run_all(runs, options.parallel, [d for d in options.devices.split(",") if d], runner.Table())
+    devices = [device for device in options.devices.split(",") if device]
+    with runner.only_one(workdir), runner.Table() as table:
+        done = runner.run_all(runs, options.parallel, devices, table)
     if not sys.stdout.isatty():
         print("\n".join(runner.table(runs)))
     for run in runs:

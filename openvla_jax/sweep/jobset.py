@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax.parallel.tpu import Slice, parse_slice
+from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import Point, SweepError
 
 _NAME_LIMIT = 40  # JobSet appends job and pod suffixes to it, within Kubernetes' 63 characters
@@ -52,9 +53,7 @@ def write(points: Sequence[Point], options: argparse.Namespace) -> list[Path]:
             queue=options.queue, namespace=options.namespace, max_restarts=options.max_restarts,
         )  # fmt: skip
         path = options.out / f"{manifest['metadata']['name']}.yaml"
-        new = path.with_suffix(".new")
-        new.write_text(yaml.safe_dump(manifest, sort_keys=False))
-        new.replace(path)
+        atomic_write(path, yaml.safe_dump(manifest, sort_keys=False))
         paths.append(path)
     return paths
 

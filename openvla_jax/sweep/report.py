@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html, write_text
+from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
+from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import CONFIG, SweepError
 from openvla_jax.sweep.rollouts import BOUNDS, SUCCESS, measured
 from openvla_jax.sweep.runner import SWEEP_FILE
 from openvla_jax.training.metrics import METRICS_FILE, read_metrics
 
 SEED = "seed"
-# Student's t at 97.5%, for means of n = 2, 3, ... seeds; 1.96 from 30 on.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048)  # fmt: skip
 _LOG_SPAN = 20.0  # an axis whose values differ by more than this factor is drawn on a logarithmic scale
 
 
@@ -61,8 +60,7 @@ class Group:
         known = [value for value in self.values if not math.isnan(value)]
         if len(known) < 2:
             return self.bounds
-        t = _T[len(known) - 2] if len(known) - 2 < len(_T) else 1.96
-        half = float(t * np.std(known, ddof=1) / math.sqrt(len(known)))
+        half = float(stats.t.ppf(0.975, len(known) - 1) * np.std(known, ddof=1) / math.sqrt(len(known)))
         return self.mean - half, self.mean + half
 
 
@@ -86,9 +84,9 @@ def write_report(workdir: Path, metric: str, lower: bool) -> list[Path]:
     title = f"Sweep {workdir.name}: {metric}, {len(results)} points"
     progress = f"{sum(math.isfinite(r.last(metric)) for r in results)} of {len(results)} points have it so far."
     paths = [workdir / "report.html", workdir / "report.md", workdir / "results.csv"]
-    write_text(paths[0], _page(title, progress, rows, figures, results, swept))
-    write_text(paths[1], _markdown(title, progress, rows, figures))
-    write_text(paths[2], _csv(results, swept, known))
+    atomic_write(paths[0], _page(title, progress, rows, figures, results, swept))
+    atomic_write(paths[1], _markdown(title, progress, rows, figures))
+    atomic_write(paths[2], _csv(results, swept, known))
     for name, data in figures.items():
         path = workdir / f"{name}.png"
         path.write_bytes(data)

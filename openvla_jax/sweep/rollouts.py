@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from openvla_jax.evaluation.page import write_text
+from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import SweepError
 from openvla_jax.sweep.runner import SWEEP_FILE, saved_step
 
@@ -34,7 +34,7 @@ def measure(workdir: Path, episodes: int, world: str = "tabletop", log: Callable
             continue
         rate, bounds = _success(workdir / name, episodes, world)
         row = {"step": step, SUCCESS: rate} | dict(zip(BOUNDS, bounds, strict=True))
-        write_text(kept, json.dumps({"settings": settings, "metrics": row}) + "\n")
+        atomic_write(kept, json.dumps({"settings": settings, "metrics": row}) + "\n")
         log(f"{name}: {rate:.1%} of {episodes} scenes at step {step}")
 
 

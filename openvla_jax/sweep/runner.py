@@ -19,6 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import Point, SweepError
 from openvla_jax.training.metrics import METRICS_FILE, duration
 
@@ -97,9 +102,7 @@ def prepare(workdir: Path, points: Sequence[Point]) -> list[Run]:
     elif workdir.exists() and any(workdir.iterdir()):
         raise SweepError(f"{workdir} is not empty and holds no sweep: name another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps({"points": record}, indent=2) + "\n")
-    new.replace(file)
+    atomic_write(file, json.dumps({"points": record}, indent=2) + "\n")
     return read(workdir, points)
 
 
@@ -250,14 +253,25 @@ def _stop(running: Sequence[Run]) -> None:
 
 
 class Table:
-    """Shows the state of all runs: redrawn in place on a terminal, else a line for each change and now and then."""
+    """Shows the state of all runs: redrawn in place on a terminal, else a line for each change and now and then.
+
+    To be used in a `with` block, at whose end the terminal is as before.
+    """
 
     def __init__(self, out: IO[str] = sys.stdout):
         self._out = out
-        self._live = out.isatty()
-        self._height = 0
+        self._live = Live(console=Console(file=out), auto_refresh=False) if out.isatty() else None
         self._shown = 0.0
         self._states: dict[str, str] = {}
+
+    def __enter__(self) -> "Table":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
 
     def __call__(self, runs: Sequence[Run]) -> None:
         changes = [run for run in runs if self._states.get(run.point.name) != run.state]
@@ -266,10 +280,7 @@ class Table:
             return
         self._shown = time.monotonic()
         if self._live:
-            lines = table(runs)
-            self._out.write(f"\x1b[{self._height}F\x1b[J" if self._height else "")
-            self._out.write("\n".join(lines) + "\n")
-            self._height = len(lines)
+            self._live.update(Text("\n".join(table(runs)), no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             for run in changes if changes else [run for run in runs if run.state == "running"]:
                 if self._states or run.state != "waiting":

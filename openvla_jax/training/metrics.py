@@ -17,7 +17,7 @@ from etils import epath
 
 from openvla_jax.models.heads import Metric
 from openvla_jax.settings import WandbSettings
-from openvla_jax.storage import cause, copy_tree, is_remote, retry
+from openvla_jax.storage import atomic_write, cause, copy_tree, is_remote, retry
 
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
 _UPLOAD_EVERY = 60.0  # seconds
@@ -79,7 +79,7 @@ class MetricLog:
         what the run resumes from must not be ahead of its metrics.
         """
         if self._file is None:
-            retry(f"writing {self._path}", lambda: self._path.write_text(self._text))
+            retry(f"writing {self._path}", lambda: atomic_write(self._path, self._text))
         else:
             os.fsync(self._file.fileno())
         self._tensorboard.flush()
@@ -121,6 +121,7 @@ def _hidden(module: str) -> Iterator[None]:
 class _TensorBoard:
     """Scalars as TensorBoard event files: a convenience, so a failing disk stops them and not the run.
 
+    tensorboardX's SummaryWriter would not do: its thread dies of a full disk, and scalars then wait for it for ever.
     For a bucket they are written here and copied there.
     """
 
@@ -170,9 +171,7 @@ def _drop_after(path: epath.Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    new = path.parent / (path.name + ".new")
-    new.write_text("".join(kept))
-    new.replace(path)
+    atomic_write(path, "".join(kept))
 
 
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, float]]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from openvla_jax.models.heads import summarize
-from openvla_jax.storage import retry
+from openvla_jax.storage import atomic_write, retry
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints
 from openvla_jax.training.runtime import Skipped
@@ -31,7 +30,8 @@ class Report:
         self._writer: metrics_lib.MetricLog | None = None
         if jax.process_index() == 0:
             path = workdir / CONFIG_FILE
-            retry(f"writing {path}", lambda: write_json(path, contract.training))
+            text = json.dumps(contract.training, indent=2)
+            retry(f"writing {path}", lambda: atomic_write(path, text))
             self._writer = metrics_lib.MetricLog(workdir, run.start, run.config.wandb, contract.training)
         earlier = self._writer.earlier if self._writer is not None else {}
         self.progress = metrics_lib.Progress(
@@ -96,10 +96,3 @@ class Report:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(step, values)
-
-
-def write_json(path: epath.Path, data: Any) -> None:
-    """Writes JSON atomically."""
-    new = path.parent / (path.name + ".new")
-    new.write_text(json.dumps(data, indent=2))
-    new.replace(path)

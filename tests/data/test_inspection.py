@@ -110,7 +110,7 @@ def test_the_commands_work_on_a_dataset_of_ones_own(tmp_path, exits):
         "Columns('action', 6, gripper='1 is open')])]\n"
     )
     fake_rlds.write(tmp_path, {"train": [_episodes()], "val": [_episodes(1)]}, name="mine")
-    where = ("--data_dir", tmp_path, "--module", module)
+    where = (tmp_path, "--module", module)
     code, out, _ = exits("validate", "mine", *where)
     assert (code, "0 errors, 0 warnings" in out) == (0, True)
     code, out, _ = exits("inspect", "mine", *where, "--out", tmp_path / "figures")
@@ -121,6 +121,10 @@ def test_the_commands_work_on_a_dataset_of_ones_own(tmp_path, exits):
     code, out, err = exits("inspect", "yours", *where)
     assert (code, err.count("\n")) == (2, 1)
     assert "unknown dataset or mixture 'yours' (nearest:" in err
+    code, _, err = exits("mixture", "mine", "--module", module)
+    assert (code, "one of the arguments DIR --data_dir is required" in err) == (2, True)
+    code, _, err = exits("mixture", "mine", tmp_path, "--data_dir", tmp_path)
+    assert (code, "--data_dir: not allowed with argument DIR" in err) == (2, True)
 
 
 def test_validation_fails_on_errors_and_if_asked_on_warnings(tmp_path, exits, monkeypatch):

@@ -48,7 +48,8 @@ points = [Point(f"seed={s}", "c.py", {"seed": s, "train.steps": 20}, 20) for s i
 runs = runner.prepare(pathlib.Path(sys.argv[2]), points)
 try:
     with runner.only_one(pathlib.Path(sys.argv[2])):
-        sys.exit(not runner.run_all(runs, 2, (), runner.Table()))
+        with runner.Table() as table:
+            sys.exit(not runner.run_all(runs, 2, (), table))
 except KeyboardInterrupt:
     sys.exit(130)
 except SweepError as error:
@@ -139,6 +140,35 @@ def test_failures_are_told_and_do_not_stop_the_rest(tmp_path, stand_in):
     assert lines[1].split()[:3] == ["seed=1", "finished", "20/20"] and "train/loss 1.05" in lines[1]
     again = runner.prepare(tmp_path / "s", points(1, 13, 2))
     assert [run.state for run in again] == ["finished", "interrupted", "finished"]
+
+
+def test_table_is_redrawn_in_place_on_a_terminal_and_leaves_the_cursor(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    run = runner.Run(Point("seed=1", "c.py", {}, 20), tmp_path, "running", metrics={"train/loss": 0.5})
+    out = (tmp_path / "out").open("w")
+    out.isatty = lambda: True
+    with runner.Table(out) as table:
+        for run.step in (1, 2):
+            table([run])
+            table._shown = -1e9  # the next one is due at once
+    out.flush()
+    shown = (tmp_path / "out").read_text()
+    assert shown.index("1/20") < shown.index("2/20") and "\x1b[2K" in shown  # the line before is erased
+    assert "1 running" in shown and "\u2026" in shown  # a line that is too wide is cut, so that it stays one
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_table_writes_a_line_for_each_change_into_a_file(tmp_path):
+    runs = [runner.Run(Point(f"seed={i}", "c.py", {}, 20), tmp_path, "running") for i in (1, 2)]
+    with (tmp_path / "out").open("w") as out, runner.Table(out) as table:
+        table(runs)
+        table(runs)
+        runs[1].state = "failed"
+        table(runs)
+    assert [line.split()[:2] for line in (tmp_path / "out").read_text().splitlines()] == [
+        ["seed=1", "running"], ["seed=2", "running"], ["seed=2", "failed"]
+    ]  # fmt: skip
 
 
 def test_a_point_that_still_runs_is_not_started_twice(tmp_path, stand_in):
