@@ -87,7 +87,8 @@ def load_config(name: str, overrides: Sequence[str]) -> Any:
         with config_files.importable(file.partition(":")[0]):
             rest = values(argv)[1:]
     except (AttributeError, KeyError) as error:
-        raise ValueError(f"{file} has no setting {error.args[0]}") from error
+        said = re.sub(r"\\[n']|[\"']", " ", str(error.args[0]))  # a quoted text of several lines
+        raise ValueError(f"{file} has no setting {said}") from error
     except (TypeError, ValueError, flags.Error) as error:
         text = str(error).strip()
         if "Traceback" in text:  # of the config file; its last line says what is wrong
