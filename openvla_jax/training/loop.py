@@ -29,13 +29,13 @@ from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
 from openvla_jax.parallel.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.parallel.tpu import compiler_options, generation_of
 from openvla_jax.settings import Settings
-from openvla_jax.storage import absolute, atomic_write, retry
+from openvla_jax.storage import absolute, atomic_write, retry, use_compilation_cache
 from openvla_jax.training import hosts
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
 from openvla_jax.training.contract import build_contract, choose_specs, shown
 from openvla_jax.training.kernel_check import check_kernels
-from openvla_jax.training.runtime import Profile, Skipped, StopSignal, use_compilation_cache
+from openvla_jax.training.runtime import Profile, Skipped, StopSignal
 from openvla_jax.training.state import TrainState, init_state
 from openvla_jax.training.step import make_job
 from openvla_jax.types import ObservationSpec

@@ -198,15 +198,17 @@ def test_goodput_adds_up_over_restarts(monkeypatch):
 
 def test_compiled_programs_are_kept_unless_the_environment_decides(monkeypatch, tmp_path):
     changed = {}
-    monkeypatch.setattr(runtime.jax.config, "update", changed.__setitem__)
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    runtime.use_compilation_cache(str(tmp_path))
+    storage.use_compilation_cache(str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    runtime.use_compilation_cache("")
+    storage.use_compilation_cache("")
     assert changed == {}
-    runtime.use_compilation_cache("~/x")
+    storage.use_compilation_cache("~/x")
     assert changed["jax_compilation_cache_dir"] == os.path.expanduser("~/x")
     assert changed["jax_compilation_cache_max_size"] > 2**30
     changed.clear()
-    runtime.use_compilation_cache("gs://bucket/x")
+    storage.use_compilation_cache("gs://bucket/x")
     assert changed == {"jax_compilation_cache_dir": "gs://bucket/x"}
+    storage.use_compilation_cache("gs://bucket/x", every_program=True)
+    assert changed["jax_persistent_cache_min_compile_time_secs"] == 0
