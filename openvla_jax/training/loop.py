@@ -35,6 +35,7 @@ from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints, restore_iterator, restore_state
 from openvla_jax.training.contract import build_contract, choose_specs, shown
 from openvla_jax.training.kernel_check import check_kernels
+from openvla_jax.training.progress import Progress, describe
 from openvla_jax.training.runtime import Profile, Skipped, StopSignal
 from openvla_jax.training.state import TrainState, init_state
 from openvla_jax.training.step import make_job
@@ -213,7 +214,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
         retry(f"writing {workdir / CONFIG_FILE}", lambda: atomic_write(workdir / CONFIG_FILE, text))
         writer = metrics_lib.MetricLog(workdir, start, config.wandb, contract.training)
     earlier = writer.earlier if writer is not None else {}
-    progress = metrics_lib.Progress(start, train.steps, train.batch_size, began_at, earlier, job.head.metrics)
+    progress = Progress(start, train.steps, train.batch_size, began_at, earlier, job.head.metrics)
     profile, skipped, stop = (
         Profile(workdir, train.profile_at, train.profile_steps),
         Skipped(train.max_skipped),
@@ -258,7 +259,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
             writer.write(step, flat)
         log(
             f"step {step}/{train.steps}  validation: loss {flat['val/loss']:.4f}  "
-            f"{metrics_lib.describe(flat, 'val', job.head.metrics)}"
+            f"{describe(flat, 'val', job.head.metrics)}"
         )
 
     def save(step: int) -> None:
@@ -319,9 +320,7 @@ def train(config: Settings, directory: os.PathLike | str, watch: hosts.Watch) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def next_batch(
-    iterator: Any, mesh: jax.sharding.Mesh, progress: metrics_lib.Progress, running: Mapping[str, Any]
-) -> Any:
+def next_batch(iterator: Any, mesh: jax.sharding.Mesh, progress: Progress, running: Mapping[str, Any]) -> Any:
     """The next global batch. The time counts as waiting where the running step has ended before it: at most that."""
     began = time.perf_counter()
     rows = next(iterator)
