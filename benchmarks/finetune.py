@@ -4,8 +4,9 @@
   python benchmarks/finetune.py --size 7b --batches 1 16 --bases bfloat16 int4
 
 Random weights and batches; adapters on every linear layer. The baseline is `measure/pytorch.py` with PEFT's adapters
-(`pip install peft`; left out if that is missing) and torch's AdamW. The sides take turns. On a CPU it fails if at
-batch 1 a step of LoRA takes more than 0.75 of one that trains everything.
+(`pip install peft`; left out if that is missing) and torch's AdamW. The sides take turns. Fails if on a CPU,
+at batch 1, a step of LoRA takes more than 0.75 of a step that trains everything. The first row comes after about a
+minute of compilation.
 """
 
 import argparse

@@ -4,8 +4,8 @@
   python benchmarks/gpu.py               # on the machine with the GPU
   python benchmarks/gpu.py --small       # every stage with tiny models on a CPU: shows that they run
 
-Each stage is a process with its own time. What it measured is kept when its time ends or it crashes; then the next
-follows. docs/log/gpu.md says what the stages are.
+Each stage is a process with its own time. What it measured is kept if its time ends or it crashes, and the next stage
+runs. With --small all stages but the smoke test share a process. docs/log/gpu.md describes the stages.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import ROOT, ledger
 from measure.child import run_child
-from measure.pack import make_pack, missing_wheels, shared_folder
+from measure.pack import make_pack, missing_wheels
 from measure.stages import STAGES, Context, SkippedError, Stage
 
 TOTAL = 8 * 60  # seconds
-PATIENCE = 5  # times a stage's seconds, if small: the CPU may be anybody's
-LEAST = 20  # seconds in which a stage still measures something
-# What `pip install openvla_jax[dev]` brings and the lent machines lack.
+PATIENCE = 5  # small stages may take so many times their seconds: the CPU may be busy
+LEAST = 20  # seconds: with less, a stage measures nothing
+# Packages of `pip install openvla_jax[dev]` that the machine with the GPU may lack.
 MISSING = frozenset(
     [
         "array_record",
@@ -57,16 +58,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="tiny models on a CPU")
-    parser.add_argument("--pack", action="store_true", help="fill the folder .gpu, and end")
+    parser.add_argument("--pack", action="store_true", help="download wheels to the folder .gpu, and exit")
     parser.add_argument("--hide-missing", action="store_true", help=f"hide {', '.join(sorted(MISSING))}")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--stage", help=argparse.SUPPRESS)  # the process of one stage
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # in the process of --stages: where rows go
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
-        if args.stage:
-            run_stage(args)
+        if args.rows:
+            run_stages(args)
         elif args.pack:
             make_pack()
         else:
@@ -94,65 +94,84 @@ def run_all(args: argparse.Namespace) -> None:
         "stages": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        for stage in (stage for stage in STAGES if stage.name in chosen):
+        for group in grouped([stage for stage in STAGES if stage.name in chosen], args.small):
             left = PATIENCE * TOTAL if args.small else TOTAL - (time.perf_counter() - began)
-            report["stages"].append({"stage": stage.name} | start(stage, args, Path(folder), left))
+            ended = start(group, args, Path(folder), left)
+            report["stages"] += ended
             report["seconds"] = time.perf_counter() - began
             ledger.write(args.out, report)
-            print(f"{stage.name}: {report['stages'][-1]['result']}", flush=True)
+            for stage in ended:
+                print(f"{stage['stage']}: {stage['result']}", flush=True)
     print((args.out / "gpu_ledger.md").read_text())
-    if any(stage["result"].startswith(("failed", "timed out")) for stage in report["stages"]):
+    if any(stage["result"].startswith(("failed", "timed out", "not run")) for stage in report["stages"]):
         sys.exit(1)
 
 
-def start(stage: Stage, args: argparse.Namespace, folder: Path, left: float) -> dict[str, Any]:
-    """The stage in a process of its own, or a note that no time is left for it."""
+def grouped(stages: list[Stage], small: bool) -> list[list[Stage]]:
+    """The stages of each process: one, or, if small, all after the smoke test, as starting takes most of their time."""
+    if not small:
+        return [[stage] for stage in stages]
+    first = [stage for stage in stages if stage.name == "smoke"]
+    return [group for group in (first, [stage for stage in stages if stage not in first]) if group]
+
+
+def start(group: list[Stage], args: argparse.Namespace, folder: Path, left: float) -> list[dict[str, Any]]:
+    """Runs stages in a process of their own. Returns the result, seconds and rows of each."""
+    names = [stage.name for stage in group]
     if left < LEAST:
-        return {"result": f"skipped: {left:.0f} s left of {TOTAL}", "seconds": 0.0, "rows": []}
-    seconds = min(stage.seconds * (PATIENCE if args.small else 1), left)
-    rows = folder / f"{stage.name}.jsonl"
-    command = [sys.executable, __file__, "--stage", stage.name, "--rows", str(rows), "--seconds", str(seconds)]
+        result = f"skipped: {left:.0f} s left of {TOTAL}"
+        return [{"stage": name, "result": result, "seconds": 0.0, "rows": []} for name in names]
+    seconds = min(sum(stage.seconds for stage in group) * (PATIENCE if args.small else 1), left)
+    rows = folder / f"{names[0]}.jsonl"
+    command = [sys.executable, __file__, "--stages", ",".join(names), "--rows", str(rows), "--seconds", str(seconds)]
     command += ["--small"] if args.small else []
-    return run_child(command, rows, seconds, environment(args, folder, stage.name))
+    return run_child(command, names, rows, seconds, environment(args, folder, names[0]))
 
 
 def environment(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, str]:
     hidden = MISSING if args.hide_missing else frozenset()
     path = [str(wheel) for wheel in missing_wheels(hidden)]
-    changes = {"JAX_PLATFORMS": "cpu" if args.small else "cuda", "OPENVLA_SHARED": str(shared_folder())}
-    changes["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    if stage.startswith(("torch", "peft")):  # PyTorch needs what jax has done with
+    changes = {"JAX_PLATFORMS": "cpu" if args.small else "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if stage.startswith(("torch", "peft")):  # PyTorch needs the memory that jax has freed
         changes["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
     defaults = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "HF_HUB_OFFLINE": "1"}
-    if args.small:  # little optimisation compiles sooner, and threads of PyTorch that wait take the cores of others
-        defaults |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "OMP_NUM_THREADS": "1"}
+    if args.small:  # compiles faster
+        defaults["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     if hidden:
         path.insert(0, str(ROOT / "benchmarks" / "measure" / "hide"))
         changes["OPENVLA_HIDDEN"] = ",".join(sorted(hidden))
     changes["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Stages share programs, such as those that make weights; nothing is left from earlier runs.
+    # Stages share compiled programs, such as those that make weights. Earlier runs leave nothing.
     return defaults | os.environ | changes
 
 
-def run_stage(args: argparse.Namespace) -> None:
-    """In the process of a stage: appends rows to the file --rows as they come."""
+def run_stages(args: argparse.Namespace) -> None:
+    """Runs --stages in this process, and appends rows to the file --rows as they come."""
+    stages = {stage.name: stage for stage in STAGES}
+    for name in args.stages.split(","):
+        run_stage(stages[name], args)
+
+
+def run_stage(stage: Stage, args: argparse.Namespace) -> None:
+    began = time.perf_counter()
 
     def append(row: dict[str, Any]) -> None:
         with args.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"stage": stage.name, **row}) + "\n")
 
     def record(table: str, **cells: Any) -> None:
         append({"table": table, **cells})
         print(table, cells, flush=True)
 
-    (stage,) = (stage for stage in STAGES if stage.name == args.stage)
+    result = "done"
     try:
         stage.run(Context(record, args.small, args.rows.parent, args.seconds))
     except SkippedError as error:
-        append({"ended": f"skipped: {error}"})
+        result = f"skipped: {error}"
     except Exception as error:
-        append({"ended": f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]})
-        raise
+        result = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
+        traceback.print_exc()
+    append({"ended": result, "seconds": round(time.perf_counter() - began, 1)})
 
 
 if __name__ == "__main__":

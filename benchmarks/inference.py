@@ -3,9 +3,9 @@
   python benchmarks/inference.py                      # 0.8 B parameters on a CPU (bfloat16 and 7B on a GPU): minutes
   python benchmarks/inference.py --size 7b --batches 1 8 --quantize int8 int4
 
-The baseline is `measure/pytorch.py`. Both sides hold the same random weights, get the same prompts without padding
-tokens on PyTorch's side, and are timed in turns. Fails if tokens differ in float32, or if on a CPU ours takes more than
-0.9 of PyTorch's time. `benchmarks/gpu.py` takes these measurements on a GPU, each in a process of its own.
+The baseline is `measure/pytorch.py`. Both sides have the same random weights and prompts, and take turns. PyTorch's
+prompts have no padding. Fails if tokens differ in float32, or if ours takes more than 0.9 of PyTorch's time on a CPU.
+The first row comes after about a minute of compilation. `benchmarks/gpu.py` measures the same on a GPU.
 """
 
 import argparse
@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import jax
 import jax.numpy as jnp
-from measure.actions import STEPS, action_parts, decode_bytes
+from measure.actions import PARTS, STEPS, action_parts, decode_bytes
 from measure.models import BANDWIDTH, SIZES, card_limit, count_billions, random_model, requests, sized
 from measure.timing import PeakMemory, time_in_turns
 
 from openvla_jax.models.quantize import count_bytes
 
 MAX_RATIO = 0.9  # of PyTorch's latency, on a CPU in float32
-PARTS = ("action", "vision", "prefill", "decode step")
 
 
 def line(side: str, dtype: str, batch: int, length: int, times: dict[str, np.ndarray]) -> str:

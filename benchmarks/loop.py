@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 
 from configs import debug  # noqa: E402
 from openvla_jax.sim.dataset import write_dataset  # noqa: E402
-from openvla_jax.training import loop  # noqa: E402
+from openvla_jax.training import loop, setup  # noqa: E402
 from openvla_jax.training.metrics import read_metrics  # noqa: E402
 from openvla_jax.training.progress import Progress  # noqa: E402
 
@@ -67,12 +67,12 @@ def run(work: Path, seconds: float, steps: int, log_every: int) -> Path:
     config, workdir = debug.get_config(), work / f"{seconds}-{log_every}"
     config.data.data_dir = str(work / "data")
     config.train.update(dict(steps=steps, eval_every=0, checkpoint_every=10 * steps, log_every=log_every))
-    make_job = loop.make_job
-    loop.make_job = lambda *args, **settings: dataclasses.replace(make_job(*args, **settings), step=Step(seconds))
+    make_job = setup.make_job
+    setup.make_job = lambda *args, **settings: dataclasses.replace(make_job(*args, **settings), step=Step(seconds))
     try:
         loop.run(config, workdir)
     finally:
-        loop.make_job = make_job
+        setup.make_job = make_job
     return workdir
 
 

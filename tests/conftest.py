@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import lzma
 import os
 import shutil
 import tempfile
@@ -30,7 +29,9 @@ def xla_flags(devices: int) -> str:
     return " ".join(f"{name}={value}" for name, value in flags.items())
 
 
-os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # what is given comes last, and counts
+if os.environ["JAX_PLATFORMS"] == "cpu":  # a GPU's compiler keeps its own defaults
+    # The last of equal flags counts: what is given overrides.
+    os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("PJRT_NPROC", "64")  # as train.py: threads enough for devices that wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch beside workers: its waiting threads would take their cores
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -43,6 +44,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 1024**3))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import hypothesis
+from goldens.unpack import unpack
 from jaxtyping import install_import_hook
 
 # Shapes and types of every annotated function of the package are checked while tests run.
@@ -64,14 +66,13 @@ def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this process take one device: programs for eight take longer to compile."""
     import jax
 
-    from openvla_jax.training import loop
+    from openvla_jax.training import setup
 
-    one = functools.partial(loop.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", one)
+    one = functools.partial(setup.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(setup, "make_mesh", one)
 
 
 NEEDS = "needs reference files:"  # how a skip begins that the summary counts
-GOLDENS = ROOT / "tests" / "goldens"  # the part of them that the repository carries
 
 
 def shared_dir() -> Path:
@@ -87,30 +88,11 @@ def goldens_dir() -> Path:
 
 
 def unpacked_goldens() -> Path:
-    """A temporary folder with the goldens of tests/goldens: split files joined, the others as links."""
+    """Returns a temporary folder with the goldens of tests/goldens."""
     folder = Path(tempfile.mkdtemp(prefix="goldens"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for path in sorted(GOLDENS.rglob("*")):
-        target = folder / path.relative_to(GOLDENS)
-        if path.is_dir():
-            target.mkdir()
-        elif path.name.endswith(".xz.part0"):
-            parts = sorted(path.parent.glob(path.stem + ".part*"), key=lambda part: int(part.suffix[5:]))
-            whole = target.with_name(path.name.removesuffix(".xz.part0"))
-            whole.write_bytes(lzma.decompress(b"".join(part.read_bytes() for part in parts)))
-        elif ".xz.part" not in path.name:
-            target.symlink_to(path)
-    draw_pixels(folder / "openvla_tiny")
+    unpack(folder)
     return folder
-
-
-def draw_pixels(folder: Path) -> None:
-    """pixel_values.npy from the seed that it was drawn from."""
-    import numpy as np
-
-    with np.load(folder / "expected.npz", allow_pickle=False) as arrays:
-        random = np.random.default_rng(int(arrays["pixel_seed"]))
-    np.save(folder / "pixel_values.npy", random.standard_normal((3, 6, 224, 224), dtype=np.float32))
 
 
 def golden(name: str) -> Path:

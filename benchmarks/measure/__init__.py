@@ -1,4 +1,4 @@
-"""What the benchmarks measure, each in one place: benchmarks/inference.py, finetune.py and gpu.py share it."""
+"""Measurements that benchmarks/inference.py, finetune.py and gpu.py share."""
 
 import os
 import sys

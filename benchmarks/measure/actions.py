@@ -1,4 +1,4 @@
-"""One action of our model by parts: the whole call, and its vision, prefill and decode step alone."""
+"""Our model's action as one call, and its parts: vision, prefill and a decode step."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,11 +15,15 @@ from openvla_jax.models.quantize import count_bytes
 from openvla_jax.types import ActionSpec
 
 Parts = dict[str, Callable[[], Any]]  # by name, functions without arguments that return when the work is done
+PARTS = ("action", "vision", "prefill", "decode step")
 STEPS = 7  # tokens of an action
 
 
 def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> Parts:
-    """`action` returns (tokens int32 [B, 7], logits float32 [B, V] of the first); programs compile at first call."""
+    """Returns functions for PARTS, which compile at their first call.
+
+    `action` returns (tokens int32 [B, 7], logits float32 [B, V] of the first token).
+    """
     leaves, structure = jax.tree.flatten(model)
     unflatten = lambda leaves: jax.tree.unflatten(structure, leaves)
     head = TokenHead(model.config, ActionSpec())
@@ -43,7 +47,7 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
     def step(leaves, tokens, lengths, cache):
         return unflatten(leaves).decode_step(tokens, lengths, cache)[0]
 
-    made: dict[str, Any] = {}  # inputs of the later parts, computed when first asked for
+    made: dict[str, Any] = {}  # inputs of later parts, computed at first use
 
     def patches() -> jax.Array:
         if "patches" not in made:
@@ -65,14 +69,18 @@ def action_parts(model: Any, images: np.ndarray, ids: np.ndarray, lengths: np.nd
 
 
 @contextlib.contextmanager
-def fused_attention(implementation: str) -> Iterator[None]:
-    """Programs that are traced inside attend by `jax.nn.dot_product_attention(implementation=...)`.
+def fused_attention(implementation: str) -> Iterator[Callable[[], int]]:
+    """Makes programs that are traced inside it attend by `jax.nn.dot_product_attention(implementation=...)`.
 
-    It is told what the masks of `TokenHead.predict` mean, since cuDNN's kernel is slower with a mask than with a rule:
-    a square one is causal, one of a single query shows the first keys.
+    cuDNN's kernel is slower with a mask than with a rule. The masks of `TokenHead.predict` are two rules: a square mask
+    is causal, and a mask of a single query shows the first keys. Yields a function that returns how often attention was
+    traced.
     """
+    traced = 0
 
     def attention(q, k, v, mask=None):
+        nonlocal traced
+        traced += 1
         rule: dict[str, Any] = {}
         if mask is not None and mask.shape[-2] == 1:
             rule["key_value_seq_lengths"] = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32), q.shape[:1])
@@ -82,17 +90,11 @@ def fused_attention(implementation: str) -> Iterator[None]:
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **rule)
 
     with mock.patch.object(llama, "attention", attention), mock.patch.object(vit, "attention", attention):
-        yield
-
-
-def fused_ways() -> dict[str, Callable[[], Any]]:
-    """By name: cuDNN's attention, for which a CPU has none; jax.nn's formula in its place follows the same rules."""
-    name, implementation = ("cuDNN", "cudnn") if jax.default_backend() == "gpu" else ("jax.nn", "xla")
-    return {name: lambda: fused_attention(implementation)}
+        yield lambda: traced
 
 
 def decode_bytes(model: Any, batch: int, positions: int) -> int:
-    """Bytes that a decode step has to read: the language model without its token table, and the cache once."""
+    """Returns the bytes that a decode step reads: the cache, and the language model without its token table."""
     config = model.config.llama
     cache = 2 * config.depth * batch * positions * config.kv_heads * config.head_dim * jnp.dtype(model.dtype).itemsize
     return count_bytes(model.llama) - count_bytes(model.llama.embed) + cache

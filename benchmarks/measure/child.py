@@ -1,4 +1,4 @@
-"""Runs a stage in a process of its own, with its own time, and keeps what it recorded however it ended."""
+"""Runs stages in a process with a time limit, and keeps what they recorded however it ends."""
 
 import contextlib
 import json
@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 
-def run_child(command: list[str], rows: Path, seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
-    """`result` ("done", "skipped: ...", "failed: ..." or "timed out ..."), `seconds`, `rows`: dicts that the command
-    wrote to the file `rows`, one JSON object a line. A last line `{"ended": text}` is the result of a command that
-    fails knowingly; of others it is the last line of what they printed.
+def run_child(
+    command: list[str], stages: list[str], rows: Path, seconds: float, environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Runs the stages that a command runs one after another, for at most so many seconds.
+
+    Args:
+        command: Appends JSON objects to the file `rows`, one a line, each with the key `stage`. The last object of a
+            stage is `{"stage": name, "ended": result, "seconds": seconds}`.
+        stages: Their names, in order.
+
+    Returns:
+        Of each stage `stage`, `result` ("done", "skipped: ...", "failed: ..." or "timed out ..."), `seconds`, and
+        `rows` without the key `stage`. If the process ends before its stages do, the first unfinished stage has the
+        reason and the last line of the output; the stages after it did not run.
     """
     began = time.perf_counter()
     log = rows.with_suffix(".log")
@@ -25,15 +35,23 @@ def run_child(command: list[str], rows: Path, seconds: float, environment: Mappi
         )
         try:
             code = process.wait(timeout=seconds)
-            result = "done" if code == 0 else f"failed: {_last_line(log) or f'exit code {code}'}"
+            end = f"failed: {_last_line(log) or 'no output'} (exit code {code})"
         except subprocess.TimeoutExpired:
-            result = f"timed out after {seconds:.0f} s"
+            end = f"timed out after {seconds:.0f} s"
         finally:
             _end(process)
     recorded = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    if recorded and "ended" in recorded[-1]:
-        result = recorded.pop()["ended"]
-    return {"result": result, "seconds": round(time.perf_counter() - began, 1), "rows": recorded}
+    left = time.perf_counter() - began - sum(row["seconds"] for row in recorded if "ended" in row)
+    reports = []
+    for name in stages:
+        mine = [{k: v for k, v in row.items() if k != "stage"} for row in recorded if row["stage"] == name]
+        if mine and "ended" in mine[-1]:
+            last = mine.pop()
+            reports.append({"stage": name, "result": last["ended"], "seconds": last["seconds"], "rows": mine})
+        else:
+            reports.append({"stage": name, "result": end, "seconds": round(left, 1), "rows": mine})
+            end, left = f"not run: {name} ended the process", 0.0
+    return reports
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,4 +1,4 @@
-"""The ledger of a run on a GPU: a report as JSON, and the same as a page of tables."""
+"""Writes the ledger of a run: a report as JSON, and as a page of tables."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "
 
 
 def about_machine(gpu: bool) -> dict[str, str]:
-    """The card with its driver, and versions, without importing jax: that would take the card's memory."""
+    """Returns the card, its driver and versions. It does not import jax, which would take the card's memory."""
     found = {"processor": platform.processor() or platform.machine(), "Python": platform.python_version()}
     if gpu:
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -37,7 +37,7 @@ def _output(command: list[str]) -> str:
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
-    """`gpu_ledger.json` and `gpu_ledger.md` in `folder`; a reader never sees half of one."""
+    """Writes `gpu_ledger.json` and `gpu_ledger.md` to `folder`. Each replaces the old file as a whole."""
     for name, text in (("gpu_ledger.json", json.dumps(report, indent=1)), ("gpu_ledger.md", page(report))):
         unfinished = folder / f".{name}"
         unfinished.write_text(text + "\n")
@@ -45,7 +45,7 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Markdown: the machine, how each stage ended, and a table per kind of row."""
+    """Returns Markdown: the machine, the result of each stage, and a table for each kind of row."""
     lines = ["# GPU ledger", "", f"`{report['command']}`, {report['began']}, {report['seconds']:.0f} s in all.", ""]
     if report["small"]:
         lines += ["**`--small`: tiny models on a CPU. These numbers show that the stages run, nothing else.**", ""]

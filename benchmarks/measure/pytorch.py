@@ -26,13 +26,13 @@ wait = torch.cuda.synchronize if CUDA else (lambda: None)
 
 
 def make_modules(config: VLAConfig, dtype: str, model: Any = None) -> Any:
-    """The modules on the device in `dtype`, with the weights of our `model`, or with their own random ones."""
-    if not CUDA:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA takes
+    """Returns the modules on the device in `dtype`, with the weights of our `model` or random ones."""
+    if not CUDA:  # as many threads as XLA takes; small products cost less than waiting for a second thread
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if config.llama.width >= 1024 else 1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        # As they are made, on the device: the oracle's random values come from the host, for a 7B in minutes.
+        # Keeps the initial values: the oracle draws random ones on the host, which takes minutes for a 7B.
         leave = mock.patch.object(torch_reference, "randomize", lambda module, seed: module.eval())
         with torch.device(DEVICE), leave:
             modules = torch_reference.TorchVLA(config, 0).eval()
@@ -47,7 +47,7 @@ def make_modules(config: VLAConfig, dtype: str, model: Any = None) -> Any:
 
 
 def peak_gb() -> float | None:
-    """Most memory that PyTorch has held on the GPU so far, or None without one."""
+    """Returns the most memory that PyTorch has held on the GPU so far, or None without a GPU."""
     return torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
 
 
@@ -57,7 +57,7 @@ def peak_gb() -> float | None:
 
 
 def _copy_weights(modules: Any, leaves: dict[str, jax.Array]) -> None:
-    """Leaves are taken out of the dict one by one, so that a device need not hold all of both sides."""
+    """Removes each leaf from the dict when it is copied, so that the device never holds both sides."""
     config = modules.config
     for module, tower in zip(modules.towers, config.towers, strict=True):
         _copy_tower(module, tower, leaves, f"vision/{tower.name}")
@@ -75,9 +75,9 @@ def _copy_weights(modules: Any, leaves: dict[str, jax.Array]) -> None:
 
 
 def _copy_tower(module: Any, tower: VisionConfig, leaves: dict[str, jax.Array], path: str) -> None:
-    stack, norm1, norm2, attention, out = torch_reference.PARTS[tower.name]
+    stack, norm1, norm2, projections = torch_reference.PARTS[tower.name]
     modules = {norm1: "norm1", norm2: "norm2", "mlp.fc1": "mlp/up", "mlp.fc2": "mlp/down"}
-    modules |= {f"{attention}.{n}_proj": f"attention/{n}" for n in "qkv"} | {f"{attention}.{out}": "attention/o"}
+    modules |= {theirs: f"attention/{ours}" for ours, theirs in projections.items()}
     names = {"layer_scale1.lambda1": "scale1", "layer_scale2.lambda1": "scale2"} if tower.layer_scale else {}
     for theirs, ours in modules.items():
         weight = "scale" if ours.startswith("norm") else "kernel"
@@ -112,7 +112,7 @@ def _copy_linear(layer: Any, leaves: dict[str, jax.Array], path: str) -> None:
 
 
 def _tensor(array: jax.Array) -> torch.Tensor:
-    """The same memory."""
+    """Returns a tensor that shares the array's memory."""
     return torch.from_dlpack(jax.block_until_ready(array))
 
 
@@ -122,10 +122,10 @@ def _tensor(array: jax.Array) -> torch.Tensor:
 
 
 class Eager:
-    """The modules as they are; a cache is transformers' own."""
+    """The modules without compilation, with transformers' cache."""
 
     def __init__(self, modules: Any, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray):
-        """All prompts have one length, so that neither side needs a mask for padding."""
+        """All prompts have the same length, so no mask for padding is needed."""
         self.modules, self.config, self.images = modules, modules.config, images
         self.text = torch.tensor(ids[:, : int(lengths[0])].astype(np.int64)).to(DEVICE)
         self.length = self.config.patches + self.text.shape[1]
@@ -148,24 +148,24 @@ class Eager:
         return out.logits[:, -1], out.past_key_values
 
     def step(self, token: torch.Tensor, cache: Any) -> torch.Tensor:
-        """The logits after one more token [B], which the cache takes up."""
+        """Returns the logits after one more token [B] and adds it to the cache."""
         llama = self.modules.llama
         return llama(input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def rewind(self, cache: Any) -> None:
-        """Takes the last token out of the cache again."""
+        """Removes the last token from the cache."""
         cache.crop(-1)
 
 
 class Compiled(Eager):
-    """Layers by `torch.compile`, which compiles one and runs all with it; a cache has room for the whole action.
+    """Layers by `torch.compile`, which compiles one and runs all with it. The cache has room for the whole action.
 
-    transformers' own layers read their index from the module, for which PyTorch would compile each anew.
+    transformers' own layers read their index from the module, so PyTorch would compile each of them.
     """
 
     def __init__(self, modules: Any, *request: np.ndarray):
         super().__init__(modules, *request)
-        backend = "inductor" if CUDA else "aot_eager"  # on a CPU inductor's C++ takes half a minute to compile
+        backend = "inductor" if CUDA else "eager"  # on a CPU inductor's C++ takes half a minute to compile
         for module, tower in zip(modules.towers, self.config.towers, strict=True):
             for block in module.get_submodule(torch_reference.PARTS[tower.name][0]):
                 block.forward = torch.compile(block.forward, backend=backend)
@@ -243,8 +243,8 @@ SIDES: dict[str, type[Eager]] = {"eager": Eager, "compiled": Compiled, "compiled
 
 
 def action_parts(side: Eager) -> Parts:
-    """As ours: `action` returns (tokens [B, 7], logits [B, V] of the first)."""
-    made: dict[str, Any] = {}  # inputs of the later parts, computed when first asked for
+    """Returns functions for PARTS, as `measure.actions.action_parts` does."""
+    made: dict[str, Any] = {}  # inputs of later parts, computed at first use
 
     def patches() -> torch.Tensor:
         if "patches" not in made:
@@ -278,7 +278,7 @@ def action_parts(side: Eager) -> Parts:
 
 
 def _timed(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Without gradients, and until the work is done."""
+    """Returns the function without gradients, which waits until its work is done."""
 
     def run() -> Any:
         with torch.inference_mode():
@@ -295,9 +295,9 @@ def _timed(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def peft_step(config: VLAConfig, batch: Any, dtype: str, rank: int, checkpointing: bool = False) -> Callable[[], None]:
-    """A step of LoRA on every linear layer by PEFT and torch's AdamW; like the reference it computes all logits.
+    """Returns a step of LoRA on every linear layer, by PEFT and torch's AdamW. Computes all logits like the reference.
 
-    With `checkpointing` the backward pass computes the language model's layers again. ImportError without peft.
+    With `checkpointing` the backward pass recomputes the language model's layers. Raises ImportError without peft.
     """
     from peft import LoraConfig, get_peft_model
 

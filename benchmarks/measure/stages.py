@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu.py: each runs in a process of its own and records rows as soon as they are measured."""
+"""The stages of benchmarks/gpu.py. Each records rows as soon as they are measured."""
 
 import dataclasses
 import importlib.util
@@ -21,17 +21,15 @@ Record = Callable[..., None]  # (table, **cells)
 
 
 class SkippedError(Exception):
-    """The stage cannot run here; the message says what is missing."""
+    """A stage cannot run here. The message says what is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a stage is given: where to record, whether to be small, a folder that the stages share, its seconds."""
-
     record: Record
-    small: bool
-    folder: Path
-    seconds: float
+    small: bool  # whether to run tiny models in float32, on a CPU
+    folder: Path  # shared by all stages
+    seconds: float  # that the stage may take
 
     @property
     def dtype(self) -> str:
@@ -47,16 +45,11 @@ class Context:
 # Smoke test
 # ---------------------------------------------------------------------------------------------------------------------
 
-GOLDEN = "goldens/openvla_tiny"
-
 
 def smoke(context: Context) -> None:
-    """The card's own rates, the golden's logits and tokens in float32, and beside them the tests marked gpu."""
-    shared = Path(os.environ["OPENVLA_SHARED"])
-    if not (shared / GOLDEN).is_dir():
-        raise SkippedError(f"no {shared / GOLDEN}: run `benchmarks/gpu.py --pack` beside the shared folder")
+    """Records the golden's differences in float32, the card's own rates, and the result of the tests marked gpu."""
     tests = _start_tests(context)
-    _golden(context, shared)
+    _golden(context.record)
     if not context.small:
         _card(context.record)
     output = tests.communicate(timeout=context.seconds)[0]
@@ -69,29 +62,32 @@ def smoke(context: Context) -> None:
 
 
 def _start_tests(context: Context) -> subprocess.Popen:
-    """Of the files with that mark alone: others import packages that a bare machine does not have."""
+    """Collects only the files that have the mark: others import packages that a bare machine does not have."""
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *map(str, marked)]
-    command += ["--collect-only"] if context.small else []  # on a CPU the ordinary suite runs them
+    command += ["--collect-only"] if context.small else []  # the ordinary suite runs them on a CPU
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def _golden(context: Context, shared: Path) -> None:
+def _golden(record: Record) -> None:
     import jax
     import jax.numpy as jnp
+    from goldens.unpack import unpack
 
     from openvla_jax import load_model
     from openvla_jax.convert import import_weights
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    expected = np.load(shared / GOLDEN / "expected.npz", allow_pickle=False)
-    pixels = np.load(shared / GOLDEN / "pixel_values.npy").transpose(0, 2, 3, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        imported = Path(folder) / "imported"
-        import_weights(shared / GOLDEN, imported, tokenizer=shared / "data" / "llama2_tokenizer")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack(folder)
+        golden, imported = folder / "openvla_tiny", folder / "imported"
+        expected = dict(np.load(golden / "expected.npz", allow_pickle=False))
+        pixels = np.load(golden / "pixel_values.npy").transpose(0, 2, 3, 1)
+        import_weights(golden, imported)
         model, _ = load_model(imported, dtype="float32")
     leaves, structure = jax.tree.flatten(model)
 
@@ -113,15 +109,15 @@ def _golden(context: Context, shared: Path) -> None:
     got = np.asarray(logits(leaves, pixels, expected["input_ids"].astype(np.int32)))
     difference = float(np.abs(got[:, 256:, ::29] - expected["logits_text"]).max())
     same = int((got.argmax(-1) == expected["argmax"]).sum())
-    context.record("golden", what="logits, float32", difference=difference, equal=f"{same}/{expected['argmax'].size}")
+    record("golden", what="logits, float32", difference=difference, equal=f"{same}/{expected['argmax'].size}")
     rows = np.array([0, 2])  # the reference appends the lone space to the whole row
     ids = np.concatenate([expected["input_ids"][rows], np.full((2, 1), 29871)], axis=1).astype(np.int32)
     same = int((np.asarray(decode(leaves, pixels[rows], ids)) == expected["action_tokens"]).sum())
-    context.record("golden", what="action tokens", equal=f"{same}/{expected['action_tokens'].size}")
+    record("golden", what="action tokens", equal=f"{same}/{expected['action_tokens'].size}")
 
 
 def _card(record: Record) -> None:
-    """What the card does at best: a copy that reads and writes 4 GiB, a product of 8192 x 8192 matrices."""
+    """Records what the card reaches: a copy that reads and writes 4 GiB, a product of 8192 x 8192 matrices."""
     import jax
     import jax.numpy as jnp
 
@@ -143,31 +139,38 @@ def _card(record: Record) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LENGTH = 25  # tokens of the prompt
-PARTS = ("action", "vision", "prefill", "decode step")  # a part's inputs are made by those before it
 
 
 def actions(context: Context, batch: int, quantize: str | None = None) -> None:
-    """Our latency by part, with attention by XLA and by cuDNN (on a CPU: by jax.nn's formula in its place)."""
+    """Records our latency by part, with attention by XLA and by cuDNN.
+
+    A CPU has no cuDNN: jax.nn's formula, with the same rules for masks, takes its place.
+    """
+    import jax
     import jax.numpy as jnp
 
-    from measure.actions import STEPS, action_parts, decode_bytes, fused_ways
+    from measure.actions import PARTS, STEPS, action_parts, decode_bytes, fused_attention
     from measure.models import BANDWIDTH, card_limit, random_model, requests, sized
     from measure.timing import peak_gb, sample
 
-    config, batch = (sized("tiny"), min(batch, 2)) if context.small else (sized("7b"), batch)
+    config, batch = (sized("smallest"), min(batch, 2)) if context.small else (sized("7b"), batch)
     request = requests(config, batch, LENGTH)
     model = random_model(config, jnp.dtype(context.dtype), quantize)
     weights, bandwidth = quantize or context.dtype, card_limit(BANDWIDTH)
-    ways = {"XLA": nullcontext, **fused_ways()}
+    name, implementation = ("cuDNN", "cudnn") if jax.default_backend() == "gpu" else ("jax.nn", "xla")
+    ways = {"XLA": nullcontext, name: partial(fused_attention, implementation)}
     parts = {way: action_parts(model, *request) for way in ways}
     floor = decode_bytes(model, batch, config.patches + request[1].shape[1] + STEPS)
-    # Small ones differ in their weights alone, not in what the parts do.
-    measured = PARTS[:1] if context.small and (batch > 1 or quantize) else PARTS
-    for part in measured:
+    shortened = context.small and (batch > 1 or quantize)  # by what bf16 has run
+    for part in PARTS[:1] if shortened else PARTS:
         for way, entered in ways.items():
+            if context.small and (shortened or part != "action") and way == "XLA":
+                continue
             cells = {"side": "openvla_jax", "weights": weights, "attention": way, "batch": batch, "part": part}
-            with entered(), _failures(context.record, "actions", cells):
+            with entered() as traced, _failures(context.record, "actions", cells):
                 samples = sample(parts[way][part], *context.runs)
+                if traced is not None and not traced():
+                    raise RuntimeError(f"attention by {way} was never called: the models call another function")
                 extra = {"peak GB": peak_gb()}
                 if part == "action":
                     extra |= _compare(context.folder, f"{weights}-{batch}", *parts[way][part]())
@@ -178,15 +181,16 @@ def actions(context: Context, batch: int, quantize: str | None = None) -> None:
 
 
 def torch_actions(context: Context, *sides: str) -> None:
-    """PyTorch's latency by part, on the same weights and prompts as ours, batch 1."""
+    """Records PyTorch's latency by part, on the same weights and prompts as ours, batch 1."""
     _require("torch")
     import jax.numpy as jnp
 
     from measure import pytorch
+    from measure.actions import PARTS
     from measure.models import random_model, requests, sized
     from measure.timing import sample
 
-    config = sized("tiny" if context.small else "7b")
+    config = sized("smallest" if context.small else "7b")
     modules = pytorch.make_modules(config, context.dtype, random_model(config, jnp.dtype(context.dtype)))
     request = requests(config, 1, LENGTH)
     for name in sides:
@@ -204,7 +208,7 @@ def torch_actions(context: Context, *sides: str) -> None:
 
 
 def _compare(folder: Path, name: str, tokens: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-    """Columns: tokens equal to those of the first side that ran, and how far the first token's logits are off."""
+    """Returns columns: tokens equal to the first side's, and the difference of the first token's logits."""
     path = folder / f"{name}.npz"
     if not path.exists():
         np.savez(path, tokens=tokens, logits=logits)
@@ -220,7 +224,7 @@ def _compare(folder: Path, name: str, tokens: np.ndarray, logits: np.ndarray) ->
 
 
 def lora(context: Context, batch: int, base: str | None = None) -> None:
-    """A step of LoRA of rank 32; it recomputes as little of the activations as fits."""
+    """Records a step of LoRA, rank 32, with as few recomputed activations as fit."""
     from measure import training
 
     base = base or context.dtype
@@ -231,7 +235,7 @@ def lora(context: Context, batch: int, base: str | None = None) -> None:
 
 
 def full(context: Context, batch: int) -> None:
-    """A step that trains everything in the 0.8 B model: float32 weights and moments, computed in bfloat16."""
+    """Records a step that trains all 0.8 B parameters: float32 weights and moments, computed in bfloat16."""
     from measure import training
 
     cells = {"side": "openvla_jax", "trained": "everything", "base": "float32", "batch": 1 if context.small else batch}
@@ -240,49 +244,43 @@ def full(context: Context, batch: int) -> None:
 
 def _train(context: Context, cells: dict[str, Any], tuning: Any, size: str = "7b") -> None:
     from measure import training
-    from measure.models import PEAK, card_limit, sized
+    from measure.models import sized
     from measure.timing import peak_gb, sample
 
-    config = sized("tiny" if context.small else size)
-    if context.small:  # one tower: half of what there is to compile
+    config = sized("smallest" if context.small else size)
+    if context.small:  # one tower takes less time to compile
         config = dataclasses.replace(config, towers=config.towers[1:])
-    batch, peak = cells["batch"], card_limit(PEAK)
-    flops = training.model_flops(config, training.TEXT, tuning) * batch
+    batch = cells["batch"]
     for remat in ("save_dots", "full"):
-        step = None  # lets go of the state of a step that did not fit
+        step = None  # frees the state of a step that did not fit
         cells = {"model": config.name, **cells, "remat": remat}
         with _failures(context.record, "training", cells):
             step = training.make_step(config, tuning, training.rows(config, batch), context.dtype, remat)
             samples = sample(step.run, *context.runs)
-            seconds = float(np.median(samples.seconds))
-            mfu = f"{flops / seconds / peak:.1%}" if peak else "unknown card"
-            more = {"examples/s": batch / seconds, "MFU": mfu, "compile s": step.compile_seconds, "peak GB": peak_gb()}
-            context.record("training", **cells, **samples.cells(), **more)
+            more = {"compile s": step.compile_seconds, "peak GB": peak_gb()}
+            context.record("training", **cells, **samples.cells(), **_speed(config, tuning, batch, samples), **more)
             return
     raise RuntimeError("no step ran: see the table")
 
 
 def peft(context: Context, batch: int) -> None:
-    """PEFT's step on PyTorch's modules; with gradient checkpointing if it does not fit without."""
+    """Records PEFT's step on PyTorch's modules, with gradient checkpointing if it does not fit without."""
     _require("torch", "peft")
     import torch
 
     from measure import pytorch, training
-    from measure.models import PEAK, card_limit, sized
+    from measure.models import sized
     from measure.timing import sample
 
-    rank, batch, config = (4, 1, sized("tiny")) if context.small else (32, batch, sized("7b"))
-    peak = card_limit(PEAK)
-    flops = training.model_flops(config, training.TEXT, training.lora(rank, context.dtype, context.dtype)) * batch
+    rank, batch, config = (4, 1, sized("smallest")) if context.small else (32, batch, sized("7b"))
+    tuning = training.lora(rank, context.dtype, context.dtype)
     cells = {"model": config.name, "side": "PyTorch + PEFT", "trained": f"LoRA, rank {rank}", "base": context.dtype}
     for checkpointing in (False, True):
         cells |= {"batch": batch, "remat": "full" if checkpointing else "none"}
         with _failures(context.record, "training", cells):
             run = pytorch.peft_step(config, training.rows(config, batch), context.dtype, rank, checkpointing)
             samples = sample(run, *context.runs)
-            seconds = float(np.median(samples.seconds))
-            mfu = f"{flops / seconds / peak:.1%}" if peak else "unknown card"
-            more = {"examples/s": batch / seconds, "MFU": mfu, "peak GB": pytorch.peak_gb()}
+            more = _speed(config, tuning, batch, samples) | {"peak GB": pytorch.peak_gb()}
             context.record("training", **cells, **samples.cells(), **more)
             return
         run = None
@@ -290,8 +288,18 @@ def peft(context: Context, batch: int) -> None:
     raise RuntimeError("no step ran: see the table")
 
 
+def _speed(config: Any, tuning: Any, batch: int, samples: Any) -> dict[str, Any]:
+    """Returns columns: examples per second, and the share of the FLOP per second on the card's data sheet."""
+    from measure import training
+    from measure.models import PEAK, card_limit
+
+    seconds, peak = float(np.median(samples.seconds)), card_limit(PEAK)
+    flops = training.model_flops(config, training.TEXT, tuning) * batch
+    return {"examples/s": batch / seconds, "MFU": f"{flops / seconds / peak:.1%}" if peak else "unknown card"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shared by the stages
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +311,7 @@ def _require(*packages: str) -> None:
 
 @contextmanager
 def _failures(record: Record, table: str, cells: dict[str, Any]) -> Iterator[None]:
-    """Records what goes wrong inside as a row, so that the next way is tried."""
+    """Records an exception as a row, so that the next way is tried."""
     try:
         yield
     except Exception as error:
@@ -315,11 +323,11 @@ def _failures(record: Record, table: str, cells: dict[str, Any]) -> Iterator[Non
 @dataclasses.dataclass(frozen=True)
 class Stage:
     name: str
-    seconds: int  # of its process, from start to end
+    seconds: int  # that its process may take
     run: Callable[[Context], None]
 
 
-# Most important first. From `int8` on they run only while time is left of the whole.
+# The most important come first: a stage runs only if time is left.
 STAGES = (
     Stage("smoke", 60, smoke),
     Stage("bf16", 90, partial(actions, batch=1)),

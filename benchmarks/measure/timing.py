@@ -1,4 +1,4 @@
-"""Seconds of a function that returns when its work is done, and the memory that it took."""
+"""Measures the seconds and the memory of functions that return when their work is done."""
 
 import resource
 import threading
@@ -18,13 +18,13 @@ class Samples(NamedTuple):
     seconds: np.ndarray  # of each call after the warm-up
 
     def cells(self) -> dict[str, Any]:
-        """Columns of a ledger: milliseconds at percentiles of the raw samples, and how many there are."""
+        """Returns a ledger's columns: percentiles of the raw samples in milliseconds, and the number of samples."""
         p50, p95, p99 = 1e3 * np.quantile(self.seconds, [0.5, 0.95, 0.99])
         return {"p50 ms": p50, "p95 ms": p95, "p99 ms": p99, "runs": len(self.seconds), "first call s": self.first}
 
 
 def sample(function: Callable[[], Any], limit: int, seconds: float) -> Samples:
-    """Up to `limit` runs, at least one, started within `seconds` after the first call and the warm-up."""
+    """Times at least one and at most `limit` runs. None starts later than `seconds` after the warm-up."""
     began = time.perf_counter()
     function()
     first = time.perf_counter() - began
@@ -40,7 +40,7 @@ def sample(function: Callable[[], Any], limit: int, seconds: float) -> Samples:
 
 
 def time_in_turns(sides: dict[Any, Callable[[], Any]], runs: int) -> dict[Any, np.ndarray]:
-    """Seconds of each run, by side; the sides take turns, so that a busy machine slows all of them."""
+    """Returns the seconds of each run by side. The sides take turns, so that a busy machine slows all of them."""
     times: dict[Any, list[float]] = {side: [] for side in sides}
     for run in range(runs + 1):
         for side, function in sides.items():
@@ -52,7 +52,7 @@ def time_in_turns(sides: dict[Any, Callable[[], Any]], runs: int) -> dict[Any, n
 
 
 def peak_gb() -> float:
-    """Most memory that this process has held so far, in GB: on its GPU if jax has one, else resident."""
+    """Returns the most memory that this process has held, in GB: on its GPU if jax has one, else resident."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9

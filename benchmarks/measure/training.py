@@ -25,24 +25,24 @@ TEXT = 64
 
 
 class Step(NamedTuple):
-    run: Callable[[], None]  # a step that waits for its end
-    bytes: int  # that the compiled step needs
+    run: Callable[[], None]  # runs a step and waits for it
+    bytes: int  # memory of the compiled step
     compile_seconds: float
 
 
 def rows(config: VLAConfig, number: int) -> Any:
-    """A batch with an action of 7 tokens at the end of a text of 64."""
+    """Returns a batch of texts of at most 64 tokens, which end with an action of 7."""
     return random_batch(number, 0, config, TEXT)
 
 
 def lora(rank: int, base_dtype: str, dtype: str) -> Tuning:
-    """Adapters on every linear layer; the base in a float dtype, or as int8 or int4 beside floats in `dtype`."""
+    """Returns adapters on every linear layer. The base has a float dtype, or is int8 or int4 with floats in `dtype`."""
     integers = base_dtype if base_dtype.startswith("int") else None
     return Tuning(MODES["lora"], LoRAConfig(rank), dtype if integers else base_dtype, integers)
 
 
 def make_step(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: str) -> Step:
-    """Compiles the step, then makes its state; MemoryError if the device says that they do not fit."""
+    """Compiles the step, then makes its state. Raises MemoryError if they do not fit on the device."""
     mesh, settings = make_mesh({}, jax.devices()[:1]), OptimizerSettings()
     schedule = make_schedule(settings, 1000)
     optimizer = make_optimizer(settings, schedule)
@@ -66,7 +66,7 @@ def make_step(config: VLAConfig, tuning: Tuning, batch: Any, dtype: str, remat: 
         step=jnp.zeros((), jnp.int32), params=params, frozen=frozen, opt_state=jax.jit(optimizer.init)(params)
     )
     held = [jax.device_put(state, placed)]
-    step = step if tuning.quantize == "int4" else compiled  # see training/loop.py
+    step = step if tuning.quantize == "int4" else compiled  # see training/setup.py
 
     def run() -> None:
         held[0], metrics = step(held[0], batch)

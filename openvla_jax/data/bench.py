@@ -126,7 +126,12 @@ def stages(data: dict[str, Any], tokenizer: Any, *, image_size: int, batch_size:
 
     def whole(then: Callable[[Any], Any]) -> Callable[[], Any]:
         iterator = make_train_iterator(data, tokenizer, batch_size=batch_size, image_size=image_size, seed=0)
-        return lambda: then(next(iterator).images)
+
+        def draw() -> None:
+            pixels = next(iterator).images
+            then(pixels.reshape(-1, *pixels.shape[2:]))  # cameras are images of their own
+
+        return draw
 
     return [
         Stage("read, standardise, normalise, shuffle", batches(stream.map(lambda frame: frame["action"]))),

@@ -238,7 +238,7 @@ class Policy:
         size, spec = self.contract.model.image_size, self.contract.observation
         images = {name: np.full((size, size, 3), level, np.uint8) for name in spec.cameras}
         state = np.zeros(len(spec.state)) if spec.state else None
-        return self.prepare(Observation(images, "move", state, dataset or next(iter(self.contract.statistics))))
+        return self.prepare(Observation(images, "a", state, dataset or next(iter(self.contract.statistics))))
 
     def act(self, requests: Sequence[Request], batch_size: int | None = None) -> list[np.ndarray]:
         """Returns the chunk of each request, float64 [K, action_dim], in physical units.

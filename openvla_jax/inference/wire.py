@@ -134,7 +134,7 @@ def read_state(value: Any) -> np.ndarray:
     """Returns the float64 [columns] of a json-numpy object or a list of numbers."""
     if isinstance(value, dict):
         state = decode_array(value, "state")
-    elif isinstance(value, list) and all(type(number) in (int, float) for number in value):
+    elif isinstance(value, list) and all(type(number) in (int, float) and abs(number) < 1e300 for number in value):
         state = np.asarray(value, np.float64)
     else:
         raise BadRequestError(f"state is {_kind(value)}: send a list of numbers, or a json-numpy array")

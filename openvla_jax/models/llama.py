@@ -49,8 +49,8 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Returns queries, keys (both rotated) and values: [B, T, heads, H]."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        q, k = self.q(x, execution).reshape(shape), self.k(x, execution).reshape(shape)
-        q, k = (rope(y, positions, self.config.rope_theta) for y in (q, k))
+        q, k = self.q(x, execution), self.k(x, execution)
+        q, k = (rope(y.reshape(shape), positions, self.config.rope_theta) for y in (q, k))
         # Named after the reshape and the rotation, so that the backward pass repeats neither.
         q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
         return q, k, checkpoint_name(self.v(x, execution).reshape(shape), "v")

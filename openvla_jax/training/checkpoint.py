@@ -136,7 +136,7 @@ class Checkpoints:
         if self._failures >= ATTEMPTS or jax.process_count() > 1:
             raise StorageError(
                 f"{self.directory}: saving step {self._step} failed, {self._failures} times in a row ({cause(error)}); "
-                f"{self.describe_latest()}; make room or mend the storage, then the same command goes on from there"
+                f"{self.describe_latest()}; make room or fix the storage, then run the same command again"
             ) from error
         logging.warning("saving step %d failed (%s), trying again", self._step, cause(error))
         pause(self._failures)

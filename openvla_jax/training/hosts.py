@@ -210,12 +210,20 @@ class Watch(contextlib.AbstractContextManager):
         text = json.dumps(self._place | {"posts": self._posts, "done": self._stop.is_set()} | more)
         self._store.key_value_set(f"{_BEATS}{self._index}", text, allow_overwrite=True)
 
+    def look(self, now: float) -> str:
+        """Posts what this process does and returns one line about lost processes, or "" if all is well.
+
+        `now` is the time in seconds, of any clock that never goes back.
+        """
+        self._post()
+        posts = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in self._store.key_value_dir_get(_BEATS)}
+        return self._lost(posts, now)
+
     def _run(self) -> None:
         unreachable = None
         while not self._stop.wait(self._interval):
             try:
-                self._post()
-                posts = {int(key.rsplit("/", 1)[1]): text for key, text in self._store.key_value_dir_get(_BEATS)}
+                lost = self.look(time.monotonic())
                 unreachable = None
             except Exception as error:
                 unreachable = unreachable or time.monotonic()
@@ -223,7 +231,6 @@ class Watch(contextlib.AbstractContextManager):
                     self._on_lost(f"process 0, the coordinator, cannot be reached ({str(error).splitlines()[0]})")
                     return
                 continue
-            lost = self._lost({i: json.loads(text) for i, text in posts.items()}, time.monotonic())
             if lost and not self._stop.is_set():
                 self._on_lost(lost)
                 return

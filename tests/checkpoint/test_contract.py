@@ -37,6 +37,11 @@ FORMAT_1 = {
 }
 
 
+def sized(state):
+    """The tiny model with room for the columns of a state."""
+    return dataclasses.replace(tiny(), state_dim=len(state))
+
+
 def written(directory, config, statistics=STATISTICS):
     (directory / CONFIG_FILE).write_text(json.dumps(config))
     (directory / STATISTICS_FILE).write_text(json.dumps(statistics))
@@ -46,7 +51,7 @@ def written(directory, config, statistics=STATISTICS):
 def test_contract_returns_as_it_was_saved(tmp_path):
     tokenizer = load_tokenizer("tiny")
     contract = Contract(
-        tiny(base_vocab_size=tokenizer.vocab_size),
+        dataclasses.replace(tiny(base_vocab_size=tokenizer.vocab_size), cameras=2, state_dim=2),
         tokenizer,
         STATISTICS,
         ObservationSpec(("primary", "wrist"), 180, ("gripper", "x")),
@@ -126,11 +131,12 @@ def test_load_names_what_a_contract_of_format_1_lacks(tmp_path):
 def test_contract_refuses_statistics_that_cannot_scale(changes, state, message):
     statistics = {"arm": STATISTICS["arm"] | changes}
     with pytest.raises(CheckpointError, match=f"statistics of 'arm'.*{message}"):
-        Contract(tiny(), None, statistics, ObservationSpec(state=state))
+        Contract(sized(state), None, statistics, ObservationSpec(state=state))
 
 
 def test_state_statistics_are_in_the_order_of_the_spec():
-    contract = Contract(tiny(), None, STATISTICS, ObservationSpec(state=("gripper", "x")))
+    state = ("gripper", "x")
+    contract = Contract(sized(state), None, STATISTICS, ObservationSpec(state=state))
     assert contract.state_statistics("arm") == {
         "q01": [10.0, 0.0],
         "q99": [20.0, 1.0],

@@ -61,6 +61,23 @@ def features(action_dim: int = 7, image=None) -> tfds.features.FeaturesDict:
     )
 
 
+def two_cameras(number: int, steps: int = 5) -> dict:
+    """An episode whose wrist camera shows the negative of the primary one."""
+    made = episode(number, steps=steps, instruction=f"pick up cube {number}")
+    for step in made["steps"]:
+        step["observation"]["wrist"] = 255 - step["observation"]["image"]
+    return made
+
+
+def two_camera_features() -> tfds.features.FeaturesDict:
+    """The schema of `two_cameras`."""
+    step = dict(features()["steps"].feature.items())
+    wrist = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    step["observation"] = {**dict(step["observation"].items()), "wrist": wrist}
+    metadata = {"file_path": tfds.features.Text()}
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": metadata})
+
+
 def write(
     data_dir: Path, splits: dict[str, list[list[dict]]], name: str = "fake", version: str = "1.0.0", schema=None
 ) -> Path:

@@ -433,8 +433,8 @@ def _exhaust(iterator):
 def test_an_image_that_cannot_be_decoded_is_located(names, tmp_path, content):
     iterator = _bad(tmp_path, lambda steps: steps[3]["observation"].update(image=content))
     message = (
-        r"^dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 3: the image cannot be decoded "
-        rf"\({len(content)} bytes starting b'.*: [^\n]+\)$"
+        r"^dataset 'fake', episode fake-train.tfrecord-00001-of-00002#0, step 3: the image of camera 'primary' "
+        rf"cannot be decoded \({len(content)} bytes starting b'.*: [^\n]+\): fix it, or set data.bad_images=skip$"
     )
     with pytest.raises(BadImageError, match=message):
         _exhaust(iterator)

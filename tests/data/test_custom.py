@@ -137,7 +137,7 @@ def test_a_fixed_instruction_stands_in_for_missing_text(mine):
         ("DATASETS = 3", "defines no DATASETS"),
         ("import nowhere_to_be_found", r"cannot be loaded \(ModuleNotFoundError: No module named"),
         ("from openvla_jax.data.oxe import DATASETS as D\nDATASETS = [D['kuka']]", r"name that is taken \(kuka\)"),
-        (FILE.replace('"primary"', '"front"'), "'mine': cameras .* name no 'primary' view"),
+        (FILE.replace('{"primary": "image"}', "{}"), "dataset 'mine': no cameras: give at least one"),
         (FILE.replace("-1 is open, 1 closed", "open"), "gripper 'open' is unknown: one of '1 is open'"),
         (FILE.replace("1, 4", "4, 4"), "columns 4:4 of 'action' are none"),
     ],
@@ -157,6 +157,7 @@ def test_files_that_make_no_sense_are_told(tmp_path, text, message):
     [
         (("1, 4", "5, 9"), r"columns 5:9 of 'action' do not fit its shape \[None, 7\]"),
         (('"image"', '"picture"'), r"dataset 'mine': .*observation/picture"),
+        (('"primary"', '"front"'), r"observation.cameras has 'primary', which no dataset knows; known: front"),
     ],
 )
 def test_descriptions_that_do_not_fit_the_data_are_told(mine, change, message):

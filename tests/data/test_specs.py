@@ -6,7 +6,6 @@ import json
 import fake_rlds
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from conftest import golden
 
 from openvla_jax.data import DataError, StatisticsError, statistics
@@ -30,28 +29,20 @@ STEPS, WIDTH = (5, 4), (7, 14)  # of an episode of "two" and "one"
 COLUMNS = ("a", "b", "c", "d", "e", "f", "pad")
 
 
-def _two_cameras(number, steps=5):
-    """An episode whose wrist camera shows the negative of the primary one."""
-    episode = fake_rlds.episode(number, steps=steps, instruction=f"pick up cube {number}")
-    for step in episode["steps"]:
-        step["observation"]["wrist"] = 255 - step["observation"]["image"]
-    return episode
-
-
-def _schema():
-    step = dict(fake_rlds.features()["steps"].feature.items())
-    wrist = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-    step["observation"] = {**dict(step["observation"].items()), "wrist": wrist}
-    metadata = {"file_path": tfds.features.Text()}
-    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": metadata})
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """ "two" has two cameras, actions of width 7 and a short episode; "one" has one camera and actions of width 14."""
     folder = tmp_path_factory.mktemp("data")
-    train = [[_two_cameras(0), _two_cameras(1)], [_two_cameras(2), _two_cameras(3, steps=2)]]
-    fake_rlds.write(folder, {"train": train, "val": [[_two_cameras(4)]]}, name="two", schema=_schema())
+    train = [
+        [fake_rlds.two_cameras(0), fake_rlds.two_cameras(1)],
+        [fake_rlds.two_cameras(2), fake_rlds.two_cameras(3, steps=2)],
+    ]
+    fake_rlds.write(
+        folder,
+        {"train": train, "val": [[fake_rlds.two_cameras(4)]]},
+        name="two",
+        schema=fake_rlds.two_camera_features(),
+    )
     wide = [fake_rlds.episode(20 + i, steps=4, action_dim=14, instruction="fold") for i in range(3)]
     schema = fake_rlds.features(action_dim=14)
     fake_rlds.write(folder, {"train": [wide[:2]], "val": [wide[2:]]}, name="one", schema=schema)
@@ -168,10 +159,8 @@ def test_short_episodes_are_skipped_counted_and_logged(data, drawn, caplog):
     next(again)
     while not again.skipped_episodes:
         next(again)
-    assert (
-        "dataset 'two', episode two-train.tfrecord-00001-of-00002#1: fewer steps than action.horizon; it is skipped"
-        in (caplog.text)
-    )
+    episode = "dataset 'two', episode two-train.tfrecord-00001-of-00002#1"
+    assert f"{episode}: fewer steps than action.horizon; it is skipped" in caplog.text
     with pytest.raises(DataError, match=r"dataset 'two': 1000 episodes in a row have fewer steps than action.horizon"):
         next(_iterator(data | {"dataset": "two"}, action=ActionSpec(horizon=6)))
 

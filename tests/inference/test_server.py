@@ -130,13 +130,14 @@ def test_act_answers_images_with_the_whole_chunk(client, policy):
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
-        ({"images": {"primry": array(image())}}, 400, "images: unknown camera \"'primry'\"; did you mean 'primary'"),
+        ({"images": {"primry": array(image())}}, 400, "images: unknown camera 'primry'; did you mean 'primary'"),
         ({"images": {}}, 400, "images is an object: send an object, {camera name: image, ...}"),
         ({"images": {"primary": 3}}, 400, "images.primary is a number"),
         ({"images": {"primary": array(image()), "wrist": array(image())}}, 400, "unknown camera"),
         ({"images": {"primary": array(image())}, "image": array(image())}, 400, "'image' and 'images' are both given"),
         ({"images": {"primary": array(image())}, "state": "x"}, 400, "state is text: send a list of numbers"),
         ({"images": {"primary": array(image())}, "state": [1, None]}, 400, "state is a list"),
+        ({"images": {"primary": array(image())}, "state": [10**400]}, 400, "state is a list"),
         ({"images": {"primary": array(image())}, "state": [1.0]}, 422, "state is given, but the policy was trained"),
         ({}, 400, "'image' is missing"),
     ],

@@ -44,5 +44,5 @@ def test_run_of_format_1_resumes_with_its_optimizer_and_data_position(tmp_path, 
     if json.loads(notes.read_text())["identity"]["tensorflow"] == tf.__version__:
         np.testing.assert_allclose(losses, expected["losses"], rtol=1e-4)
     else:
-        assert "data: the stream goes on with another seed" in printed
+        assert "data: the stream continues with another seed" in printed
         assert len(losses) == len(expected["losses"])

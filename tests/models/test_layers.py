@@ -43,6 +43,7 @@ def in_bfloat16(x: np.ndarray) -> tuple[jax.Array, "torch.Tensor", "torch.Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(bias):
     torch.manual_seed(0)
@@ -53,6 +54,7 @@ def test_linear(bias):
     assert difference(ours(jnp.asarray(x), PLAIN), theirs.double()(torch.tensor(x).double())) < 1e-6
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_linear_scaled_and_its_gradients_are_those_of_the_plain_formula(dtype):
     arrays = {"kernel": normal(0, 24, 40) / 5, "bias": normal(1, 40)}
@@ -231,6 +233,7 @@ def test_attention(seed, kv_heads, masked, size):
     assert difference(ours, expected) < 1e-5
 
 
+@pytest.mark.gpu
 def test_attention_in_bfloat16_is_as_exact_as_torch():
     """Value product and division in float32, one rounding at the end, as fused kernels do."""
     arrays = [in_bfloat16(normal(i, 1, 200, 4, 32)) for i in range(3)]
@@ -331,6 +334,7 @@ def test_remat_keeps_the_statistics_of_softmax_and_norms(capsys, policy):
     assert sorted(kept) == ([] if policy == "full" else sorted(expected))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_and_its_gradients_are_those_of_the_plain_formula(heads, kv_heads, masked):

@@ -11,7 +11,7 @@ import pytest
 from openvla_jax.config import LlamaConfig, ProjectorConfig, VisionConfig, VLAConfig, tiny
 from openvla_jax.models.openvla import OpenVLA, Projector
 from openvla_jax.models.stack import REMAT_POLICIES
-from openvla_jax.parallel.execution import Execution
+from openvla_jax.parallel.execution import PLAIN, Execution
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference
@@ -76,7 +76,7 @@ def test_projector(kind):
     model = reference.filled(lambda key: Projector(key, config), reference.projector_arrays(module))
     x = np.random.default_rng(0).standard_normal((2, 5, config.vision_width), dtype=np.float32)
     expected = module.double()(torch.tensor(x).double())
-    assert reference.difference(jax.jit(lambda model, x: model(x))(model, jnp.asarray(x)), expected) < 1e-5
+    assert reference.difference(jax.jit(lambda model, x: model(x, PLAIN))(model, jnp.asarray(x)), expected) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

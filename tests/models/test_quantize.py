@@ -65,10 +65,10 @@ def test_products_rows_and_stacks_equal_the_restored_kernel(kind):
         np.testing.assert_array_equal(values[layer], alone_values)
         tensor = QTensor(nnx.Param(alone_values), nnx.Param(alone_scale))
         restored = np.asarray(tensor.dequantize(jnp.float32), np.float64)
-        np.testing.assert_allclose(matmul(x, tensor), np.asarray(x, np.float64) @ restored, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(matmul(x, tensor, PLAIN), np.asarray(x, np.float64) @ restored, rtol=1e-5, atol=1e-4)
         ids = np.array([[0, 255], [128, 7]])
         np.testing.assert_array_equal(tensor.rows(ids, jnp.float32), restored[ids].astype(np.float32))
-        assert matmul(x.astype(jnp.bfloat16), tensor).dtype == jnp.bfloat16
+        assert matmul(x.astype(jnp.bfloat16), tensor, PLAIN).dtype == jnp.bfloat16
     assert [group_size(n, "int4") for n in (64, 128, 2176, 4304, 11008)] == [64, 128, 128, 16, 128]
 
 
@@ -81,13 +81,13 @@ def test_a_cpu_s_blocks_hold_the_same_numbers_in_no_more_memory(kind, rows):
     assert count_bytes(blocks) == count_bytes(tensor)
     assert blocks.block == {"int8": {512: 256, 264: 132, 24: 24}, "int4": {512: 128, 264: 88, 24: 24}}[kind][rows]
     # A row of an identity reads a row of the kernel: int4 as it was quantised, int8 and its scale in float32.
-    np.testing.assert_array_equal(matmul(jnp.eye(rows), blocks), tensor.dequantize(jnp.float32))
+    np.testing.assert_array_equal(matmul(jnp.eye(rows), blocks, PLAIN), tensor.dequantize(jnp.float32))
     ids = np.array([[0, 13], [rows - 1, rows // 2]])
     np.testing.assert_array_equal(blocks.rows(ids, jnp.float32), tensor.rows(ids, jnp.float32))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, rows)), jnp.float32)
     exact = np.asarray(x, np.float64) @ np.asarray(tensor.dequantize(jnp.float32), np.float64)
-    np.testing.assert_allclose(matmul(x, blocks), exact, rtol=1e-5, atol=1e-4)
-    assert matmul(x.astype(jnp.bfloat16), blocks).dtype == jnp.bfloat16
+    np.testing.assert_allclose(matmul(x, blocks, PLAIN), exact, rtol=1e-5, atol=1e-4)
+    assert matmul(x.astype(jnp.bfloat16), blocks, PLAIN).dtype == jnp.bfloat16
 
 
 def test_rows_that_make_no_blocks_stay_as_they_are():

@@ -8,15 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 
 from openvla_jax.config import LlamaConfig, VisionConfig, VLAConfig
 
-# Where transformers keeps each part of a block: stack, first norm, second norm, attention, its output projection.
+
+def _projections(attention: str, out: str) -> dict[str, str]:
+    return {n: f"{attention}.{n}_proj" for n in "qkv"} | {"o": f"{attention}.{out}"}
+
+
+_DINO = _projections("attention", "o_proj")
+if hasattr(modeling_dinov2_with_registers, "Dinov2WithRegistersSelfAttention"):  # as in transformers 5.17
+    _DINO = {"q": "attention.attention.query", "k": "attention.attention.key", "v": "attention.attention.value"}
+    _DINO["o"] = "attention.output.dense"
+# Where transformers keeps each part of a block: stack, first norm, second norm, attention's projections by our names.
 PARTS = {
-    "dino": ("encoder.layer", "norm1", "norm2", "attention", "o_proj"),
-    "siglip": ("encoder.layers", "layer_norm1", "layer_norm2", "self_attn", "out_proj"),
-    "clip": ("encoder.layers", "layer_norm1", "layer_norm2", "self_attn", "out_proj"),
-    "in1k": ("layers", "layernorm_before", "layernorm_after", "attention", "o_proj"),
+    "dino": ("encoder.layer", "norm1", "norm2", _DINO),
+    "siglip": ("encoder.layers", "layer_norm1", "layer_norm2", _projections("self_attn", "out_proj")),
+    "clip": ("encoder.layers", "layer_norm1", "layer_norm2", _projections("self_attn", "out_proj")),
+    "in1k": ("layers", "layernorm_before", "layernorm_after", _projections("attention", "o_proj")),
 }
 
 
@@ -87,11 +97,11 @@ def _stacked(tensors: dict[str, np.ndarray], stack: str, layers: int, names: dic
 def tower_arrays(module: torch.nn.Module, config: VisionConfig, gradients: bool = False) -> dict[str, np.ndarray]:
     """The module's weights, or their gradients, under our names."""
     tensors = _tensors(module, gradients)
-    stack, norm1, norm2, attention, out = PARTS[config.name]
+    stack, norm1, norm2, projections = PARTS[config.name]
     names = {"scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1"} if config.layer_scale else {}
     for ours, theirs in (("norm1", norm1), ("norm2", norm2)):
         names |= {f"{ours}/scale": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
-    linears = {f"attention/{n}": f"{attention}.{n}_proj" for n in "qkv"} | {"attention/o": f"{attention}.{out}"}
+    linears = {f"attention/{ours}": theirs for ours, theirs in projections.items()}
     for ours, theirs in (linears | {"mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}).items():
         names |= {f"{ours}/kernel": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
     arrays = {f"blocks/{k}": v for k, v in _stacked(tensors, stack, config.depth - 1, names).items()}

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, xla_flags
 
 from openvla_jax.sweep import runner
 from openvla_jax.sweep.points import Point, SweepError
@@ -115,7 +115,8 @@ def test_a_killed_sweep_goes_on(tmp_path, stand_in, how):
 
 
 @pytest.mark.long
-def test_run_all_trains_a_real_point(tmp_path):
+def test_run_all_trains_a_real_point(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     data = ROOT / "tests" / "data" / "checkpoint_v1" / "data"
     settings = {
         "data.data_dir": str(data), "data.statistics_dir": str(tmp_path / "statistics"), "train.steps": 3, "seed": 5,

@@ -1,8 +1,8 @@
 """Hosts: joining, agreeing, and naming the one that is lost, with threads for processes and a dict for the store."""
 
 import json
+import socket
 import threading
-import time
 
 import pytest
 
@@ -123,79 +123,81 @@ def test_a_host_that_does_not_come_to_the_start_is_named():
 
 
 def watches(count, **settings):
-    """Watches that share a store, and the lines with which they name somebody."""
-    store, lines = Store(), []
-    settings = dict(beat_timeout=0.6, interval=0.02, on_lost=lines.append) | settings
-    return [hosts.Watch(store, i, count, **settings) for i in range(count)], lines
+    """Watches that share a store; the tests look for them, at times of their own."""
+    store = Store()
+    return [hosts.Watch(store, i, count, on_lost=pytest.fail, **settings) for i in range(count)]
 
 
-def wait_for(lines, count=1, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while len(lines) < count and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return lines
+def test_watch_names_a_silent_process_with_its_step():
+    a, b, c = watches(3, beat_timeout=30)
+    for watch in (a, b, c):
+        watch.at(7, "data")
+        watch.look(0)
+    for now in (10, 20, 29):
+        assert a.look(now) == b.look(now) == ""
+    for watch in (a, b):
+        line = watch.look(45)
+        assert "process 2 on host" in line and "at step 7 (data): no sign of life for 30 s" in line
+        assert "process 0" not in line and "process 1" not in line
 
 
-def test_a_silent_process_is_named_with_its_step():
-    (a, b, c), lines = watches(3)
-    with a, b, c:
-        for watch in (a, b, c):
-            watch.at(7, "data")
-        time.sleep(0.1)
-        c._stop.set()  # as SIGKILL would: no more posts, no goodbye
-        c._thread.join()
-        wait_for(lines, 2)
-        c._store = None
-    assert len(lines) == 2
-    assert all("process 2 on host" in line and "at step 7 (data): no sign of life" in line for line in lines)
+def test_watch_names_a_process_that_never_came():
+    a, _ = watches(2, beat_timeout=30)
+    assert a.look(100) == a.look(129) == ""
+    assert a.look(131).startswith("process 1 on host ?, at step 0 (start): no sign of life")
 
 
-def test_a_process_that_never_came_is_named():
-    (a, _), lines = watches(2, beat_timeout=0.2)
-    with a:
-        wait_for(lines)
-    assert lines[0].startswith("process 1 on host ?, at step 0 (start): no sign of life")
+def test_watch_tells_why_a_process_failed():
+    a, b = watches(2)
+    with pytest.raises(OSError, match="disk"), b:
+        raise OSError("the disk is full")
+    assert a.look(0) == f"process 1 on host {socket.gethostname()} failed: the disk is full"
 
 
-def test_a_process_that_fails_says_why_and_one_that_ends_is_not_missed():
-    (a, b), lines = watches(2)
-    with a:
-        with pytest.raises(OSError, match="disk"), b:
-            raise OSError("the disk is full")
-        wait_for(lines)
-    assert lines == [f"process 1 on host {a._place['host']} failed: the disk is full"]
-
-    (a, b), lines = watches(2, beat_timeout=0.2)
-    with a:
-        with b:
-            pass
-        time.sleep(0.5)
-    assert lines == []
+def test_watch_does_not_miss_a_process_that_ended():
+    a, b = watches(2, beat_timeout=30)
+    with b:
+        pass
+    assert a.look(0) == a.look(100) == ""
 
 
-def test_the_host_that_the_others_wait_for_is_named():
-    (a, b), lines = watches(2, hang_timeout=0.3)
-    with a, b:
-        for step in (1, 2):
-            a.at(step, "step")
-            b.at(step, "step")
-        a.at(2, "data")
-        a.at(3, "step")  # waits in a collective for b, which reads no data
-        b.at(2, "data")
-        wait_for(lines, 2)
-    assert len(lines) == 2
-    assert all("process 1 on host" in line and "at step 2 (data): hangs" in line for line in lines), lines
+def test_watch_names_the_host_that_the_others_wait_for():
+    a, b = watches(2, hang_timeout=600)
+    for step in (1, 2):
+        a.at(step, "step")
+        b.at(step, "step")
+    a.at(2, "data")
+    a.at(3, "step")  # waits in a collective for b, which reads no data
+    b.at(2, "data")
+    for now in range(0, 600, 20):  # both are alive all the time
+        lines = a.look(now), b.look(now)
+    assert lines == ("", "")
+    assert a.look(600) == ""  # it saw the others' first posts at 20
+    for line in (b.look(600), a.look(620)):
+        assert "process 1 on host" in line and "at step 2 (data): hangs" in line
 
 
-def test_nobody_hangs_before_the_first_step_or_while_steps_go_on():
-    (a, b), lines = watches(2, hang_timeout=1.0)  # longer than a busy machine keeps a thread waiting
-    with a, b:
-        time.sleep(1.3)  # compiling
-        for step in range(1, 26):
-            a.at(step, "step")
-            b.at(step, "step")
-            time.sleep(0.05)
-    assert lines == []
+def test_watch_names_nobody_before_the_first_step_or_while_steps_go_on():
+    a, b = watches(2, hang_timeout=600)
+    for now in range(0, 2000, 20):  # compiling
+        assert a.look(now) == b.look(now) == ""
+    for step in range(1, 6):
+        a.at(step, "step")
+        b.at(step, "step")
+        for _ in range(28):
+            now += 20
+            assert a.look(now) == b.look(now) == ""
+
+
+def test_watch_calls_on_lost_from_its_thread():
+    called, lines = threading.Event(), []
+    store = Store()
+    watch = hosts.Watch(
+        store, 0, 2, beat_timeout=0.0, interval=0.01, on_lost=lambda line: (lines.append(line), called.set())
+    )
+    with watch:
+        assert called.wait(60)
+    assert lines[0].startswith("process 1 on host ?")
 
 
 def test_one_process_watches_nobody():

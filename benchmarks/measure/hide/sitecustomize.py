@@ -1,6 +1,6 @@
-"""Hides packages from a Python that has this folder on its path: those in $OPENVLA_HIDDEN, unless a wheel brings them.
+"""Hides the packages in $OPENVLA_HIDDEN from a Python that has this folder on its path, except in wheels.
 
-For `benchmarks/gpu.py --hide-missing`: it shows on a machine that has all packages that the script runs without some.
+`benchmarks/gpu.py --hide-missing` uses it, to run on a full installation as on one that lacks packages.
 """
 
 import importlib.machinery
@@ -18,5 +18,5 @@ def find_spec(_, name, path=None, target=None):
     return _find_spec(name, path, target)
 
 
-# A bound method, as it was: pytest keeps it as an attribute of a class of its own.
+# A bound method, like the original: pytest stores it as an attribute of a class of its own.
 importlib.machinery.PathFinder.find_spec = types.MethodType(find_spec, importlib.machinery.PathFinder)
