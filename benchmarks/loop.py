@@ -26,7 +26,8 @@ import numpy as np  # noqa: E402
 from configs import debug  # noqa: E402
 from openvla_jax.sim.dataset import write_dataset  # noqa: E402
 from openvla_jax.training import loop, setup  # noqa: E402
-from openvla_jax.training.metrics import Progress, read_metrics  # noqa: E402
+from openvla_jax.training.metrics import read_metrics  # noqa: E402
+from openvla_jax.training.progress import Progress  # noqa: E402
 
 
 class Later:

@@ -199,9 +199,14 @@ class LoRAConfig:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the closest of the known names, then all of them (at most 20)."""
     known = sorted(str(k) for k in known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {listed or 'none'}"
+    return " ".join([*did_you_mean(name, known), f"known: {listed or 'none'}"])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> list[str]:
+    """Returns a question that names the closest of the known names, or nothing if none is close."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)
+    return [f"did you mean {close[0]!r}?"] if close else []
 
 
 def from_dict(cls: Any, data: Mapping[str, Any], where: str) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax import cli
+from openvla_jax.storage import use_compilation_cache
 
 SWITCH = {"auto": None, "on": True, "off": False}
 
@@ -57,7 +58,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--reference_errors", action="store_true", help='"error" with status 200, as the reference')
     parser.add_argument(
         "--compilation_cache",
-        default=os.path.expanduser("~/.cache/openvla_jax/xla"),
+        default="~/.cache/openvla_jax/xla",
         help="folder of compiled programs, which makes the next start fast; empty: none",
     )
     planning = parser.add_argument_group("planning (the serving program compiled for TPU slices, without one)")
@@ -77,7 +78,7 @@ def serve(args: argparse.Namespace) -> None:
     from openvla_jax.inference.server import Settings, make_app, warm_up
     from openvla_jax.models.quantize import EXCLUDE
 
-    set_compilation_cache(args.compilation_cache)
+    use_compilation_cache(args.compilation_cache, every_program=True)
     changes: dict[str, Any] = {"jpeg": SWITCH[args.jpeg]}
     changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
     changes = {name: value for name, value in changes.items() if value is not None} | read_crop_area(args.crop_area)
@@ -167,14 +168,6 @@ def read_crop_area(text: str) -> dict[str, float | None]:
         return {"crop_area": None if text == "none" else float(text)}
     except ValueError:
         raise ValueError(f"--crop_area {text}: give a share of the area as 0.9, none, or auto") from None
-
-
-def set_compilation_cache(folder: str) -> None:
-    import jax
-
-    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 if __name__ == "__main__":

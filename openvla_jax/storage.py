@@ -1,4 +1,4 @@
-"""Local and remote files: paths, writes that are tried again, and writes of a whole file."""
+"""Local and remote files: paths, writes that are tried again, whole files, and the cache of compiled programs."""
 
 import os
 import time
@@ -23,6 +23,7 @@ T = TypeVar("T")
 ATTEMPTS = 4
 
 
+_CACHE_BYTES = 8 * 2**30
 _FIRST_PAUSE = 1.0  # seconds; each further one is four times as long
 
 
@@ -79,6 +80,22 @@ def copy_tree(source: str, target: epath.Path) -> None:
             new = target / os.path.relpath(path, source)
             new.parent.mkdir(parents=True, exist_ok=True)
             epath.Path(path).copy(new, overwrite=True)
+
+
+def use_compilation_cache(folder: str, every_program: bool = False) -> None:
+    """Keeps compiled programs in `folder` (empty: nowhere), unless the environment has chosen another.
+
+    `every_program`: those too that were compiled in less than a second.
+    """
+    import jax  # a second, which commands that end before they need it should not take
+
+    if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    if not is_remote(folder):  # with a limit jax locks the folder: no process reads what another has written by half
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    if every_program:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def is_remote(path: os.PathLike | str) -> bool:

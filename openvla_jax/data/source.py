@@ -1,6 +1,5 @@
 """TFDS/RLDS directories: finding and opening them, their splits, and each process's share of the episodes."""
 
-import difflib
 import re
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
+from openvla_jax.config import nearest
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
 from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig
 
@@ -77,9 +77,7 @@ def find(name: str, data_dir: epath.PathLike) -> epath.Path:
     if versions and (root.name in names or _own_name(versions[-1]) in names):
         return versions[-1]
     present = [child.name for child in root.iterdir()]
-    near = difflib.get_close_matches(name, present, 1)
-    hint = f" (nearest: {near[0]!r})" if near else ""
-    raise DatasetNotFoundError(f"dataset {name!r} is not in {str(root)!r}{hint}; it holds {_listing(root)}")
+    raise DatasetNotFoundError(f"dataset {name!r} is not in {str(root)!r}; {nearest(name, present)}")
 
 
 def _versions(folder: epath.Path) -> list[epath.Path]:
@@ -121,8 +119,10 @@ def open_source(dataset: str | DatasetConfig, data_dir: epath.PathLike) -> Sourc
     """
     if isinstance(dataset, str):
         if dataset not in DATASETS:
-            near = difflib.get_close_matches(dataset, DATASETS, 1, 0.0)[0]
-            raise DataError(f"dataset {dataset!r} has no configuration (nearest: {near!r}): pass a DatasetConfig")
+            raise DataError(
+                f"dataset {dataset!r} has no configuration: pass a DatasetConfig, or fix the name; "
+                f"{nearest(dataset, DATASETS)}"
+            )
         dataset = DATASETS[dataset]
     directory = find(dataset.name, data_dir)
     try:

@@ -5,7 +5,6 @@ without mask}, "num_transitions", "num_trajectories"}; a file of several holds {
 state, "proprio" also has "names": what its columns are called.
 """
 
-import difflib
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from etils import epath
 
+from openvla_jax.config import nearest
 from openvla_jax.data import BadActionError, DataError, StatisticsError
 from openvla_jax.data.oxe.state import without_pads
 from openvla_jax.storage import atomic_write
@@ -94,10 +94,8 @@ def load(path: str | Mapping, name: str) -> dict:
     if not isinstance(content, Mapping):
         raise StatisticsError(f"{where} holds a {type(content).__name__}, not an object: fix its path")
     if "action" not in content and name not in content:
-        near = difflib.get_close_matches(name, content, 1, 0.0)
         raise StatisticsError(
-            f"{where} has no dataset {name!r}, only {', '.join(sorted(content)) or 'none'}"
-            f"{f' (nearest: {near[0]!r})' if near else ''}: compute them, or name another file"
+            f"{where} has no dataset {name!r}; {nearest(name, content)}; compute its statistics, or name another file"
         )
     return dict(content if "action" in content else content[name])
 

@@ -16,7 +16,8 @@ from openvla_jax.evaluation import figures
 from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
 from openvla_jax.models.openvla import count_parameters
 from openvla_jax.storage import absolute, atomic_write
-from openvla_jax.training.metrics import METRICS_FILE, duration, read_metrics
+from openvla_jax.training.metrics import METRICS_FILE, read_metrics
+from openvla_jax.training.progress import duration
 
 REPORT_FILE = "report.html"
 Rows = list[tuple[str, ...]]

@@ -28,7 +28,7 @@ from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topol
 from openvla_jax.settings import Settings
 from openvla_jax.storage import atomic_write
 from openvla_jax.training.contract import choose_specs, shown
-from openvla_jax.training.metrics import duration
+from openvla_jax.training.progress import duration
 from openvla_jax.training.state import TrainState
 from openvla_jax.training.step import Job, make_job
 from openvla_jax.types import ActionSpec, Batch

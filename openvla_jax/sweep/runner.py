@@ -25,7 +25,8 @@ from rich.text import Text
 
 from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import Point, SweepError
-from openvla_jax.training.metrics import METRICS_FILE, duration
+from openvla_jax.training.metrics import METRICS_FILE
+from openvla_jax.training.progress import duration
 
 SWEEP_FILE, LOG_FILE, LOCK_FILE = "sweep.json", "log.txt", ".lock"
 POLL_SECONDS = 0.1

@@ -14,7 +14,7 @@ from openvla_jax.parallel.sharding import global_batch
 from openvla_jax.settings import Settings
 from openvla_jax.training import hosts
 from openvla_jax.training.checkpoint import Checkpoints
-from openvla_jax.training.metrics import Progress
+from openvla_jax.training.progress import Progress
 from openvla_jax.training.report import Report
 from openvla_jax.training.runtime import Profile, StopSignal
 from openvla_jax.training.setup import Run, compile_programs, open_run

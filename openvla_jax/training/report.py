@@ -12,6 +12,7 @@ from openvla_jax.models.heads import summarize
 from openvla_jax.storage import atomic_write, retry
 from openvla_jax.training import metrics as metrics_lib
 from openvla_jax.training.checkpoint import Checkpoints
+from openvla_jax.training.progress import Progress, describe
 from openvla_jax.training.runtime import Skipped
 from openvla_jax.training.setup import Run
 
@@ -34,9 +35,7 @@ class Report:
             retry(f"writing {path}", lambda: atomic_write(path, text))
             self._writer = metrics_lib.MetricLog(workdir, run.start, run.config.wandb, contract.training)
         earlier = self._writer.earlier if self._writer is not None else {}
-        self.progress = metrics_lib.Progress(
-            run.start, train.steps, train.batch_size, run.began, earlier, run.job.head.metrics
-        )
+        self.progress = Progress(run.start, train.steps, train.batch_size, run.began, earlier, run.job.head.metrics)
         self._skipped = Skipped(train.max_skipped)
         self._accuracies: collections.deque[float] = collections.deque(maxlen=train.log_every)
 
@@ -69,8 +68,7 @@ class Report:
         flat = metrics_lib.flatten(jax.device_get(summarize(head, sums)), self._run.iterator.dataset_names, "val")
         self._write(step, flat)
         self._run.log(
-            f"step {step}/{train.steps}  validation: loss {flat['val/loss']:.4f}  "
-            f"{metrics_lib.describe(flat, 'val', head.metrics)}"
+            f"step {step}/{train.steps}  validation: loss {flat['val/loss']:.4f}  {describe(flat, 'val', head.metrics)}"
         )
 
     @property

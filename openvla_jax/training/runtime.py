@@ -1,7 +1,6 @@
-"""What surrounds the steps of a long run: signals, profiles, the compilation cache."""
+"""What surrounds the steps of a long run: signals and profiles."""
 
 import contextlib
-import os
 import signal
 import tempfile
 from collections import deque
@@ -13,8 +12,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from openvla_jax.storage import copy_tree
-
-_CACHE_BYTES = 8 * 2**30
 
 
 class NonFiniteError(FloatingPointError):
@@ -99,12 +96,3 @@ class Profile:
         with self._folder as folder:
             copy_tree(folder, self._workdir / "profile")
         self._folder = None
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (empty: nowhere), unless the environment has chosen another."""
-    if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-    if "://" not in folder:  # with a limit jax locks the folder: no process reads what another has written by half
-        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)

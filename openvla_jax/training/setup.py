@@ -24,13 +24,12 @@ from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
 from openvla_jax.parallel.sharding import check_batch, global_batch, make_mesh
 from openvla_jax.parallel.tpu import compiler_options, generation_of
 from openvla_jax.settings import Settings
-from openvla_jax.storage import absolute
+from openvla_jax.storage import absolute, use_compilation_cache
 from openvla_jax.training import hosts
 from openvla_jax.training.checkpoint import restore_iterator, restore_state
 from openvla_jax.training.contract import build_contract, choose_specs, shown
 from openvla_jax.training.identity import check_same_run, run_fingerprint
 from openvla_jax.training.kernel_check import check_kernels
-from openvla_jax.training.runtime import use_compilation_cache
 from openvla_jax.training.state import TrainState, init_state
 from openvla_jax.training.step import Job, make_job
 from openvla_jax.types import ActionSpec, ObservationSpec

@@ -395,7 +395,7 @@ def test_the_mixture_changes_at_the_steps_of_the_schedule(fakes, tmp_path):
         ((("wide", 5), ("fake", 5)), r"data.schedule ends its mixtures at steps \[5, 5\]: they must rise"),
         (("wide",), r"data.schedule is \('wide',\): give \(mixture, last step\) pairs, as in"),
         ((("wide", 0.5),), r"give \(mixture, last step\) pairs"),
-        ((("wider", 5),), r"unknown dataset or mixture 'wider' \(nearest: 'wide'\)"),
+        ((("wider", 5),), r"unknown dataset or mixture 'wider' \(did you mean 'wide'\?\)"),
     ],
 )
 def test_schedules_that_make_no_sense_are_told(fakes, schedule, message):
@@ -510,5 +510,5 @@ def test_damaged_files_and_wrong_statistics_are_told(names, tmp_path):
         _iterator(_data("fake", tmp_path, statistics=str(tmp_path / "s.json")))
     with pytest.raises(DataError, match=r"data.data_dir is not set: name the folder"):
         _iterator(_data("fake", ""))
-    with pytest.raises(ValueError, match=r"unknown dataset or mixture 'fakes' \(nearest: 'fake'\)"):
+    with pytest.raises(ValueError, match=r"unknown dataset or mixture 'fakes' \(did you mean 'fake'\?\)"):
         _iterator(_data("fakes", tmp_path))

@@ -611,11 +611,11 @@ def test_resolve_mixture():
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ("oxe_magic_sup", r"'oxe_magic_sup' \(nearest: 'oxe_magic_soup'\)"),
-        ("bridge_origin", r"'bridge_origin' \(nearest: 'bridge_orig'\)"),
+        ("oxe_magic_sup", r"'oxe_magic_sup' \(did you mean 'oxe_magic_soup'\?\)"),
+        ("bridge_origin", r"'bridge_origin' \(did you mean 'bridge_orig'\?\)"),
         (
             [("toto", 1.0), ("tako_play", 1.0), ("violas", 1.0)],
-            r"'tako_play' \(nearest: 'taco_play'\), 'violas' .*'viola'",
+            r"'tako_play' \(did you mean 'taco_play'\?\), 'violas' .*'viola'",
         ),
         ("oxe_flex_act_soup", "'gnm_dataset' .*'aloha_static_dataset' .*'aloha_mobile_dataset'"),
         ([("toto", 1.0), ("toto", 2.0)], "'toto' is given twice"),

@@ -84,7 +84,7 @@ def test_a_single_tfds_config_is_looked_through_and_several_are_not(tmp_path):
 
 
 def test_missing_datasets_are_told_with_what_is_there(fake, tmp_path):
-    with pytest.raises(DatasetNotFoundError, match=r"'fakes' is not in .* \(nearest: 'fake'\); it holds fake$"):
+    with pytest.raises(DatasetNotFoundError, match=r"'fakes' is not in .*; did you mean 'fake'\? known: fake$"):
         find("fakes", str(fake))
     with pytest.raises(DatasetNotFoundError, match=r"is not a folder: set data.data_dir to the folder that holds fake"):
         find("fake", str(tmp_path / "nowhere"))
@@ -93,7 +93,7 @@ def test_missing_datasets_are_told_with_what_is_there(fake, tmp_path):
     (tmp_path / "kuka" / "1.0.0").mkdir(parents=True)
     with pytest.raises(DatasetNotFoundError, match=r"no <version>/dataset_info.json .* it holds 1.0.0$"):
         find("kuka", str(tmp_path))
-    with pytest.raises(DataError, match=r"'bridge_org' has no configuration \(nearest: 'bridge_orig'\)"):
+    with pytest.raises(DataError, match=r"'bridge_org' has no configuration: .*did you mean 'bridge_orig'\?"):
         open_source("bridge_org", str(fake))
 
 

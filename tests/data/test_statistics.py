@@ -172,7 +172,9 @@ def test_files_of_the_reference_are_read(source, tmp_path):
         loaded = statistics.prepare(statistics.load(str(golden(name)), "bridge_orig"), "bridge_orig", MASK)
         assert loaded["action"]["mask"] == list(MASK)
         assert loaded["num_transitions"] == 400
-    with pytest.raises(StatisticsError, match=r"no dataset 'bridge_org', only bridge_orig \(nearest: 'bridge_orig'\)"):
+    with pytest.raises(
+        StatisticsError, match=r"no dataset 'bridge_org'; did you mean 'bridge_orig'\? known: bridge_orig;"
+    ):
         statistics.load(str(golden("pipeline/run_dir/dataset_statistics.json")), "bridge_org")
     with pytest.raises(StatisticsError, match=r"statistics file .*nowhere.json cannot be read"):
         dataset_statistics(source, path=str(tmp_path / "nowhere.json"))

@@ -10,7 +10,7 @@ from etils import epath
 
 from openvla_jax import storage
 from openvla_jax.settings import WandbSettings
-from openvla_jax.training import metrics, runtime
+from openvla_jax.training import metrics, progress, runtime
 
 NO_WANDB = WandbSettings()
 
@@ -169,16 +169,16 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 def test_goodput_adds_up_over_restarts(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     began = now[0]
     now[0] += 30  # compiling
-    progress = metrics.Progress(0, 100, 8, began, {})
+    run = progress.Progress(0, 100, 8, began, {})
     now[0] += 50
-    progress.paused("data", 5.0)
-    with progress.pausing("checkpoint"):
+    run.paused("data", 5.0)
+    with run.pausing("checkpoint"):
         now[0] += 20
-    first = progress.goodput()
+    first = run.goodput()
     assert first == pytest.approx(
         {"compute": 0.45, "data": 0.05, "checkpoint": 0.2, "evaluation": 0.0, "restarts": 0.3, "seconds": 100.0}
     )
@@ -187,26 +187,28 @@ def test_goodput_adds_up_over_restarts(monkeypatch):
     now[0] += 500  # steps that are not in the file any more, standing still
     began = now[0]
     now[0] += 100  # starting
-    progress = metrics.Progress(10, 100, 8, began, json.loads(json.dumps(line)))
+    run = progress.Progress(10, 100, 8, began, json.loads(json.dumps(line)))
     now[0] += 300
-    shares = progress.goodput()
+    shares = run.goodput()
     assert shares["seconds"] == pytest.approx(1000)
     assert shares["compute"] == pytest.approx(0.345) and shares["restarts"] == pytest.approx(0.63)
     assert sum(value for name, value in shares.items() if name != "seconds") == pytest.approx(1)
-    assert progress.goodput_line().startswith("goodput 34.5% of 16m40s (data 0.5%, checkpoint 2.0%")
+    assert run.goodput_line().startswith("goodput 34.5% of 16m40s (data 0.5%, checkpoint 2.0%")
 
 
 def test_compiled_programs_are_kept_unless_the_environment_decides(monkeypatch, tmp_path):
     changed = {}
-    monkeypatch.setattr(runtime.jax.config, "update", changed.__setitem__)
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    runtime.use_compilation_cache(str(tmp_path))
+    storage.use_compilation_cache(str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    runtime.use_compilation_cache("")
+    storage.use_compilation_cache("")
     assert changed == {}
-    runtime.use_compilation_cache("~/x")
+    storage.use_compilation_cache("~/x")
     assert changed["jax_compilation_cache_dir"] == os.path.expanduser("~/x")
     assert changed["jax_compilation_cache_max_size"] > 2**30
     changed.clear()
-    runtime.use_compilation_cache("gs://bucket/x")
+    storage.use_compilation_cache("gs://bucket/x")
     assert changed == {"jax_compilation_cache_dir": "gs://bucket/x"}
+    storage.use_compilation_cache("gs://bucket/x", every_program=True)
+    assert changed["jax_persistent_cache_min_compile_time_secs"] == 0

@@ -4,10 +4,10 @@
 relative to the size of its dataset: 1.0 is one pass over it for one pass over any other dataset of weight 1.0.
 """
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from openvla_jax.config import did_you_mean
 from openvla_jax.data.oxe.datasets import DATASETS
 
 Mixture = tuple[tuple[str, float], ...]
@@ -153,9 +153,9 @@ def resolve_mixture(
     """The (dataset, weight) pairs that a name or a list of pairs stands for.
 
     mixture: a name in mixtures, the name of one dataset (weight 1.0), or pairs given by the user. datasets: the names
-    of all configured datasets, the user's own included. ValueError names all unknown datasets with the nearest known
-    name, a dataset given twice, and a weight that is not a positive number. Datasets that are configured but not
-    supported (`DatasetConfig.supported`) are returned like the others.
+    of all configured datasets, the user's own included. ValueError names all unknown datasets, each with a known name
+    that is close, a dataset given twice, and a weight that is not a positive number. Datasets that are configured but
+    not supported (`DatasetConfig.supported`) are returned like the others.
     """
     if isinstance(mixture, str):
         mixture = mixtures.get(mixture, ((mixture, 1.0),))
@@ -166,7 +166,7 @@ def resolve_mixture(
     unknown = [name for name in names if name not in datasets]
     if unknown:
         known = sorted({*datasets, *mixtures})
-        hints = [f"{name!r} (nearest: {difflib.get_close_matches(name, known, 1, 0.0)[0]!r})" for name in unknown]
+        hints = [" ".join([repr(name), *(f"({hint})" for hint in did_you_mean(name, known))]) for name in unknown]
         raise ValueError(f"unknown dataset or mixture {', '.join(hints)}; fix the name, or configure it in data.module")
     for name, weight in pairs:
         if names.count(name) > 1:
