@@ -120,36 +120,21 @@ def bucket(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "buckets"
     root.mkdir()
 
-    class Bucket(backend._OsPathBackend):
-        pass
-
-    def mapped(method):
-        def call(self, *arguments, **options):
-            return method(self, *(_local(argument) for argument in arguments), **options)
-
-        return call
-
-    def _local(argument):
+    def local(argument):
         text = os.fspath(argument) if isinstance(argument, os.PathLike) else argument
         return f"{root}/{text[5:]}" if isinstance(text, str) and text.startswith("gs://") else argument
 
-    for name in (
-        "open",
-        "exists",
-        "isdir",
-        "listdir",
-        "makedirs",
-        "mkdir",
-        "rmtree",
-        "remove",
-        "replace",
-        "copy",
-        "stat",
-    ):
+    def mapped(method):
+        return lambda self, *arguments, **options: method(self, *map(local, arguments), **options)
+
+    class Bucket(backend._OsPathBackend):
+        def walk(self, top, **_):
+            for folder, *names in os.walk(local(top)):
+                yield f"gs://{os.path.relpath(folder, root)}", *names
+
+    changes = ("makedirs", "mkdir", "rmtree", "remove", "replace", "copy")
+    for name in ("open", "exists", "isdir", "listdir", "stat", *changes):
         setattr(Bucket, name, mapped(getattr(backend._OsPathBackend, name)))
-    Bucket.walk = lambda self, top, **options: (
-        (f"gs://{os.path.relpath(folder, root)}", *names) for folder, *names in os.walk(_local(top))
-    )
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     fake = Bucket()
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
