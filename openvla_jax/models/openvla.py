@@ -144,9 +144,8 @@ class OpenVLA(nnx.Module):
         wanted = (config.image_size, config.image_size, 3 * len(towers))
         cameras = shape[1] if len(shape) == 5 else 1
         if shape[-3:] != wanted or cameras != config.cameras or len(shape) not in (4, 5):
-            raise ValueError(
-                f"pixel_values {shape}: {config.name!r} takes [B, {config.cameras}, {', '.join(map(str, wanted))}]"
-            )
+            takes = wanted if config.cameras == 1 else (config.cameras, *wanted)
+            raise ValueError(f"pixel_values {shape}: {config.name!r} takes [B, {', '.join(map(str, takes))}]")
         pixels = jnp.asarray(pixel_values, self.dtype).reshape(-1, *wanted)
         features = []
         for i, tower in enumerate(towers):
