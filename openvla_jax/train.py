@@ -87,8 +87,9 @@ def load_config(name: str, overrides: Sequence[str]) -> Any:
         with config_files.importable(file.partition(":")[0]):
             rest = values(argv)[1:]
     except (AttributeError, KeyError) as error:
-        said = re.sub(r"\\[n']|[\"']", " ", str(error.args[0]))  # a quoted text of several lines
-        raise ValueError(f"{file} has no setting {said}") from error
+        name, *others = re.findall(r"['\"]+(\w+)", str(error.args[0]))  # the key, and one that it may stand for
+        meant = f"; did you mean {others[0]!r}?" if others else ""
+        raise ValueError(f"{file} has no setting {name!r}{meant}") from error
     except (TypeError, ValueError, flags.Error) as error:
         text = str(error).strip()
         if "Traceback" in text:  # of the config file; its last line says what is wrong

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from training.batches import ONE_TOWER, random_batch
 
 from openvla_jax.config import LoRAConfig
@@ -22,6 +21,7 @@ from openvla_jax.models.quantize import QTensor, quantize_array
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
+from openvla_jax.settings import OptimizerSettings
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import make_train_step
@@ -203,10 +203,7 @@ def test_a_training_step_with_kernels_is_one_without(monkeypatch):
     tower = dataclasses.replace(tower, width=128, heads=2, depth=3)
     llama = dataclasses.replace(llama, width=256, heads=2, kv_heads=2, depth=2)
     model = dataclasses.replace(ONE_TOWER, towers=(tower,), llama=llama)
-    settings = ConfigDict(
-        dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.0, weight_decay=0.0,
-             b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)
-    )  # fmt: skip
+    settings = OptimizerSettings(learning_rate=1e-3)
     schedule = make_schedule(settings, 10)
     optimizer, mesh = make_optimizer(settings, schedule), make_mesh({"data": 2, "fsdp": 4})
     _, placed = abstract_state(model, jnp.bfloat16, optimizer, mesh)

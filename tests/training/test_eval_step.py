@@ -10,10 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from training.batches import ONE_TOWER, random_batch
 
+from openvla_jax.models.heads import TokenHead
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import BATCH, global_batch, make_mesh, shardings
 from openvla_jax.training.step import make_eval_step, make_forward
+from openvla_jax.types import ActionSpec
 
 ROWS = 64
 WIDE = dataclasses.replace(
@@ -63,7 +65,7 @@ def test_eval_and_train_step_share_their_constraints():
     params = nnx.state(jax.eval_shape(lambda key: OpenVLA(WIDE, key), jax.random.key(0)), nnx.Param)
     arguments = params, nnx.State({}), random_batch(8, model=WIDE)
     count = lambda function: str(jax.make_jaxpr(function)(*arguments)).count("sharding_constraint[")
-    forward = count(make_forward(WIDE, execution, dtype=jnp.bfloat16, datasets=2))
+    forward = count(make_forward(WIDE, TokenHead(WIDE, ActionSpec()), execution, dtype=jnp.bfloat16, datasets=2))
     leaves = len(jax.tree.leaves(arguments[2]))
     assert count(make_eval_step(WIDE, execution, dtype=jnp.bfloat16, datasets=2)) == forward + leaves > leaves
 
