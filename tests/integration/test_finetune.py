@@ -160,8 +160,8 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(tuned, base, data_dir,
         (settings(tuned, data_dir), None, "is an adapter, not a whole model: convert_weights.py merge"),
         (settings(base, data_dir, data__statistics=str(strange)), None, "has no dataset 'tabletop'"),
         (settings(base, data_dir, data__statistics="base"), None, "start from has no dataset 'tabletop'"),
-        (settings(base, data_dir, quantize="int3"), None, "unknown quantisation 'int3'"),
-        (settings(base, data_dir, statistics="both"), None, "unknown statistics 'both'"),
+        (settings(base, data_dir, quantize="int3"), None, "config.quantize is 'int3': one of"),
+        (settings(base, data_dir, statistics="both"), None, "config.statistics is 'both': one of"),
         (settings(base, data_dir, trainable="*", quantize="int4", lora__rank=0), None, "quantize needs frozen weights"),
     ]
     for number, (config, workdir, message) in enumerate(cases):
