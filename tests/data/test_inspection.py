@@ -193,7 +193,7 @@ def test_the_papers_mixture_is_drawn_from_stand_ins(tmp_path, exits):
     late = next(iterator).dataset
     assert set(early) >= set(range(20)) and set(late) <= set(range(25))
     # Drawn as the weights say, within the accuracy of a sample of 512: three standard deviations and a half.
-    expected = np.array(iterator._identity["weights"][-1])
+    expected = np.array(iterator.identity["weights"][-1])
     seen = np.bincount(late, minlength=27) / late.size
     assert np.all(np.abs(seen - expected) < 3.5 * np.sqrt(expected * (1 - expected) / late.size) + 1e-9)
 
