@@ -133,4 +133,4 @@ def test_server_answers_a_chunk_for_images_and_a_state(policy):
         chunk = decode_array(answer.json(), "actions")
         np.testing.assert_array_equal(chunk, policy.predict_chunk(seen))
         refused = client.post("/act", content=dumps(body | {"state": seen.state[:3]}))
-        assert refused.status_code == 400 and "6 numbers" in refused.text
+        assert refused.status_code == 422 and "6 numbers" in refused.text
