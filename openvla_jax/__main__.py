@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from openvla_jax import cli
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 
 # Each command's module and function, imported when it runs: a data job needs no model.
 COMMANDS = {
@@ -44,9 +45,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else cli.BAD_INPUT
     name, *rest = arguments
     if name in RESERVED:
-        raise ValueError(f"`openvla {name}` is not in this version yet; {RESERVED[name]}")
+        raise InputError(f"`openvla {name}` is not in this version yet; {RESERVED[name]}")
     if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+        raise InputError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
     module, function = COMMANDS[name]
     return getattr(importlib.import_module(module), function)(rest)
 

@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from openvla_jax.errors import InputError
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -101,7 +103,7 @@ class VLAConfig:
             if not isinstance(value, int) or value < 1
         ]
         if problems:  # the checks below divide by these
-            raise ValueError(f"model config {self.name!r}: " + "; ".join(problems))
+            raise InputError(f"model config {self.name!r}: " + "; ".join(problems))
         for t in self.towers:
             if t.width % t.heads:
                 problems.append(f"tower {t.name!r}: width {t.width} is not a multiple of heads {t.heads}")
@@ -136,7 +138,7 @@ class VLAConfig:
         if self.resize not in ("resize-naive", "resize-crop", "letterbox"):
             problems.append(f"unknown resize {self.resize!r}: resize-naive, resize-crop or letterbox")
         if problems:
-            raise ValueError(f"model config {self.name!r}: " + "; ".join(problems))
+            raise InputError(f"model config {self.name!r}: " + "; ".join(problems))
 
     @property
     def image_size(self) -> int:
@@ -185,11 +187,11 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise ValueError(f"lora.rank {self.rank}: at least 1, or 0 for no adapters")
+            raise InputError(f"lora.rank {self.rank}: at least 1, or 0 for no adapters")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout {self.dropout}: at least 0 and below 1")
+            raise InputError(f"lora.dropout {self.dropout}: at least 0 and below 1")
         if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"lora.alpha {self.alpha}: above 0, or None for min(rank, 16)")
+            raise InputError(f"lora.alpha {self.alpha}: above 0, or None for min(rank, 16)")
 
     @property
     def scale(self) -> float:
@@ -214,10 +216,10 @@ def from_dict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            raise ValueError(f"unknown key {key!r} in {where} config; {nearest(key, fields)}")
+            raise InputError(f"unknown key {key!r} in {where} config; {nearest(key, fields)}")
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]
     if missing:
-        raise ValueError(f"{where} config lacks {', '.join(missing)}")
+        raise InputError(f"{where} config lacks {', '.join(missing)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
@@ -298,9 +300,9 @@ def compose(
     default.
     """
     if vision not in VISION_BACKBONES:
-        raise ValueError(f"unknown vision backbone {vision!r}; {nearest(vision, VISION_BACKBONES)}")
+        raise InputError(f"unknown vision backbone {vision!r}; {nearest(vision, VISION_BACKBONES)}")
     if llm not in LANGUAGE_MODELS:
-        raise ValueError(f"unknown language model {llm!r}; {nearest(llm, LANGUAGE_MODELS)}")
+        raise InputError(f"unknown language model {llm!r}; {nearest(llm, LANGUAGE_MODELS)}")
     towers, (llama, family) = VISION_BACKBONES[vision], LANGUAGE_MODELS[llm]
     kind = projector or ("fused-gelu-mlp" if len(towers) > 1 else "gelu-mlp")
     return VLAConfig(name or f"{vision}+{llm}", towers, llama, ProjectorConfig(kind), resize, family)
@@ -351,7 +353,7 @@ def preset(name: str) -> VLAConfig:
     vision, _, llm = name.partition("+")
     if vision in VISION_BACKBONES or llm in LANGUAGE_MODELS:
         return compose(vision, llm)
-    raise ValueError(
+    raise InputError(
         f"unknown model preset {name!r}; {nearest(name, [*PRESETS, 'tiny'])}; or VISION+LLM of backbone ids"
     )
 
@@ -394,7 +396,7 @@ def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     names = [tower["name"] for tower in data["towers"]]
     for key in overrides:
         if key not in names:
-            raise ValueError(f"unknown tower {key!r} in model.towers of preset {base.name!r}; {nearest(key, names)}")
+            raise InputError(f"unknown tower {key!r} in model.towers of preset {base.name!r}; {nearest(key, names)}")
     kept = [tower for tower in data["towers"] if overrides.get(tower["name"], {}) is not None]
     data["towers"] = [tower | dict(overrides.get(tower["name"], {})) for tower in kept]
     return VLAConfig.from_dict(data | settings)

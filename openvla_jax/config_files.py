@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 
 _PACKAGE = "configs"  # the name under which config files import each other
 
@@ -27,7 +28,7 @@ def find(name: str) -> str:
         return name
     shipped = Path(path).with_suffix("").as_posix().removeprefix(f"{_PACKAGE}/")
     if not (file := folder() / f"{shipped}.py").is_file():
-        raise ValueError(f"config file {path} does not exist; {nearest(shipped, names())}")
+        raise InputError(f"config file {path} does not exist; {nearest(shipped, names())}")
     return f"{file}{colon}{argument}"
 
 
@@ -80,12 +81,12 @@ def call(path: str | Path, function: str, *arguments: str) -> Any:
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"file {path} does not exist")
+        raise InputError(f"file {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"openvla_jax_file_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with importable(file):
         spec.loader.exec_module(module)
         if not hasattr(module, function):
-            raise ValueError(f"{path} has no function {function}()")
+            raise InputError(f"{path} has no function {function}()")
         return getattr(module, function)(*arguments)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax import cli
+from openvla_jax.errors import InputError
 from openvla_jax.evaluation.rollouts import FIRST_SEED
 from openvla_jax.inference.client import ServerError
 from openvla_jax.sim.tabletop import WORLDS
@@ -124,10 +125,10 @@ def read_frames(args: argparse.Namespace, info: Mapping[str, Any]) -> dict[str, 
     data = info["training"].get("data", {})
     data_dir, module = args.data_dir or data.get("data_dir"), data.get("module", "")
     if not data_dir:
-        raise ValueError("the checkpoint does not say where its data are: --data_dir names their folder")
+        raise InputError("the checkpoint does not say where its data are: --data_dir names their folder")
     for name in args.datasets or ():
         if name not in info["statistics"]:
-            raise ValueError(f"the checkpoint has no statistics of {name!r}; {nearest(name, info['statistics'])}")
+            raise InputError(f"the checkpoint has no statistics of {name!r}; {nearest(name, info['statistics'])}")
     names = args.datasets or list(info["statistics"])
     return {
         name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split, module)
@@ -170,7 +171,7 @@ def run_compare(args: argparse.Namespace) -> None:
     named = [item.partition("=")[::2] for item in args.checkpoints]
     for name, path in named:
         if not name or not path:
-            raise ValueError(f"checkpoint {name or path!r}: give NAME=CHECKPOINT, as lora=runs/lora")
+            raise InputError(f"checkpoint {name or path!r}: give NAME=CHECKPOINT, as lora=runs/lora")
     results = {}
     for name, path in named:
         policy = Policy.from_checkpoint(path, check_images=False)

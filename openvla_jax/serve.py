@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax import cli
+from openvla_jax.errors import InputError
 from openvla_jax.storage import use_compilation_cache
 
 SWITCH = {"auto": None, "on": True, "off": False}
@@ -117,7 +118,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from openvla_jax.planning.environment import planning_environment
 
     if args.plan_batch < 1:
-        raise ValueError(f"--plan_batch {args.plan_batch}: 1 at least")
+        raise InputError(f"--plan_batch {args.plan_batch}: 1 at least")
     with tempfile.TemporaryDirectory() as dump:
         os.environ.update(planning_environment(os.environ, Path(dump)))
         from openvla_jax.checkpoint.reading import load_contract
@@ -156,7 +157,7 @@ def read_token(path: Path | None) -> str | None:
         return os.environ.get("OPENVLA_TOKEN") or None
     token = path.read_text().strip()
     if not token:
-        raise ValueError(f"token file {path} is empty: put the token into it, or leave --token_file out")
+        raise InputError(f"token file {path} is empty: put the token into it, or leave --token_file out")
     return token
 
 
@@ -167,7 +168,7 @@ def read_crop_area(text: str) -> dict[str, float | None]:
     try:
         return {"crop_area": None if text == "none" else float(text)}
     except ValueError:
-        raise ValueError(f"--crop_area {text}: give a share of the area as 0.9, none, or auto") from None
+        raise InputError(f"--crop_area {text}: give a share of the area as 0.9, none, or auto") from None
 
 
 if __name__ == "__main__":

@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from openvla_jax.config import LoRAConfig, nearest
+from openvla_jax.errors import InputError
 
 
 def _choice(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}: one of {', '.join(map(str, choices))}")
+        raise InputError(f"{name} is {value!r}: one of {', '.join(map(str, choices))}")
 
 
 def _at_least(name: str, value: Any, least: float) -> None:
     if value is not None and not value >= least:
-        raise ValueError(f"{name} is {value!r}: at least {least}")
+        raise InputError(f"{name} is {value!r}: at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,10 @@ class AugmentConfig:
         for name, (least, most) in limits.items():
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
-                raise ValueError(f"augment.{name} is {(low, high)}: give (low, high) within [{least}, {most}]")
+                raise InputError(f"augment.{name} is {(low, high)}: give (low, high) within [{least}, {most}]")
         for name, most in {"brightness": 1.0, "hue": 0.5}.items():
             if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}: give a number within [0, {most}]")
+                raise InputError(f"augment.{name} is {getattr(self, name)}: give a number within [0, {most}]")
 
     @property
     def policy_crop_area(self) -> float | None:
@@ -207,19 +208,19 @@ def _read(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     values = {}
     for name, value in data.items():
         if name not in hints:
-            raise ValueError(f"unknown setting {where}.{name}; {nearest(name, hints)}")
+            raise InputError(f"unknown setting {where}.{name}; {nearest(name, hints)}")
         values[name] = _value(hints[name], value, f"{where}.{name}")
     try:
         return cls(**values)
     except ValueError as error:  # the checks name the setting within its section's config
-        raise ValueError(f"config.{error}") from None
+        raise InputError(f"config.{error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """The value as `hint` says: nested settings, lists as tuples, whole numbers as float."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}: it is a section with settings of its own")
+            raise InputError(f"{where} is {value!r}: it is a section with settings of its own")
         return _read(hint, value, where)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(option) or option for option in options)
@@ -243,4 +244,4 @@ def _plain(value: Any) -> Any:
 
 def _wrong(where: str, value: Any, hint: Any) -> Any:
     named = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise ValueError(f"{where} is {value!r}: its type is {named}")
+    raise InputError(f"{where} is {value!r}: its type is {named}")

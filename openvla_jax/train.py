@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from openvla_jax import cli, config_files
+from openvla_jax.errors import InputError
 
 DOES_NOT_FIT = 1
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 def finetune(arguments: Sequence[str]) -> int:
     options, config = parse(arguments, "finetune")
     if not config.init_from and not options.plan:
-        raise ValueError("fine-tuning starts from a checkpoint: give --config.init_from=DIR")
+        raise InputError("fine-tuning starts from a checkpoint: give --config.init_from=DIR")
     return _execute(options, config)
 
 
@@ -49,7 +49,7 @@ def plan(arguments: Sequence[str]) -> int:
         print("usage: openvla plan TOPOLOGIES --config CONFIG: the same as openvla train --plan TOPOLOGIES", end="\n\n")
         return main(arguments)
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError("no TPU slice to plan for: openvla plan v5p:4x4x4 --config CONFIG")
+        raise InputError("no TPU slice to plan for: openvla plan v5p:4x4x4 --config CONFIG")
     return main(["--plan", *arguments])
 
 
@@ -89,14 +89,14 @@ def load_config(name: str, overrides: Sequence[str]) -> Any:
     except (AttributeError, KeyError) as error:
         name, *others = re.findall(r"['\"]+(\w+)", str(error.args[0]))  # the key, and one that it may stand for
         meant = f"; did you mean {others[0]!r}?" if others else ""
-        raise ValueError(f"{file} has no setting {name!r}{meant}") from error
+        raise InputError(f"{file} has no setting {name!r}{meant}") from error
     except (TypeError, ValueError, flags.Error) as error:
         text = str(error).strip()
         if "Traceback" in text:  # of the config file; its last line says what is wrong
             text = re.sub(r"^\w+Error: ", "", text.splitlines()[-1])
-        raise ValueError(text) from error
+        raise InputError(text) from error
     if rest:
-        raise ValueError(f"unknown argument {rest[0]}: settings are written --config.KEY=VALUE")
+        raise InputError(f"unknown argument {rest[0]}: settings are written --config.KEY=VALUE")
     return values.config
 
 
@@ -128,12 +128,12 @@ def train(config: Any, workdir: str, place: tuple[str | None, int | None, int | 
         from openvla_jax.training.loop import run
 
         run(config, workdir)
-    except (*cli.USER_ERRORS, KeyError, NonFiniteError, hosts.HostError) as error:
+    except Exception as error:
+        if not (cli.is_users(error) or isinstance(error, NonFiniteError | hosts.HostError)):
+            cli.report_bug(error)
+            hosts.leave(cli.BUG)
         cli.report(error)
         hosts.leave(hosts.LOST if isinstance(error, StorageError | hosts.HostError) else cli.BAD_INPUT)
-    except Exception:
-        traceback.print_exc()
-        hosts.leave(1)
 
 
 def _plan(config: Any, topologies: list[str], out: str | None, search: bool) -> int:

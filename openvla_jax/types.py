@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from openvla_jax.config import from_dict, nearest
+from openvla_jax.errors import InputError
 
 HEADS = ("tokens",)
 NORMALIZATIONS = ("bounds_q99", "bounds", "normal")
@@ -62,9 +63,9 @@ class ObservationSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.cameras, str) or not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ValueError(f"observation.cameras is {self.cameras}: give at least one name, each once")
+            raise InputError(f"observation.cameras is {self.cameras}: give at least one name, each once")
         if self.rotation not in (0, 90, 180, 270):
-            raise ValueError(f"observation.rotation is {self.rotation}: 0, 90, 180 or 270 degrees")
+            raise InputError(f"observation.rotation is {self.rotation}: 0, 90, 180 or 270 degrees")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ObservationSpec":
@@ -99,9 +100,9 @@ class ActionSpec:
         for name in ("dim", "horizon", "executed", "bins"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"action.{name} is {value!r}: give a whole number of at least 1")
+                raise InputError(f"action.{name} is {value!r}: give a whole number of at least 1")
         if self.executed > self.horizon:
-            raise ValueError(f"action.executed is {self.executed}: at most action.horizon, {self.horizon}")
+            raise InputError(f"action.executed is {self.executed}: at most action.horizon, {self.horizon}")
         choices = {
             "head": HEADS,
             "normalization": NORMALIZATIONS,
@@ -110,9 +111,9 @@ class ActionSpec:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"action.{name} is {getattr(self, name)!r}: one of {', '.join(map(repr, known))}")
+                raise InputError(f"action.{name} is {getattr(self, name)!r}: one of {', '.join(map(repr, known))}")
         if self.names and len(self.names) != self.dim:
-            raise ValueError(f"action.names has {len(self.names)} names for {self.dim} dimensions")
+            raise InputError(f"action.names has {len(self.names)} names for {self.dim} dimensions")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ActionSpec":
@@ -137,18 +138,18 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.resize_kernel not in KERNELS:
-            raise ValueError(
+            raise InputError(
                 f"unknown preprocessing.resize_kernel {self.resize_kernel!r}; {nearest(self.resize_kernel, KERNELS)}"
             )
         number = isinstance(self.crop_area, int | float) and not isinstance(self.crop_area, bool)
         if self.crop_area is not None and not (number and 0 < self.crop_area <= 1):
-            raise ValueError(
+            raise InputError(
                 f"preprocessing.crop_area is {self.crop_area!r}: give a share of the area within (0, 1], or None"
             )
         if not isinstance(self.jpeg, bool):
-            raise ValueError(f"preprocessing.jpeg is {self.jpeg!r}: true or false")
+            raise InputError(f"preprocessing.jpeg is {self.jpeg!r}: true or false")
         if isinstance(self.text_length, bool) or not isinstance(self.text_length, int) or self.text_length < 1:
-            raise ValueError(f"preprocessing.text_length is {self.text_length!r}: give a whole number of at least 1")
+            raise InputError(f"preprocessing.text_length is {self.text_length!r}: give a whole number of at least 1")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":

@@ -2,24 +2,34 @@
 
 import subprocess
 import sys
+import tempfile
 
+import jax
 import pytest
 from conftest import ROOT
 
 import configs.debug
 from openvla_jax import cli, config_files
 from openvla_jax.__main__ import COMMANDS, RESERVED, main
+from openvla_jax.errors import InputError
 from openvla_jax.train import load_config, parse, plan
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ValueError("two\n  lines"), "error: two lines"),
+        (InputError("two\n  lines"), "error: two lines"),
+        (InputError.of("x.json", "is empty", "download it again"), "error: x.json: is empty; download it again"),
         (ModuleNotFoundError("No module named 'av'", name="av"),
          "error: No module named 'av'; pip install 'openvla_jax[lerobot]'"),
         (FileNotFoundError(2, "No such file or directory", "x.json"),
          "error: [Errno 2] No such file or directory: 'x.json'"),
+        (OSError(28, "No space left on device", "x.json"), "error: [Errno 28] No space left on device: 'x.json'"),
+        (MemoryError("of the host"),
+         "error: out of memory (of the host): take a smaller batch, lower precision, or a machine with more"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 9GiB\nBT: 1"),
+         "error: out of memory (RESOURCE_EXHAUSTED: Failed to allocate request for 9GiB): take a smaller batch, lower "
+         "precision, or a machine with more"),
     ],
 )  # fmt: skip
 def test_command_reports_user_errors_in_one_line(error, line, monkeypatch, capsys):
@@ -36,9 +46,28 @@ def test_command_reports_user_errors_in_one_line(error, line, monkeypatch, capsy
     assert printed.startswith("Traceback") and printed.endswith(f"{line}\n")
 
 
-def test_command_lets_faults_of_the_program_through():
-    with pytest.raises(ZeroDivisionError):
-        cli.command(lambda arguments: 1 // 0)([])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), TypeError("x"), RuntimeError("two\nlines")])
+def test_command_calls_other_errors_bugs_and_keeps_their_traceback(error, monkeypatch, capsys, tmp_path):
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.command(run)([]) == 1
+    printed = capsys.readouterr().err
+    (file,) = tmp_path.iterdir()
+    text = " ".join(str(error).split())
+    assert printed == (
+        f"error: this is a bug in openvla_jax: {type(error).__name__}: {text}; its traceback is in {file}: please "
+        "report it\n"
+    )
+    assert file.read_text().startswith("Traceback") and "raise error" in file.read_text()
+
+
+def test_command_prints_the_traceback_of_a_bug_if_no_file_can_be_written(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert cli.command(lambda arguments: 1 // 0)([]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback") and "its traceback is above" in printed.splitlines()[-1]
 
 
 def test_command_returns_the_exit_code():

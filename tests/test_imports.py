@@ -8,7 +8,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "openvla_jax"
 # Bottom to top. A name is a module or a package directly below openvla_jax.
 LAYERS = (
-    ("types", "config", "settings", "storage", "cli", "config_files", "parallel"),
+    ("errors", "types", "config", "settings", "storage", "cli", "config_files", "parallel"),
     ("tokens", "vision", "kernels"),
     ("models",),
     ("checkpoint",),

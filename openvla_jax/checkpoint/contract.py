@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from openvla_jax.config import VLAConfig, nearest
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.actions import NORMALIZATIONS, ActionTokenizer
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
@@ -31,7 +32,7 @@ CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics
 REFERENCE_CROP_AREA = 0.9  # of the reference's training crops and of its evaluations
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that is missing, incomplete, of another model, or not one at all."""
 
 
@@ -118,10 +119,10 @@ class Contract:
         known = ("format", "model", "observation", "action", "preprocessing", "training", "default_key", "adapter")
         for key in config:
             if key not in known:
-                raise ValueError(f"unknown key {key!r} in the contract; {nearest(key, known)}")
+                raise InputError(f"unknown key {key!r} in the contract; {nearest(key, known)}")
         missing = [key for key in known[1:6] if not isinstance(config.get(key), Mapping)]
         if missing:
-            raise ValueError(f"the contract lacks {', '.join(missing)}")
+            raise InputError(f"the contract lacks {', '.join(missing)}")
         return cls(
             model=VLAConfig.from_dict(config["model"]),
             tokenizer=tokenizer,
@@ -196,7 +197,7 @@ def migrate(config: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[st
         try:
             config = MIGRATIONS[found](config, statistics)
         except KeyError as error:
-            raise ValueError(f"the contract, of format {found}, lacks {error}") from None
+            raise InputError(f"the contract, of format {found}, lacks {error}") from None
     return config
 
 

@@ -19,6 +19,7 @@ from openvla_jax.checkpoint.base import abstract_weights, check_fingerprint, che
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import Files, check_tree, load_contract, load_params, open_checkpoint, read_leaves
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import EXCLUDE, KINDS, check_kind, choose_paths, quantize_array, quantize_model
 from openvla_jax.models.tree import flat, nested, with_shardings
@@ -143,7 +144,7 @@ def tensor_mesh(model: VLAConfig, devices: Sequence[Any]) -> Mesh:
     """A mesh on which `devices` share every layer, by heads and MLP columns. ValueError where heads are left."""
     for name, heads in [(tower.name, tower.heads) for tower in model.towers] + [("llama", model.llama.kv_heads)]:
         if heads % len(devices):
-            raise ValueError(f"{len(devices)} chips do not divide the {heads} heads of {name}; take fewer")
+            raise InputError(f"{len(devices)} chips do not divide the {heads} heads of {name}; take fewer")
     return make_mesh({"data": 1, "fsdp": 1, "tensor": len(devices)}, devices)
 
 

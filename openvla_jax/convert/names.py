@@ -19,13 +19,14 @@ import numpy as np
 from flax import nnx
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.models.openvla import abstract_model, abstract_unused
 
 LAYOUTS = ("hf", "native")
 Shape = tuple[int, ...]
 
 
-class ConversionError(ValueError):
+class ConversionError(InputError):
     """A conversion that must not go on; the message says what, where and how to mend it."""
 
 

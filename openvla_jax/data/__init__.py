@@ -14,10 +14,12 @@ TensorFlow is imported by those modules, never by this file.
 
 import os
 
+from openvla_jax.errors import InputError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # has to be set before TensorFlow is first imported
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The data on disk, or what was asked of them, cannot be trained on.
 
     The message is one line: what is wrong, where, how to fix it.

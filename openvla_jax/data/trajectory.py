@@ -16,6 +16,7 @@ import tensorflow as tf
 from openvla_jax.config import nearest
 from openvla_jax.data import BadImageError, DataError, StatisticsError
 from openvla_jax.data.oxe.datasets import DatasetConfig
+from openvla_jax.errors import InputError
 
 Trajectory = dict
 
@@ -141,7 +142,7 @@ def normalize(trajectory: Trajectory, statistics: Mapping, kind: str = "bounds_q
     StatisticsError for statistics of another width.
     """
     if kind not in NORMALIZATIONS:
-        raise ValueError(f"normalization {kind!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
+        raise InputError(f"normalization {kind!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
     observation = dict(trajectory["observation"])
     if "proprio" in observation:
         observation["proprio"] = _normalized(observation["proprio"], statistics["proprio"], kind)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from openvla_jax.errors import InputError
 from openvla_jax.evaluation.page import COLORS, new_figure, plain, png
 from openvla_jax.evaluation.rollouts import Rollouts
 
@@ -30,7 +31,7 @@ def curves_figure(metrics: Sequence[Mapping[str, float]]) -> Any:
     """Loss, token accuracy and action L1 against the step, training and validation; `metrics` as read from
     metrics.jsonl, keys `train/...` and `val/...`. ValueError where it holds no training loss."""
     if not any("train/loss" in row for row in metrics):
-        raise ValueError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw")
+        raise InputError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw")
     figure = new_figure(12, 3.4)
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for split, style in (

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 from openvla_jax.types import ActionSpec, Observation, ObservationSpec
 
 # The last dimension, from 1 = open, 0 = closed to what the environment takes.
@@ -35,10 +36,10 @@ class HarnessPolicy:
 
     def __init__(self, policy: Any, unnorm_key: str | None = None, gripper: str = "raw", rotation: int | None = None):
         if gripper not in GRIPPERS:
-            raise ValueError(f"unknown gripper convention {gripper!r}; {nearest(gripper, GRIPPERS)}")
+            raise InputError(f"unknown gripper convention {gripper!r}; {nearest(gripper, GRIPPERS)}")
         observation, self.action = specs(policy)
         if gripper != "raw" and not self.action.gripper:
-            raise ValueError(f"gripper {gripper!r}: nothing says what the policy's last dimension means; use 'raw'")
+            raise InputError(f"gripper {gripper!r}: nothing says what the policy's last dimension means; use 'raw'")
         if rotation is not None:
             observation = dataclasses.replace(observation, rotation=rotation)
         self.policy, self.unnorm_key, self.observation = policy, unnorm_key, observation
@@ -57,7 +58,7 @@ class HarnessPolicy:
         takes one. Both are looked at if a chunk of actions has been executed. Raises ValueError before `reset`.
         """
         if self.instruction is None:
-            raise ValueError("step before reset: reset(instruction) begins an episode")
+            raise InputError("step before reset: reset(instruction) begins an episode")
         if not self._chunk:
             given = images if isinstance(images, Mapping) else {self.observation.cameras[0]: images}
             turned = {name: np.rot90(image, self.observation.rotation // 90) for name, image in given.items()}

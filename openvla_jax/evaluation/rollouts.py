@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from openvla_jax.errors import InputError
 from openvla_jax.evaluation.environments.tabletop import TabletopEnvironment, misnamed
 from openvla_jax.types import Environment, Observation
 
@@ -51,7 +52,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     from scipy.stats import binomtest  # takes a second to import, and most users of this module need none
 
     if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} successes of {trials} trials: expected 0 <= successes <= trials, trials >= 1")
+        raise InputError(f"{successes} successes of {trials} trials: expected 0 <= successes <= trials, trials >= 1")
     low, high = binomtest(successes, trials).proportion_ci(method="wilson")
     return float(low), float(high)
 
@@ -145,7 +146,7 @@ def evaluate(
     Raises ValueError for less than one episode.
     """
     if episodes < 1:
-        raise ValueError(f"episodes {episodes}: evaluate at least 1")
+        raise InputError(f"episodes {episodes}: evaluate at least 1")
     if executed is None:
         executed = policy.contract.action.executed
     seeds = range(first_seed, first_seed + episodes)

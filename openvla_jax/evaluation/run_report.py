@@ -12,6 +12,7 @@ from etils import epath
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.evaluation import figures
 from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
 from openvla_jax.models.openvla import count_parameters
@@ -31,10 +32,10 @@ def write_report(directory: str | os.PathLike, frames: int = 4) -> epath.Path:
     workdir = absolute(directory)
     files = [workdir / "config.json", workdir / METRICS_FILE]
     if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{workdir} holds no training run ({' and '.join(missing)} missing)")
+        raise InputError(f"{workdir} holds no training run ({' and '.join(missing)} missing)")
     config, metrics = json.loads(files[0].read_text()), read_metrics(workdir)
     if not any("train/loss" in row for row in metrics):
-        raise ValueError(f"{workdir} has no metrics yet: wait for its first lines")
+        raise InputError(f"{workdir} has no metrics yet: wait for its first lines")
     steps = steps_in(workdir / "checkpoints")
     contract = load_contract(workdir) if steps else None
     body = [

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from openvla_jax.errors import InputError
 from openvla_jax.inference.policy import Policy, Request
 
 
@@ -42,7 +43,7 @@ class Batcher:
         observe: Callable[[int, Sequence[float], float], None] = lambda size, waited, took: None,
     ):
         if max_batch < 1 or max_queue < max_batch or wait < 0:
-            raise ValueError(f"max_batch {max_batch}, max_queue {max_queue}, wait {wait}: 1 <= max_batch <= max_queue")
+            raise InputError(f"max_batch {max_batch}, max_queue {max_queue}, wait {wait}: 1 <= max_batch <= max_queue")
         self.policy, self.max_batch, self.wait, self.observe = policy, max_batch, wait, observe
         self.batch_sizes = sorted({min(2**n, max_batch) for n in range(max_batch.bit_length() + 1)})
         self._queue: queue.Queue[_Item | None] = queue.Queue(max_queue)

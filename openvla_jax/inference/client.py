@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from openvla_jax.errors import InputError
 from openvla_jax.inference.wire import decode_array, dumps
 from openvla_jax.types import Observation
 
@@ -36,7 +37,7 @@ class Client:
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout: float = 60.0):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url {url!r}: give http://HOST:PORT")
+            raise InputError(f"url {url!r}: give http://HOST:PORT")
         connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url, self.timeout, self._prefix = url, timeout, parts.path.rstrip("/")
         self._connection = connection(parts.hostname, parts.port, timeout=timeout)

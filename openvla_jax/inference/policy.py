@@ -14,6 +14,7 @@ from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.load import load_weights, tensor_mesh
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 from openvla_jax.models.heads import Inputs, Prediction, Sampling, make_head
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
@@ -97,7 +98,7 @@ class Policy:
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         devices = jax.local_devices()
         if not 1 <= tensor <= len(devices):
-            raise ValueError(f"tensor {tensor}: from 1 to the {len(devices)} devices of this host")
+            raise InputError(f"tensor {tensor}: from 1 to the {len(devices)} devices of this host")
         mesh = tensor_mesh(contract.model, devices[:tensor])
         model = load_weights(path, contract, dtype, quantize, exclude, base, mesh)
         if jax.default_backend() == "cpu" and tensor == 1:
@@ -151,7 +152,7 @@ class Policy:
         """
         given = [None] * len(images) if unnorm_keys is None else list(unnorm_keys)
         if not len(images) == len(instructions) == len(given) or not len(images):
-            raise ValueError(
+            raise InputError(
                 f"{len(images)} images, {len(instructions)} instructions, {len(given)} unnorm_keys: as many of each"
             )
         rows = [self.observe(*row) for row in zip(images, instructions, given, strict=True)]
@@ -182,9 +183,9 @@ class Policy:
         """
         contract, text = self.contract, observation.instruction
         if not isinstance(text, str):
-            raise ValueError(f"instruction is {type(text).__name__}: give text")
+            raise InputError(f"instruction is {type(text).__name__}: give text")
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature {temperature}: 0 (greedy) or above")
+            raise InputError(f"temperature {temperature}: 0 (greedy) or above")
         key = contract.default_key if observation.unnorm_key is None else observation.unnorm_key
         key = choose_unnorm_key(contract.statistics, key)
         dim = contract.action_dim(key)
@@ -205,31 +206,31 @@ class Policy:
         cameras, contract = self.contract.observation.cameras, self.contract
         for name in observation.images:
             if name not in cameras:
-                raise ValueError(f"unknown camera {name!r}; {nearest(name, cameras)}")
+                raise InputError(f"unknown camera {name!r}; {nearest(name, cameras)}")
         prepared = []
         for name in cameras:
             if name not in observation.images:
-                raise ValueError(f"no image of camera {name!r}: the policy sees {', '.join(cameras)}")
+                raise InputError(f"no image of camera {name!r}: the policy sees {', '.join(cameras)}")
             try:
                 prepared.append(prepare_image(observation.images[name], contract.model, contract.preprocessing))
             except ValueError as error:
-                raise ValueError(str(error) if len(cameras) == 1 else f"camera {name!r}: {error}") from None
+                raise InputError(str(error) if len(cameras) == 1 else f"camera {name!r}: {error}") from None
         return np.stack(prepared)
 
     def _prepare_state(self, observation: Observation, key: str) -> np.ndarray | None:
         names = self.contract.observation.state
         if not names:
             if observation.state is not None:
-                raise ValueError("state is given, but the policy was trained without one: leave it out")
+                raise InputError("state is given, but the policy was trained without one: leave it out")
             return None
         if observation.state is None:
-            raise ValueError(f"state is missing: give {', '.join(names)}")
+            raise InputError(f"state is missing: give {', '.join(names)}")
         state = np.asarray(observation.state, np.float64)
         if state.shape != (len(names),):
-            raise ValueError(f"state has shape {state.shape}: give {len(names)} numbers, {', '.join(names)}")
+            raise InputError(f"state has shape {state.shape}: give {len(names)} numbers, {', '.join(names)}")
         if not np.isfinite(state).all():
             name = names[int(np.flatnonzero(~np.isfinite(state))[0])]
-            raise ValueError(f"state column {name!r} is not finite: {state.tolist()}")
+            raise InputError(f"state column {name!r} is not finite: {state.tolist()}")
         rows = self.contract.state_statistics(key)
         return normalize_actions(state, rows, self.contract.action.normalization).astype(np.float32)
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 from openvla_jax.types import Observation
 
 MAX_PIXELS = 16 * 2**20  # of one image: a few kilobytes of PNG can declare gigabytes
@@ -23,7 +24,7 @@ REQUEST_KEYS = ("image", "images", "instruction", "state", "unnorm_key")
 FORM = "an object with instruction, image or images, and optionally state and unnorm_key"
 
 
-class BadRequestError(ValueError):
+class BadRequestError(InputError):
     """A request that cannot be served; the message says what is wrong with it."""
 
 

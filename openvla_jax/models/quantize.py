@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 
 # Kind -> (dtype of the integers, largest magnitude, input rows that share a scale; None: all of them).
 KINDS: dict[str, tuple[Any, int, int | None]] = {"int8": (jnp.int8, 127, None), "int4": (jnp.int4, 7, 128)}
@@ -154,7 +155,7 @@ def choose_paths(model: nnx.Module, exclude: Sequence[str] = EXCLUDE) -> list[st
     for name in exclude:
         if not any(_below(path, name) for path in paths):
             known = sorted({path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)})
-            raise ValueError(
+            raise InputError(
                 f"exclude {name!r} names no part of the model that could be quantised; {nearest(name, known)}"
             )
     return [path for path in paths if not any(_below(path, name) for name in exclude)]
@@ -176,7 +177,7 @@ def quantize_model(model: nnx.Module, kind: str, paths: Sequence[str]) -> nnx.Mo
 
 def check_kind(kind: str) -> None:
     if kind not in KINDS:
-        raise ValueError(f"unknown quantisation {kind!r}; {nearest(kind, KINDS)}")
+        raise InputError(f"unknown quantisation {kind!r}; {nearest(kind, KINDS)}")
 
 
 def count_bytes(tree: Any) -> int:

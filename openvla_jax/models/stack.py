@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
+from openvla_jax.errors import InputError
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.placement import shard_rows
 
@@ -37,7 +38,7 @@ def remat_policy(name: str) -> Callable[..., Any] | None:
         return REMAT_POLICIES[name]
     kept = name.split(",")
     if not set(kept) <= set(SAVEABLE):
-        raise ValueError(
+        raise InputError(
             f"unknown remat policy {name!r}: one of {', '.join(REMAT_POLICIES)}, or names to keep, separated by "
             f"commas, of {', '.join(SAVEABLE)}"
         )

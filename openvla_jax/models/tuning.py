@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from openvla_jax.config import LoRAConfig, VLAConfig, nearest
+from openvla_jax.errors import InputError
 from openvla_jax.models.linear import Linear
 from openvla_jax.models.lora import LoRA, LoRAParam
 from openvla_jax.models.openvla import OpenVLA, abstract_unused
@@ -51,9 +52,9 @@ class Tuning:
         if self.quantize is not None:
             check_kind(self.quantize)
         if self.lora is not None and self.lora.rank < 1:
-            raise ValueError(f"lora.rank is {self.lora.rank}: adapters need a rank of at least 1")
+            raise InputError(f"lora.rank is {self.lora.rank}: adapters need a rank of at least 1")
         if not self.trainable:
-            raise ValueError(f"trainable is empty: nothing would be trained; {ADAPTERS!r} trains adapters, '*' all")
+            raise InputError(f"trainable is empty: nothing would be trained; {ADAPTERS!r} trains adapters, '*' all")
 
     @property
     def full(self) -> bool:
@@ -84,7 +85,7 @@ class Tuning:
         for pattern in self.trainable:
             if not any(matches(path, [pattern]) for path in paths):
                 known = nearest(pattern, folders(paths))
-                raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {known}")
+                raise InputError(f"trainable pattern {pattern!r} matches no parameter; {known}")
         return model
 
     def quantized_paths(self, model: OpenVLA) -> list[str]:
@@ -131,7 +132,7 @@ def split_last(model: OpenVLA) -> None:
     """Gives the last decoder layer arrays of its own, in place: a stack of one behind the others."""
     blocks: Any = model.llama.blocks
     if model.config.llama.depth < 2:
-        raise ValueError(f"{LAST} needs a language model of at least 2 layers: train llama instead")
+        raise InputError(f"{LAST} needs a language model of at least 2 layers: train llama instead")
     model.llama.blocks, model.llama.last = (jax.tree.map(cut, blocks) for cut in (lambda x: x[:-1], lambda x: x[-1:]))
 
 
@@ -157,7 +158,7 @@ def add_lora(model: OpenVLA, config: LoRAConfig, key: Array) -> None:
         for pattern in patterns:
             if not any(matches(path, [pattern]) for path in (*run, *dead)):
                 known = {*run, *dead, *folders((*run, *dead)), "all", "reference"}
-                raise ValueError(f"lora.targets: {pattern!r} matches no layer; {nearest(pattern, known)}")
+                raise InputError(f"lora.targets: {pattern!r} matches no layer; {nearest(pattern, known)}")
         chosen = [path for path in (*run, *dead) if matches(path, patterns)]
     for path in chosen:
         adapter = LoRA(key, config, path, (run | dead)[path][0])

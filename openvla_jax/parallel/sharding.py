@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from openvla_jax.errors import InputError
 from openvla_jax.parallel.placement import ROWS
 
 AXES = ("data", "fsdp", "tensor")
@@ -56,7 +57,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     bad = len(free) > 1 or fixed <= 0 or len(devices) % fixed or (not free and fixed != len(devices))
     if bad:
         wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(
+        raise InputError(
             f"mesh ({wanted}) does not fit {len(devices)} devices: the product must be that, with at most one -1"
         )
     if free:
@@ -73,7 +74,7 @@ def slice_grid(sizes: Mapping[str, int], devices: Sequence[Any], slices: int) ->
         shape = tuple(sizes[axis] for axis in AXES)
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes["data"] % slices:
-        raise ValueError(
+        raise InputError(
             f"mesh data={sizes['data']} on {slices} slices: the other axes would cross the data-centre network in "
             f"every layer; config.mesh.data must be a multiple of {slices} (0: one per slice)"
         )
@@ -90,7 +91,7 @@ def parameter_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | A
     wanted = [RULES[axis] for axis in axes]
     taken = [axis for axis in wanted if axis is not None]
     if len(set(taken)) != len(taken):
-        raise ValueError(f"parameter axes {axes} put two dimensions on one mesh axis: {wanted}")
+        raise InputError(f"parameter axes {axes} put two dimensions on one mesh axis: {wanted}")
     spec: list[str | None] = [None] * len(shape)
     left = []
     for i, axis in enumerate(wanted):
@@ -121,7 +122,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         spec = parameter_spec(array.shape, leaf.get_metadata()["axes"], mesh)
         bytes_replicated = math.prod(array.shape) * array.dtype.itemsize
         if mesh.shape["fsdp"] > 1 and all(axis is None for axis in spec) and bytes_replicated > MAX_REPLICATED_BYTES:
-            raise ValueError(
+            raise InputError(
                 f"{jax.tree_util.keystr(path)} {array.shape} would be replicated on every device "
                 f"({bytes_replicated / 2**20:.0f} MiB): fsdp={mesh.shape['fsdp']} divides no dimension; a smaller one "
                 f"may, config.mesh.data={2 * mesh.shape['data']} halves it"
@@ -146,4 +147,4 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     ):
         if batch_size % divisor:
             near = max(1, round(batch_size / divisor)) * divisor
-            raise ValueError(f"train.batch_size {batch_size} is not a multiple of {what}; the nearest that is: {near}")
+            raise InputError(f"train.batch_size {batch_size} is not a multiple of {what}; the nearest that is: {near}")

@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 
 
 class Generation(NamedTuple):
@@ -72,19 +73,19 @@ def parse_slice(text: str) -> Slice:
     name, _, rest = text.partition(":")
     topology, star, count = rest.partition("*")
     if name not in GENERATIONS:
-        raise ValueError(f"unknown TPU {name!r} in {text!r}; {nearest(name, GENERATIONS)}")
+        raise InputError(f"unknown TPU {name!r} in {text!r}; {nearest(name, GENERATIONS)}")
     facts = GENERATIONS[name]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{facts.dimensions - 1}}}", topology):
         example = "x".join(["4"] * facts.dimensions)
-        raise ValueError(f"topology {topology!r} of {name}: give {facts.dimensions} sizes, as {name}:{example}")
+        raise InputError(f"topology {topology!r} of {name}: give {facts.dimensions} sizes, as {name}:{example}")
     if star and not re.fullmatch(r"[1-9]\d*", count):
-        raise ValueError(f"{text!r}: after * comes the number of slices, as {name}:{topology}*2")
+        raise InputError(f"{text!r}: after * comes the number of slices, as {name}:{topology}*2")
     chips = math.prod(map(int, topology.split("x")))
     slices = int(count) if star else 1
     if chips in facts.single_host:
         return Slice(name, topology, chips, 1, slices)
     if chips % facts.chips_per_host:
-        raise ValueError(f"{text} has {chips} chips, which hosts of {facts.chips_per_host} do not make up")
+        raise InputError(f"{text} has {chips} chips, which hosts of {facts.chips_per_host} do not make up")
     return Slice(name, topology, chips, chips // facts.chips_per_host, slices)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from openvla_jax.errors import InputError
 from openvla_jax.parallel.tpu import Slice
 from openvla_jax.planning.environment import schedules
 from openvla_jax.planning.hlo import Cost, Instruction, Program
@@ -21,7 +22,7 @@ _BUNDLE = re.compile(r"\d+( \d+)*")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-class PlanError(ValueError):
+class PlanError(InputError):
     """A plan that cannot be made, in one line."""
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from openvla_jax.errors import InputError
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
           "s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -114,7 +116,7 @@ class Program:
             elif current and line.strip() != "}":  # a kernel's metadata goes over several lines
                 current[-1] = current[-1]._replace(text=current[-1].text + line)
         if not self.entry:
-            raise ValueError("no entry computation in the compiler's text: its format is not the one known here")
+            raise InputError("no entry computation in the compiler's text: its format is not the one known here")
 
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """Returns what identifies the machine code of each kernel, by the kernel's name.
@@ -188,7 +190,7 @@ class Program:
             took = instruction.cycles / clock
             if instruction.is_kernel:
                 if kernel_seconds is None:
-                    raise ValueError(f"kernel {instruction.name}: nothing tells how long it takes")
+                    raise InputError(f"kernel {instruction.name}: nothing tells how long it takes")
                 took = kernel_seconds(instruction)
                 cost.kernel_seconds += took
             cost.compute_seconds += took
@@ -252,7 +254,7 @@ class Program:
         ]
         if constants:
             return max(constants)
-        raise ValueError(f"the trip count of loop {loop.name} is not in the compiler's text")
+        raise InputError(f"the trip count of loop {loop.name} is not in the compiler's text")
 
 
 def group_size(text: str) -> int:
@@ -268,7 +270,7 @@ def group_size(text: str) -> int:
         return found.group(1).count(",") + 1
     if found := re.search(r"source_target_pairs=", text):
         return 2
-    raise ValueError(f"no replica groups in {text[:120]!r}")
+    raise InputError(f"no replica groups in {text[:120]!r}")
 
 
 def _size(dtype: str, dimensions: str) -> float:
@@ -283,7 +285,7 @@ def _operand_type(types: Mapping[str, str], operand: str) -> str:
         elements = _elements(found)
         found = elements[index] if index < len(elements) else ""
     if not found:
-        raise ValueError(f"operand {operand}: its type is not in the compiler's text, whose format is unknown")
+        raise InputError(f"operand {operand}: its type is not in the compiler's text, whose format is unknown")
     return found
 
 

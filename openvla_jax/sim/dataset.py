@@ -13,6 +13,7 @@ import numpy as np
 
 from openvla_jax import cli
 from openvla_jax.data.ingest import writer
+from openvla_jax.errors import InputError
 from openvla_jax.sim import tabletop
 from openvla_jax.sim.tabletop import ACTION_DIM, STATE_DIM, Tabletop, expert_action
 
@@ -79,7 +80,7 @@ def write_dataset(
     """
     counts = {"train": episodes, "val": max(1, episodes // 20) if val_episodes is None else val_episodes}
     if min(counts.values()) < 1:
-        raise ValueError(f"episodes {counts}: write at least 1 in each split")
+        raise InputError(f"episodes {counts}: write at least 1 in each split")
     code = hashlib.sha256(Path(tabletop.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     parameters = {"episodes": counts, "noise": noise, "world": world, "code": code}
     Tabletop(0, world)  # raises for an unknown world, before anything is written

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from openvla_jax.errors import InputError
+
 COLORS = {
     "red": (214, 39, 40),
     "green": (36, 150, 60),
@@ -81,7 +83,7 @@ class Tabletop:
 
     def __init__(self, seed: int, world: str = "tabletop"):
         if world not in WORLDS:
-            raise ValueError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
+            raise InputError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
         self.scene = sample_scene(seed)
         self.one_opens = WORLDS[world]
         self.gripper = self.scene.gripper.copy()
@@ -108,7 +110,7 @@ class Tabletop:
         """
         action = np.asarray(action, np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
-            raise ValueError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
+            raise InputError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
         moved = self.gripper + np.clip(action[:3], -MAX_STEP, MAX_STEP)
         self.gripper = np.clip(moved, (-REACH, -REACH, 0.0), (REACH, REACH, CEILING))
         was_open, self.open = self.open, bool(action[6] > 0.5) == self.one_opens

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from openvla_jax import config_files
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 
 Overrides = dict[str, Any]
 CONFIG = "config"  # the override that names another base config
@@ -26,7 +27,7 @@ _SCALARS = (bool, int, float, str)
 _NAME_LIMIT = 120  # characters of a point's directory name
 
 
-class SweepError(ValueError):
+class SweepError(InputError):
     """A sweep that cannot be run as it is written, in one line."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,14 @@ class ActionTokenizer:
         actions = np.asarray(actions, np.float64)  # float32 edges compare as the reference compares them
         if np.isnan(actions).any():
             where = tuple(int(i) for i in np.argwhere(np.isnan(actions))[0])
-            raise ValueError(f"action has NaN at index {where}: fix the data or its statistics")
+            raise InputError(f"action has NaN at index {where}: fix the data or its statistics")
         return (self.vocab_size - np.digitize(np.clip(actions, -1.0, 1.0), self.bin_edges)).astype(np.int32)
 
     def decode(self, ids: ArrayLike) -> np.ndarray:
         """Integer ids [..., A] -> float64 bin centres; as in the reference an id outside the range gets the nearest."""
         ids = np.asarray(ids)
         if ids.dtype.kind not in "iu":
-            raise ValueError(f"action ids are {ids.dtype}, not integers: decode takes token ids")
+            raise InputError(f"action ids are {ids.dtype}, not integers: decode takes token ids")
         return self.bin_centers[np.clip(self.last_token - ids.astype(np.int64), 0, self.bins - 2)]
 
 
@@ -94,24 +95,24 @@ def choose_unnorm_key(statistics: Mapping[str, Any], key: str | None = None) -> 
     if key is None:
         if len(statistics) == 1:
             return next(iter(statistics))
-        raise ValueError(f"unnorm_key is None and there are {len(statistics)} datasets; {nearest('', statistics)}")
+        raise InputError(f"unnorm_key is None and there are {len(statistics)} datasets; {nearest('', statistics)}")
     if key not in statistics:
-        raise ValueError(f"unnorm_key {key!r} has no statistics; {nearest(key, statistics)}")
+        raise InputError(f"unnorm_key {key!r} has no statistics; {nearest(key, statistics)}")
     return key
 
 
 def _aligned(actions: ArrayLike, stats: Mapping[str, Any], kind: str) -> tuple[np.ndarray, ...]:
     """actions, mask and the two rows of statistics that `kind` needs, of one size A."""
     if kind not in NORMALIZATIONS:
-        raise ValueError(f"normalisation {kind!r} is unknown; {nearest(kind, NORMALIZATIONS)}")
+        raise InputError(f"normalisation {kind!r} is unknown; {nearest(kind, NORMALIZATIONS)}")
     missing = [name for name in NORMALIZATIONS[kind] if name not in stats]
     if missing:
-        raise ValueError(f"statistics have {sorted(stats)} but no {missing[0]!r}: pass statistics[dataset]['action']")
+        raise InputError(f"statistics have {sorted(stats)} but no {missing[0]!r}: pass statistics[dataset]['action']")
     actions = np.asarray(actions, np.float64)
     first, second = (np.asarray(stats[name], np.float64) for name in NORMALIZATIONS[kind])
     mask = np.asarray(stats.get("mask", np.ones_like(first)), bool)
     if not actions.shape[-1:] == mask.shape == first.shape == second.shape:
-        raise ValueError(
+        raise InputError(
             f"actions of shape {actions.shape} do not fit statistics of {first.size} dims with a mask of {mask.size}: "
             "use the statistics of the same dataset"
         )

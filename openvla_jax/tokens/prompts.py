@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from openvla_jax.config import nearest
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.tokens.templates import PROMPT_FAMILIES
 from openvla_jax.tokens.tokenizer import SPACE, Tokenizer
@@ -26,12 +27,12 @@ def prompt_text(instruction: str, family: str = "pure") -> str:
     stay as they are. Raises ValueError for an empty instruction or an unknown family.
     """
     if family not in PROMPT_FAMILIES:
-        raise ValueError(f"prompt family {family!r} is unknown; {nearest(family, PROMPT_FAMILIES)}")
+        raise InputError(f"prompt family {family!r} is unknown; {nearest(family, PROMPT_FAMILIES)}")
     cleaned = instruction.lower().replace("<image>", "")
     if not cleaned.strip():
-        raise ValueError(f"instruction {instruction!r} is empty: say what the robot should do")
+        raise InputError(f"instruction {instruction!r} is empty: say what the robot should do")
     if any("\ud800" <= character <= "\udfff" for character in cleaned):
-        raise ValueError(f"instruction {instruction!r} holds half a surrogate pair: send valid UTF-8")
+        raise InputError(f"instruction {instruction!r} holds half a surrogate pair: send valid UTF-8")
     return PROMPT_FAMILIES[family].replace("{instruction}", cleaned)
 
 
@@ -75,7 +76,7 @@ def fit_prompt_ids(
     head, tail = _template_ids(tokenizer, family)
     shortest = len(head) + 1 + len(tail)
     if room < shortest:
-        raise ValueError(
+        raise InputError(
             f"text_length {text_length} cannot hold prompt {family!r} with {action_tokens} action tokens: "
             f"use at least {shortest + action_tokens + 1}"
         )
@@ -107,7 +108,7 @@ def encode_example(
       ValueError: as `fit_prompt_ids` and `ActionTokenizer.encode`; actions of another rank.
     """
     if np.ndim(actions) not in (1, 2):
-        raise ValueError(f"actions have shape {np.shape(actions)}: one example takes one action [A] or a chunk [K, A]")
+        raise InputError(f"actions have shape {np.shape(actions)}: one example takes one action [A] or a chunk [K, A]")
     action_ids = action_tokenizer.encode(actions).reshape(-1)
     prompt, truncated = fit_prompt_ids(tokenizer, instruction, text_length, len(action_ids), family)
     end = len(prompt) + len(action_ids) + 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from etils import epath
 
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.templates import PROMPT_FAMILIES
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
             backend = _llama_backend(_sentencepiece_pieces(model))
         return _finish(backend, model)
     except Exception as error:  # the Rust library raises bare Exception
-        raise ValueError(f"{source} is not a Llama-style tokenizer ({error}): get it again from its source") from error
+        raise InputError(f"{source} is not a Llama-style tokenizer ({error}): get it again from its source") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike) -> None:
@@ -86,7 +87,7 @@ def _finish(backend: "tokenizers.Tokenizer", sentencepiece_model: bytes = b"") -
 
     missing = [token for token in (UNK, BOS, EOS, SPACE) if backend.token_to_id(token) is None]
     if missing:
-        raise ValueError(f"tokens {missing} are missing")
+        raise InputError(f"tokens {missing} are missing")
     backend.add_special_tokens([tokenizers.AddedToken(PAD, normalized=False, special=True)])
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
@@ -145,7 +146,7 @@ def _sentencepiece_pieces(model: bytes) -> list[tuple[str, float]]:
     library.LoadFromSerializedProto(model)
     pieces = [(library.id_to_piece(index), library.get_score(index)) for index in range(library.get_piece_size())]
     if not all(score.is_integer() for _, score in pieces):
-        raise ValueError("its scores are probabilities: a unigram model, not BPE")
+        raise InputError("its scores are probabilities: a unigram model, not BPE")
     return pieces
 
 

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from openvla_jax.errors import InputError
+
 LOST = 75  # exit code: another host is lost or failed, or storage does; the same command goes on from the last save
 _BEATS, _FACTS, _COORDINATOR = "openvla_jax/beat/", "openvla_jax/facts/", "openvla_jax/coordinator"
 _INTERVAL = 3.0  # seconds between posts
@@ -30,7 +32,7 @@ class HostError(RuntimeError):
     """Another host is lost, hangs or failed."""
 
 
-class DisagreementError(ValueError):
+class DisagreementError(InputError):
     """The hosts were not started alike."""
 
 
@@ -52,14 +54,14 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
     arguments: dict[str, Any] = {}
     if len(missing) < 3:
         if missing or coordinator is None or processes is None or index is None:
-            raise ValueError(
+            raise InputError(
                 f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id belong together"
             )
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise ValueError(f"--coordinator {coordinator!r}: give HOST:PORT of process 0")
+            raise InputError(f"--coordinator {coordinator!r}: give HOST:PORT of process 0")
         if not 0 <= index < processes:
-            raise ValueError(f"--process_id {index} is not in 0..{processes - 1}, as --num_processes {processes} says")
+            raise InputError(f"--process_id {index} is not in 0..{processes - 1}, as --num_processes {processes} says")
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
     try:
         jax.distributed.initialize(**arguments)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.models.attention import attention, attention_kernel, rope
 from openvla_jax.models.sequence import SequenceLayout
 from openvla_jax.parallel.execution import Execution
@@ -13,7 +14,7 @@ from openvla_jax.parallel.sharding import make_mesh
 TOLERANCE = 0.03  # of a norm; both round to bfloat16
 
 
-class KernelError(ValueError):
+class KernelError(InputError):
     """A kernel that a run must not trust, in one line."""
 
 

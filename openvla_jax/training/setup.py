@@ -18,6 +18,7 @@ from openvla_jax.checkpoint.base import check_fingerprint, read_base
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, load_unused, open_checkpoint, steps_in
 from openvla_jax.config import VLAConfig, model_config
+from openvla_jax.errors import InputError
 from openvla_jax.models.openvla import count_parameters
 from openvla_jax.models.stack import remat_policy
 from openvla_jax.models.tuning import Tuning, count_adapters, count_trainable
@@ -129,7 +130,7 @@ def open_data(
     train, settings = config.train, dataclasses.asdict(config.data)
     if settings["statistics"] == "base":
         if base is None:
-            raise ValueError("data.statistics is 'base': that needs init_from, or name a file")
+            raise InputError("data.statistics is 'base': that needs init_from, or name a file")
         settings["statistics"] = base.statistics
     common: Any = dict(
         batch_size=train.batch_size // jax.process_count(), image_size=model.image_size,
@@ -146,7 +147,7 @@ def open_data(
     if start:
         try:
             if not exact:
-                raise ValueError("data.resume is not exact")
+                raise InputError("data.resume is not exact")
             restore_iterator(workdir, start, iterator)
         except ValueError as error:  # another number of processes, say
             if config.data.resume == "exact":
@@ -181,7 +182,7 @@ def make_state(
     """
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
     if not config.init_from and not tuning.full:
-        raise ValueError(f"trainable is {config.trainable!r}: to freeze the rest, name a checkpoint with init_from")
+        raise InputError(f"trainable is {config.trainable!r}: to freeze the rest, name a checkpoint with init_from")
     adapter: dict[str, Any] | None = None
     params: nnx.State | None = None
     frozen: nnx.State | None = None
@@ -242,7 +243,7 @@ def resolve_model(config: Settings, base: Contract | None) -> tuple[VLAConfig, A
     if base is None:
         model = model_config({"base_vocab_size": tokenizer.vocab_size} | settings)
         if tokenizer.vocab_size != model.base_vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"config.model.base_vocab_size is {model.base_vocab_size}, tokenizer {config.tokenizer!r} has "
                 f"{tokenizer.vocab_size} entries: leave the former out"
             )

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.models.heads import ActionHead, make_head, summarize
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.tuning import FULL, Tuning, make_graph
@@ -165,7 +166,7 @@ def make_tuning(config: Settings) -> Tuning:
     """Returns what a config trains and freezes. Raises ValueError for settings that contradict each other."""
     patterns = tuple(part.strip() for part in config.trainable.split(",") if part.strip())
     if config.quantize and patterns == FULL.trainable:
-        raise ValueError("quantize needs frozen weights: train adapters (lora.rank, trainable='*/lora') or name parts")
+        raise InputError("quantize needs frozen weights: train adapters (lora.rank, trainable='*/lora') or name parts")
     return Tuning(patterns, config.lora if config.lora.rank else None, config.frozen_dtype, config.quantize or None)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.types import Preprocessing
 
 JPEG_QUALITY = 95  # what the reference's evaluations encode with
@@ -26,7 +27,7 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocess
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(f"image has dtype {image.dtype} and shape {image.shape}; give uint8 RGB [height, width, 3]")
+        raise InputError(f"image has dtype {image.dtype} and shape {image.shape}; give uint8 RGB [height, width, 3]")
     if preprocessing.jpeg:
         image = jpeg_round_trip(image)
     if preprocessing.resize_kernel == "lanczos3":

@@ -9,6 +9,7 @@ import tensorflow as tf
 from openvla_jax.data import DataError
 from openvla_jax.data.oxe.state import StateEncoding, state_names
 from openvla_jax.data.oxe.transforms import TRANSFORMS, Trajectory, Transform, droid_moves, standard
+from openvla_jax.errors import InputError
 
 
 class ActionEncoding(IntEnum):
@@ -108,7 +109,7 @@ class DatasetConfig:
     def _masks(self):
         masks = self._known_masks()
         if masks is None:
-            raise ValueError(f"{self.unsupported_reason}; leave it out of the mixture")
+            raise InputError(f"{self.unsupported_reason}; leave it out of the mixture")
         return masks
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from openvla_jax.config import did_you_mean
 from openvla_jax.data.oxe.datasets import DATASETS
+from openvla_jax.errors import InputError
 
 Mixture = tuple[tuple[str, float], ...]
 
@@ -162,15 +163,15 @@ def resolve_mixture(
     pairs = tuple((name, float(weight)) for name, weight in mixture)
     names = [name for name, _ in pairs]
     if not pairs:
-        raise ValueError("the mixture is empty; name a mixture, a dataset, or give (dataset, weight) pairs")
+        raise InputError("the mixture is empty; name a mixture, a dataset, or give (dataset, weight) pairs")
     unknown = [name for name in names if name not in datasets]
     if unknown:
         known = sorted({*datasets, *mixtures})
         hints = [" ".join([repr(name), *(f"({hint})" for hint in did_you_mean(name, known))]) for name in unknown]
-        raise ValueError(f"unknown dataset or mixture {', '.join(hints)}; fix the name, or configure it in data.module")
+        raise InputError(f"unknown dataset or mixture {', '.join(hints)}; fix the name, or configure it in data.module")
     for name, weight in pairs:
         if names.count(name) > 1:
-            raise ValueError(f"dataset {name!r} is given twice in the mixture; give it once, with one weight")
+            raise InputError(f"dataset {name!r} is given twice in the mixture; give it once, with one weight")
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"weight {weight} of dataset {name!r} must be a positive number")
+            raise InputError(f"weight {weight} of dataset {name!r} must be a positive number")
     return pairs
