@@ -1,0 +1,1 @@
+"""Fuzzing of the parsers that read bytes from elsewhere; `python -m tests.fuzz --help`."""
