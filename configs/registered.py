@@ -8,22 +8,20 @@ no number of steps (its limit is 1000 epochs): set `--config.train.steps`.
 
 from configs.common import base, on_slice
 from configs.openvla_7b import get_config as pretraining
+from openvla_jax.config import TRAINABLE
 
-_VLM = "projector,llama"  # what a run with a frozen ("icy") vision tower trains
-_LAST = "llama/embed,llama/last,llama/head"
-
-# Name: mixture, global batch, what is trained.
+# Name: mixture, global batch, what is trained ("icy": all but the vision towers).
 RUNS = {
     "siglip-224px+mx-bridge": ("bridge", 256, "*"),
-    "siglip-224px-icy+mx-bridge": ("bridge", 256, _VLM),
+    "siglip-224px-icy+mx-bridge": ("bridge", 256, TRAINABLE["frozen_vision"]),
     "prism-dinosiglip-224px+mx-bridge": ("bridge", 256, "*"),
     "siglip-224px+mx-oxe-magic-soup": ("oxe_magic_soup", 2048, "*"),
     "prism-dinosiglip-224px+mx-oxe-magic-soup-plus": ("oxe_magic_soup_plus_minus", 2048, "*"),
     "siglip-224px+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, "*"),
     "siglip-224px+mx-tdroid_pour_corn_in_pot": ("tdroid_pour_corn_in_pot", 256, "*"),
-    "siglip-224px-icy+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, _VLM),
-    "siglip-224px-last_layer+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, _LAST),
-    "siglip-224px-sandwich+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, f"vision,projector,{_LAST}"),
+    "siglip-224px-icy+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, TRAINABLE["frozen_vision"]),
+    "siglip-224px-last_layer+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, TRAINABLE["last_layer"]),
+    "siglip-224px-sandwich+mx-tdroid_carrot_in_bowl": ("tdroid_carrot_in_bowl", 256, TRAINABLE["sandwich"]),
     "siglip-224px+mx-droid_wipe": ("droid_wipe", 256, "*"),
 }
 

@@ -172,6 +172,17 @@ class VLAConfig:
         return from_dict(cls, data, "model")
 
 
+# The trainable parts of the paper's fine-tuning table (arXiv 2406.09246, Table 1): patterns of `config.trainable`,
+# separated by commas.
+TRAINABLE: dict[str, str] = {
+    "full": "*",
+    "last_layer": "llama/embed,llama/last,llama/head",
+    "frozen_vision": "projector,llama",
+    "sandwich": "vision,projector,llama/embed,llama/last,llama/head",
+    "lora": "*/lora",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters beside frozen kernels (`models/lora.py`), scaled by alpha / rank.

@@ -5,7 +5,8 @@ Trains the projector and the language model; the vision towers are frozen.
 """
 
 from configs.common import finetune
+from openvla_jax.config import TRAINABLE
 
 
 def get_config():
-    return finetune(trainable="projector,llama")
+    return finetune(trainable=TRAINABLE["frozen_vision"])

@@ -5,7 +5,8 @@ Full fine-tuning: all weights, batch 16, image augmentation on. Model, tokenizer
 """
 
 from configs.common import finetune
+from openvla_jax.config import TRAINABLE
 
 
 def get_config():
-    return finetune(trainable="*")
+    return finetune(trainable=TRAINABLE["full"])

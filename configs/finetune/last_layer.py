@@ -5,7 +5,8 @@ Trains the token embeddings, the last decoder layer and the output head; all els
 """
 
 from configs.common import finetune
+from openvla_jax.config import TRAINABLE
 
 
 def get_config():
-    return finetune(trainable="llama/embed,llama/last,llama/head")
+    return finetune(trainable=TRAINABLE["last_layer"])

@@ -6,10 +6,11 @@ keeps the frozen base as integers (QLoRA); `--config.lora.targets=reference` ada
 """
 
 from configs.common import finetune
+from openvla_jax.config import TRAINABLE
 
 
 def get_config(quantize: str = ""):
-    config = finetune(trainable="*/lora")
+    config = finetune(trainable=TRAINABLE["lora"])
     config.quantize = quantize
     config.lora.rank = 32
     config.optimizer.learning_rate = 5e-4

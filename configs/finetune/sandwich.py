@@ -5,7 +5,8 @@ Trains the two ends: vision towers, projector and token embeddings, the last dec
 """
 
 from configs.common import finetune
+from openvla_jax.config import TRAINABLE
 
 
 def get_config():
-    return finetune(trainable="vision,projector,llama/embed,llama/last,llama/head")
+    return finetune(trainable=TRAINABLE["sandwich"])

@@ -7,10 +7,10 @@ the same model from nothing, in more steps. The data come from
 """
 
 from configs import tabletop
-from openvla_jax.config import nearest
+from openvla_jax.config import TRAINABLE, nearest
 
 SETTINGS = {
-    "lora": {"trainable": "*/lora", "lora.rank": 16, "optimizer.learning_rate": 1e-3},
+    "lora": {"trainable": TRAINABLE["lora"], "lora.rank": 16, "optimizer.learning_rate": 1e-3},
     "full": {"optimizer.learning_rate": 3e-4},
     "scratch": {"optimizer.learning_rate": 3e-3, "train.steps": 400},
 }

@@ -5,14 +5,14 @@ it, with frozen vision, its ends, its last layer, or LoRA of some ranks. Needs `
 `python -m openvla_jax.sim.dataset --world changed --episodes 25 --out runs/demo-finetune/data`.
 """
 
+from openvla_jax.config import TRAINABLE
 from openvla_jax.sweep import axis, chain, product
-
-FULL, FROZEN_VISION = "*", "projector,llama"
-SANDWICH, LAST_LAYER = "vision,projector,llama/embed,llama/last,llama/head", "llama/embed,llama/last,llama/head"
 
 
 def get_sweep():
-    partial = axis("trainable", [FULL, FROZEN_VISION, SANDWICH, LAST_LAYER])
-    adapters = [{"trainable": "*/lora", "optimizer.learning_rate": 1e-3}]  # a matrix of zeros wants larger steps
+    partial = axis("trainable", [TRAINABLE[name] for name in ("full", "frozen_vision", "sandwich", "last_layer")])
+    adapters = [
+        {"trainable": TRAINABLE["lora"], "optimizer.learning_rate": 1e-3}
+    ]  # a matrix of zeros wants larger steps
     points = chain(partial, product(adapters, axis("lora.rank", [4, 16, 32])))
     return "configs/finetune/tabletop.py:full", points

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from openvla_jax.config import LoRAConfig, VLAConfig, nearest
+from openvla_jax.config import TRAINABLE, LoRAConfig, VLAConfig, nearest
 from openvla_jax.errors import InputError
 from openvla_jax.models.linear import Linear
 from openvla_jax.models.lora import LoRA, LoRAParam
@@ -25,16 +25,8 @@ from openvla_jax.models.quantize import EXCLUDE, QTensor, check_kind, choose_pat
 from openvla_jax.models.vit import Attention, PatchEmbed
 
 LAST = "llama/last"
-ADAPTERS = "*/lora"
-
-# The trainable parts of the paper's fine-tuning table (arXiv 2406.09246, Table 1), as patterns.
-MODES: dict[str, tuple[str, ...]] = {
-    "full": ("*",),
-    "last_layer": ("llama/embed", LAST, "llama/head"),
-    "frozen_vision": ("projector", "llama"),
-    "sandwich": ("vision", "projector", "llama/embed", LAST, "llama/head"),
-    "lora": (ADAPTERS,),
-}
+ADAPTERS = TRAINABLE["lora"]
+MODES: dict[str, tuple[str, ...]] = {name: tuple(patterns.split(",")) for name, patterns in TRAINABLE.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,16 +85,16 @@ def check(target: Target, data: bytes) -> bool:
     began = time.thread_time()  # not the clock: the machine may be shared
     try:
         target.parse(data)
-        accepted = True
+        accepted, message = True, "accepted"
     except InputError as error:
-        accepted = False
-        assert "\n" not in str(error) and str(error).strip(), f"not one line: {error!r}"
+        accepted, message = False, str(error)
     finally:
         took = time.thread_time() - began
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
     allowed = max(10 * len(data), target.declared(data)) + ALLOWANCE
+    assert message.strip() and "\n" not in message, f"not one line: {message!r}"
     assert took < SECONDS, f"{took:.2f} s for {len(data)} bytes"
     assert peak <= allowed, f"{peak:,} bytes allocated for {len(data):,} bytes of input; {allowed:,} allowed"
     assert grown <= allowed + 64 * 2**20, f"the process grew by {grown:,} bytes for {len(data):,} bytes of input"
