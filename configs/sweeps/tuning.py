@@ -11,8 +11,7 @@ from openvla_jax.sweep import axis, chain, product
 
 def get_sweep():
     partial = axis("trainable", [TRAINABLE[name] for name in ("full", "frozen_vision", "sandwich", "last_layer")])
-    adapters = [
-        {"trainable": TRAINABLE["lora"], "optimizer.learning_rate": 1e-3}
-    ]  # a matrix of zeros wants larger steps
+    # Adapters start from a matrix of zeros, which needs larger steps.
+    adapters = [{"trainable": TRAINABLE["lora"], "optimizer.learning_rate": 1e-3}]
     points = chain(partial, product(adapters, axis("lora.rank", [4, 16, 32])))
     return "configs/finetune/tabletop.py:full", points

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from training.batches import MODEL, ONE_TOWER, random_batch
 from training.test_step import SETTINGS
 
 from openvla_jax.config import LoRAConfig, preset
+from openvla_jax.models.heads import make_head
 from openvla_jax.models.lora import LoRA, LoRAParam
 from openvla_jax.models.openvla import OpenVLA, count_parameters
 from openvla_jax.models.quantize import count_bytes
@@ -17,7 +19,8 @@ from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
 from openvla_jax.training.optimizer import make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
-from openvla_jax.training.step import make_train_step
+from openvla_jax.training.step import make_forward, make_train_step
+from openvla_jax.types import ActionSpec
 
 OPTIMIZER = make_optimizer(SETTINGS, make_schedule(SETTINGS, 10))
 
@@ -149,6 +152,36 @@ def test_dropout_falls_on_the_adapter_s_input_only():
     dropped = np.asarray(adapter(x, Execution(dropout_key=jax.random.key(1))))
     assert len(np.unique(dropped.round(4)[:, 0])) > 10
     np.testing.assert_allclose(dropped.mean(axis=0), plain[0], atol=0.1)
+
+
+@pytest.mark.long
+def test_accumulation_draws_dropout_for_each_part():
+    """Two parts of equal rows lose different activations; the step's gradient is the sum of theirs."""
+    tuning, seed = Tuning(MODES["lora"], LoRAConfig(4, dropout=0.5), "float32"), 3
+    execution, sgd = Execution(mesh()), optax.sgd(1.0)
+    state = init_state(ONE_TOWER, jnp.float32, sgd, mesh(), 0, tuning)
+    for path, leaf in nnx.to_flat_state(state.params):  # B is zero at first, and what is dropped then has no effect
+        if path[-1] == "b":
+            leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    batch = jax.tree.map(lambda rows: np.repeat(rows, 2, axis=0), random_batch(2))
+    step = make_train_step(
+        ONE_TOWER, sgd, optax.constant_schedule(1.0), execution, dtype=jnp.float32, datasets=2, tuning=tuning,
+        accumulation=2, seed=seed,
+    )  # fmt: skip
+    after, metrics = jax.jit(step)(state, global_batch(batch, mesh()))
+
+    head = make_head(ONE_TOWER, ActionSpec())
+    forward = make_forward(ONE_TOWER, head, execution, dtype=jnp.float32, datasets=2, tuning=tuning)
+    part = jax.tree.map(lambda rows: rows[::2], batch)
+    loss = jax.jit(jax.value_and_grad(lambda params, key: forward(params, state.frozen, part, key)[0]))
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 1), 2)
+    (first, gradient), (second, other) = (loss(state.params, key) for key in keys)
+    assert abs(first - second) > 1e-3 * first
+    targets = head.targets(jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_allclose(metrics["loss"], (first + second) / targets, rtol=1e-5)
+    moved = jax.tree.map(lambda new, old: old - new, after.params, state.params)
+    expected = jax.tree.map(lambda a, b: (a + b) / targets, gradient, other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-3), moved, expected)
 
 
 @pytest.mark.parametrize(
