@@ -100,6 +100,23 @@ def test_a_run_of_adapters_resumes_and_its_checkpoints_hold_only_them(
 
 
 @pytest.mark.long
+def test_watch_counts_no_compilation_as_a_hang(base, data_dir, tmp_path, monkeypatch, one_device):
+    """Both programs are compiled before the first turn that `hang_timeout` is counted from."""
+    turns, programs = [], []
+    monkeypatch.setattr(loop.hosts.Watch, "at", lambda watch, step, doing: turns.append(doing))
+
+    def compile_programs(run, batch, make=loop.compile_programs):
+        assert not turns
+        programs.extend(make(run, batch))
+        return programs
+
+    monkeypatch.setattr(loop, "compile_programs", compile_programs)
+    loop.run(settings(base, data_dir, train__steps=2, train__eval_every=2), tmp_path / "run")
+    assert "evaluation" in turns
+    assert [type(program) for program in programs] == [jax.stages.Compiled] * 2
+
+
+@pytest.mark.long
 def test_a_policy_of_base_and_adapter_is_that_of_the_merged_weights(tuned, base, tmp_path):
     merged = merge_weights(base, tuned, tmp_path / "merged", dtype="float32")
     assert merged.passed and merged.max_logit_difference <= 1e-4
