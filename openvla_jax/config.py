@@ -1,6 +1,6 @@
 """Model configurations: frozen dataclasses, and every backbone and registered run of OpenVLA as a preset by name.
 
-Plain data: nothing here imports JAX. Sizes are those of the published models (arXiv 2406.09246, Prismatic VLMs); what a
+Plain data: nothing here imports JAX. Sizes are the published models' (arXiv 2406.09246, Prismatic VLMs); what a
 checkpoint states about itself (RMSNorm eps, image statistics) is kept in the checkpoint and replaces the values here.
 """
 
@@ -223,7 +223,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> list[str]:
 
 
 def from_dict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    """Makes a dataclass from a mapping; lists become tuples. Raises ValueError that names an unknown or missing key."""
+    """Makes a dataclass from a mapping; lists become tuples. Raises InputError that names an unknown or missing key."""
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
@@ -394,7 +394,7 @@ def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     Overrides are nested by section (`llama`, `projector`, `towers` by tower name, and the top-level fields), for
     example `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. A tower that is None is left
     out. Unknown keys raise. A
-    `base_vocab_size` of its own (another tokenizer) pads the language model's vocabulary anew, to a multiple of 64.
+    `base_vocab_size` of its own (another tokenizer) pads the language model's vocabulary again, to a multiple of 64.
     """
     settings = dict(settings)
     base = preset(settings.pop("preset", "openvla-7b"))

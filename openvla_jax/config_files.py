@@ -21,7 +21,7 @@ _PACKAGE = "configs"  # the name under which config files import each other
 def find(name: str) -> str:
     """Returns `name` (FILE, FILE:ARG, NAME or NAME:ARG) with the path of an existing file before the colon.
 
-    Raises ValueError if there is neither such a file nor a config of that name.
+    Raises InputError if there is neither such a file nor a config of that name.
     """
     path, colon, argument = name.partition(":")
     if Path(path).is_file():
@@ -77,7 +77,7 @@ def _forget() -> None:
 def call(path: str | Path, function: str, *arguments: str) -> Any:
     """Returns `function(*arguments)` of the Python file at `path`.
 
-    Raises ValueError if the file does not exist or has no such function.
+    Raises InputError if the file does not exist or has no such function.
     """
     file = Path(path)
     if not file.is_file():

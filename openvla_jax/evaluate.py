@@ -49,7 +49,7 @@ def parser() -> cli.Parser:
     rollout.add_argument(
         "--controls", action="store_true", help="also with another object named, without image, at random"
     )
-    rollout.add_argument("--world", choices=WORLDS, default="tabletop", help="changed: that of the fine-tuning demo")
+    rollout.add_argument("--world", choices=WORLDS, default="tabletop", help="changed: the fine-tuning demo's")
     rollout.add_argument("--out", type=Path, required=True, help="folder for report.md and figures")
     rollout.set_defaults(run=run_rollout)
 
@@ -89,7 +89,7 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a training run's workdir, or one checkpoint")
     parser.add_argument("--url", help="a running server instead, as http://127.0.0.1:8000 ($OPENVLA_TOKEN: its token)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="with --checkpoint")
-    parser.add_argument("--base", type=Path, help="of an adapter's checkpoint, where that lies elsewhere now")
+    parser.add_argument("--base", type=Path, help="of an adapter's checkpoint, if it has moved")
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -193,7 +193,7 @@ class Settings:
     def from_dict(cls, data: Mapping[str, Any]) -> "Settings":
         """Reads settings from nested mappings, as a `ConfigDict` or a saved run's config.
 
-        A setting that is left out has its default. Raises ValueError that names an unknown setting, or one of another
+        A setting that is left out has its default. Raises InputError that names an unknown setting, or one of another
         type or range.
         """
         return _read(cls, data, "config")

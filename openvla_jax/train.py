@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str], command: str) -> tuple[argparse.Namespace, A
 def load_config(name: str, overrides: Sequence[str]) -> Any:
     """Returns the locked ConfigDict of FILE[:ARG] or NAME[:ARG] with `--config.KEY=VALUE` overrides applied.
 
-    Raises ValueError for a config, a key or a value that does not exist or fit.
+    Raises InputError for a config, a key or a value that does not exist or fit.
     """
     file = config_files.find(name)
     argv = ["openvla", f"--config={file}", *overrides]
@@ -111,7 +111,7 @@ def _execute(options: argparse.Namespace, config: Any) -> int:
 
 
 def train(config: Any, workdir: str, place: tuple[str | None, int | None, int | None] = (None, None, None)) -> None:
-    """Joins the other hosts and trains; ends the process with an exit code of its own if that fails.
+    """Joins the other hosts and trains; ends the process, with an exit code that tells the cause, if that fails.
 
     `place` is (coordinator, number of processes, process id), None for what the environment says.
     """

@@ -69,7 +69,7 @@ class ObservationSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ObservationSpec":
-        """Inverse of `dataclasses.asdict`. Raises ValueError that names an unknown key."""
+        """Inverse of `dataclasses.asdict`. Raises InputError that names an unknown key."""
         return from_dict(cls, data, "observation")
 
 
@@ -117,7 +117,7 @@ class ActionSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ActionSpec":
-        """Inverse of `dataclasses.asdict`. Raises ValueError that names an unknown key."""
+        """Inverse of `dataclasses.asdict`. Raises InputError that names an unknown key."""
         return from_dict(cls, data, "action")
 
 
@@ -153,7 +153,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":
-        """Inverse of `dataclasses.asdict`. Raises ValueError that names an unknown key."""
+        """Inverse of `dataclasses.asdict`. Raises InputError that names an unknown key."""
         return from_dict(cls, data, "preprocessing")
 
 

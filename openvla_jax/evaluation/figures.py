@@ -29,7 +29,7 @@ def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
 
 def curves_figure(metrics: Sequence[Mapping[str, float]]) -> Any:
     """Loss, token accuracy and action L1 against the step, training and validation; `metrics` as read from
-    metrics.jsonl, keys `train/...` and `val/...`. ValueError where it holds no training loss."""
+    metrics.jsonl, keys `train/...` and `val/...`. Raises InputError if it holds no training loss."""
     if not any("train/loss" in row for row in metrics):
         raise InputError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw")
     figure = new_figure(12, 3.4)

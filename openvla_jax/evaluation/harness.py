@@ -26,7 +26,7 @@ class HarnessPolicy:
     """Drives a policy, an `openvla_jax.Policy` or an `inference.client.Client`, episode by episode.
 
     The rotation of images, the meaning of the gripper and the number of executed actions come from the policy's specs;
-    `rotation` (degrees, counter-clockwise) replaces the first. Raises ValueError for an unknown gripper convention, or
+    `rotation` (degrees, counter-clockwise) replaces the first. Raises InputError for an unknown gripper convention, or
     one that cannot be made from the policy's.
 
         policy = HarnessPolicy(Client(url), unnorm_key="libero_spatial_no_noops", gripper="libero", rotation=180)
@@ -55,7 +55,7 @@ class HarnessPolicy:
         """Returns the next action, float64 [A], in the environment's convention.
 
         images: uint8 [H, W, 3] by camera name, or that of the first camera alone. state: float [S], if the policy
-        takes one. Both are looked at if a chunk of actions has been executed. Raises ValueError before `reset`.
+        takes one. Both are looked at if a chunk of actions has been executed. Raises InputError before `reset`.
         """
         if self.instruction is None:
             raise InputError("step before reset: reset(instruction) begins an episode")

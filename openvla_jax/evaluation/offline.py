@@ -133,7 +133,7 @@ def compare(
 
 
 def token_bins(normalized: np.ndarray, bins: int) -> np.ndarray:
-    """Returns the bin of each normalised value. The two ids of the top bin, which decode alike, are one."""
+    """Returns the bin of each normalised value. The top bin's two ids decode to one value and count as one."""
     tokenizer = ActionTokenizer(bins=bins)
     return np.minimum(tokenizer.last_token - tokenizer.encode(normalized), tokenizer.bins - 2)
 

@@ -47,7 +47,7 @@ class Rollouts:
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """Returns the Wilson score interval of a proportion, 95% (Wilson 1927).
 
-    Raises ValueError unless 0 <= successes <= trials and trials > 0.
+    Raises InputError unless 0 <= successes <= trials and trials > 0.
     """
     from scipy.stats import binomtest  # takes a second to import, and most users of this module need none
 
@@ -143,7 +143,7 @@ def evaluate(
 
     Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The
     last draws from `action_statistics`. These and `executed` default to what `policy.contract` says, of one dataset.
-    Raises ValueError for less than one episode.
+    Raises InputError for less than one episode.
     """
     if episodes < 1:
         raise InputError(f"episodes {episodes}: evaluate at least 1")

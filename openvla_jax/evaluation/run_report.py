@@ -26,8 +26,8 @@ Rows = list[tuple[str, ...]]
 
 def write_report(directory: str | os.PathLike, frames: int = 4) -> epath.Path:
     """Writes W/report.html: progress, curves, data mixture, throughput, memory, checkpoints, and what the latest
-    checkpoint predicts on `frames` held-out frames of each dataset (0: none). What cannot be shown is told with its
-    reason. Raises ValueError where `directory` holds no run.
+    checkpoint predicts on `frames` held-out frames of each dataset (0: none). A section that cannot be
+    rendered says why. Raises InputError if `directory` holds no run.
     """
     workdir = absolute(directory)
     files = [workdir / "config.json", workdir / METRICS_FILE]

@@ -126,7 +126,7 @@ def _round_up(x: int, to: int) -> int:
 
 
 def _program(x: Array, heads: int, dim: int, causal: bool, device: jax.Device) -> _Shape | None:
-    """What one program works on; None where no whole number of heads fills lanes and fits the memory."""
+    """What one program works on; None if no whole number of heads fills lanes and fits the memory."""
     shapes = [
         _Shape(x.shape[1], n, dim, causal, device.platform != "tpu")
         for n in range(1, heads + 1)
@@ -157,7 +157,7 @@ def flash_attention(
 ) -> Float[Array, "B T D"]:
     """Attention of projections D = N H of a whole sequence, each row of the batch on the chip that holds it.
 
-    `qkv`: queries, keys and values [B, T, D]; or, where `takes_merged` says so, one array [B, T, 3 D] of them.
+    `qkv`: queries, keys and values [B, T, D]; or, if `takes_merged` returns true, one array [B, T, 3 D] of them.
     `angles`: cosine and sine [T, H] by which queries and keys are rotated, the sine negative in its first half; None
     for none. Softmax and sums are float32. A remat policy may keep the result, named "attention", and the logarithms of
     the sums, "statistics". Only where `fits` says so.
@@ -264,7 +264,7 @@ def _backward_kernel(*refs, shape: _Shape, projections: int):
         if not angles:
             return x.astype(dtype)
         cos, sin = (ref[at].astype(jnp.float32) for ref in angles)
-        # Rounded before as well: so is the gradient of rotated queries and keys where no kernel runs.
+        # Rounded before as well, as the gradient of rotated queries and keys is without a kernel.
         return _rotate(x.astype(dtype).astype(jnp.float32), cos, -sin).astype(dtype)
 
     for queries, seen in shape.blocks():

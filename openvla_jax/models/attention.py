@@ -99,7 +99,7 @@ def attention(
     v: Float[Array, "B S K H"],
     mask: Array | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention with grouped key/value heads; `mask` broadcasts to [B, T, S], true where a key is seen.
+    """Softmax attention with grouped key/value heads; `mask` broadcasts to [B, T, S], true for keys that are seen.
 
     Scores, maximum, sum and the value product are float32; the division comes after that product, which is cheaper.
     """
@@ -112,7 +112,7 @@ def attention(
 def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """q [B, T, K, G, H] -> [B, T, K, G, H].
 
-    It has a backward pass of its own because derived ones need the exponentials in float32: kept, they are the largest
+    It has a custom backward pass because derived ones need the exponentials in float32: kept, they are the largest
     activation there is, and recomputed, their products are run twice. This one needs them in the compute dtype.
     """
     return _attention_forward(q, k, v, mask)[0]
@@ -142,7 +142,7 @@ def _attention_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array
     to_v = jnp.einsum("BKGTS,BTKGH->BSKH", weights, gradient, **options)
     to_weights = jnp.einsum("BTKGH,BSKH->BKGTS", gradient, v, **options)
     to_scores = weights.astype(jnp.float32) * (to_weights - jnp.moveaxis(through_sum, 1, -1)[..., None])
-    if mask is not None:  # matters where a row sees no key at all: elsewhere the weight is 0
+    if mask is not None:  # matters only if a row sees no key at all; otherwise the weight is 0 already
         to_scores = jnp.where(mask[:, None, None], to_scores, 0.0)
     to_scores = (to_scores * q.shape[-1] ** -0.5).astype(q.dtype)
     to_q = jnp.einsum("BKGTS,BSKH->BTKGH", to_scores, k, **options)

@@ -103,7 +103,7 @@ def apply_row_parameter(
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, kernel [in, out] (transposed against PyTorch), computed in the dtype of `x`.
 
-    `lora` is an adapter beside the kernel, where there is one (`models/tuning.py`).
+    `lora` is the adapter beside the kernel, or None (`models/tuning.py`).
     """
 
     kernel: Kernel

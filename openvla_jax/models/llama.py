@@ -118,7 +118,7 @@ class Embedding(nnx.Module):
 
 class Llama(nnx.Module):
     blocks: LlamaBlock | nnx.List  # stacked, or one by one (`OpenVLA.unstack`)
-    last: LlamaBlock | None  # the last layer apart, a stack of one, where it alone is trained (`models/tuning.py`)
+    last: LlamaBlock | None  # the last layer apart, a stack of one, if it alone is trained (`models/tuning.py`)
 
     def __init__(self, key, config: LlamaConfig):
         keys = jax.random.split(key, 3)

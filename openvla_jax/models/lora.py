@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): `y = x W + scale * dropout(x) A B` beside a frozen kernel.
 
-An adapter is part of the layer that it adapts (`Linear.lora`), stacked where the layer is. A is drawn from a normal of
+An adapter is part of the layer that it adapts (`Linear.lora`), stacked if the layer is. A is drawn from a normal of
 standard deviation 1 / rank, B is zero, as PEFT's "gaussian" initialisation: at first nothing changes. Both are float32,
 whatever the base is stored as.
 """

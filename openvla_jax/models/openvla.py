@@ -64,7 +64,7 @@ class StateProjector(nnx.Module):
 class OpenVLA(nnx.Module):
     """The whole model. `dtype` is the dtype of activations and products; parameters are created in float32.
 
-    The order of the sequence is that of `SequenceLayout`. Pixel values are normalised, three channels per tower in the
+    `SequenceLayout` defines the order of the sequence. Pixel values are normalised, three channels per tower in the
     towers' order: [B, C, H, W, 3 * towers], or [B, H, W, 3 * towers] of one camera. `input_ids` start with BOS and are
     padded on the right. `state`, float32 [B, columns], is normalised; a model without a state projector takes None.
     `image_mask`, bool [B, C], hides cameras that a row does not have; None shows all.
@@ -218,7 +218,7 @@ class OpenVLA(nnx.Module):
         return self.llama.logits(hidden[:, 0], execution), cache
 
     def unstack(self) -> None:
-        """Gives every layer arrays of its own, and integers the form of `BlockedQTensor`, in place: what is fastest on
+        """Unstacks the layers, and gives integers the form of `BlockedQTensor`, in place: what is fastest on
         a CPU (see `stack.unstack`).
         """
         self.llama.blocks = unstack(self.llama.blocks)

@@ -71,7 +71,7 @@ class QTensor(nnx.Module):
 
 
 class BlockedQTensor(nnx.Module):
-    """A QTensor's kernel or table [in, out] for a CPU, whose product converts one block of input rows after the other.
+    """A QTensor's kernel or table [in, out] for a CPU, whose matmul dequantises one block of input rows at a time.
 
     A CPU's compiler writes a whole converted kernel to fresh memory first, which takes longer than reading it and
     multiplying with few rows. `values` are int8 [in, out], or the int4 of two rows in a uint8 [in / 2, out]: a block is
@@ -137,7 +137,7 @@ def group_size(rows: int, kind: str) -> int:
 
 
 def quantize_array(kernel: Float[Array, "*lead i o"], kind: str) -> tuple[Array, Array]:
-    """(values, scale) of a kernel, layer by layer where it is stacked: no float32 copy of the whole is made."""
+    """(values, scale) of a kernel, layer by layer if it is stacked, so that no float32 copy of the whole is made."""
     if kernel.ndim > 2:
         return jax.lax.map(lambda layer: quantize_array(layer, kind), kernel)
     dtype, largest, _ = KINDS[kind]
@@ -181,7 +181,7 @@ def check_kind(kind: str) -> None:
 
 
 def count_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays or shape structs in a device's memory, where two int4 share a byte."""
+    """Returns the bytes of a tree's arrays or shape structs in a device's memory, in which two int4 share a byte."""
     bits = lambda leaf: 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
     return sum(-(-leaf.size * bits(leaf) // 8) for leaf in jax.tree.leaves(tree))
 

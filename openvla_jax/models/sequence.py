@@ -57,7 +57,7 @@ class SequenceLayout:
     def join(
         self, text: Float[Array, "B T D"], patches: Float[Array, "B P D"], state: Float[Array, "B 1 D"] | None
     ) -> Float[Array, "B S D"]:
-        """Returns the sequence's embeddings. `patches` are those of all cameras, one camera after the other."""
+        """Returns the sequence's embeddings. `patches` holds the patches of all cameras, one camera after the other."""
         parts = [text[:, :1], patches, *([] if state is None else [state]), text[:, 1:]]
         x = jnp.concatenate(parts, axis=1)
         if x.shape[1] != self.length(text.shape[1]):

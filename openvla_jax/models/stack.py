@@ -33,7 +33,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 
 def remat_policy(name: str) -> Callable[..., Any] | None:
-    """The policy called `name`, or one that keeps what `name` lists, as "q,k,v,o"; ValueError for others."""
+    """The policy called `name`, or one that keeps what `name` lists, as "q,k,v,o"; InputError for others."""
     if name in REMAT_POLICIES:
         return REMAT_POLICIES[name]
     kept = name.split(",")
@@ -48,8 +48,8 @@ def remat_policy(name: str) -> Callable[..., Any] | None:
 def scan_layers(body: Callable[[Any, Array, Execution], Array], x: Array, layers: Any, execution: Execution) -> Array:
     """Runs a stack of layers: `x = body(layer, x, execution)` for each slice of `layers` along its leading axis.
 
-    Each layer gets a dropout key of its own. The body returns activations only: returning parameters makes XLA copy the
-    whole stack. ValueError for an unknown `execution.remat`.
+    Each layer gets its own dropout key. The body returns activations only: returning parameters makes XLA copy the
+    whole stack. InputError for an unknown `execution.remat`.
     """
 
     def step(carry, scanned):
@@ -84,7 +84,7 @@ def _entry(tree: Any, i: int) -> Any:
 
 
 def unstack(layers: nnx.Module) -> nnx.List:
-    """The layers of a stack as modules with arrays of their own; those of the stack are deleted one by one.
+    """The layers of a stack as modules with arrays of their own; the stack's arrays are deleted one by one.
 
     A scan copies each layer's parameters out of the stack before a CPU's products, which with few tokens takes longer
     than these. Without the stack the program is as long as the model is deep, and so is its compilation.

@@ -1,8 +1,8 @@
 """What of a model is trained, and what is frozen: adapters added, path patterns, and the modes of the paper's Table 1.
 
-A path is that of a parameter in the tree (`llama/blocks/attention/q/kernel`, adapters `.../q/lora/a`). A pattern is one
+A path names a parameter in the tree (`llama/blocks/attention/q/kernel`, adapters `.../q/lora/a`). A pattern is one
 of a path, or of any folder above it, in the shell's notation (`*` matches slashes too): `vision`, `llama/embed`,
-`*/lora`. `llama/last` is the last decoder layer, which then has arrays of its own.
+`*/lora`. `llama/last` is the last decoder layer, which is then split off the stack.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Tuning:
     def prepare(self, model: OpenVLA, key: Array) -> OpenVLA:
         """The model as it is trained: last layer apart, frozen kernels quantised, adapters added; in place.
 
-        Under `jax.eval_shape` it makes no arrays. ValueError for a pattern that matches nothing, or for one that would
+        Under `jax.eval_shape` it makes no arrays. InputError for a pattern that matches nothing, or for one that would
         train integers.
         """
         if self.splits_last:
@@ -121,7 +121,7 @@ def abstract_prepared(config: VLAConfig, tuning: Tuning, dtype=jnp.float32) -> O
 
 
 def split_last(model: OpenVLA) -> None:
-    """Gives the last decoder layer arrays of its own, in place: a stack of one behind the others."""
+    """Splits off the last decoder layer, in place: a stack of one behind the others."""
     blocks: Any = model.llama.blocks
     if model.config.llama.depth < 2:
         raise InputError(f"{LAST} needs a language model of at least 2 layers: train llama instead")
@@ -246,7 +246,7 @@ def _add(layer: Linear | PatchEmbed, a: Array, b: Array, scale: float) -> None:
 
 
 def count_trainable(config: VLAConfig, tuning: Tuning) -> dict[str, int]:
-    """Trained parameters by component, as the reference counts them: with those of a trained tower that are never run
+    """Trained parameters by component, as the reference counts them: including a trained tower's that are never run
     (`unused/...`; they get no optimiser state here). No arrays are made.
     """
     model = abstract_prepared(config, tuning)

@@ -46,7 +46,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """A mesh of `('data', 'fsdp', 'tensor')`; one size may be -1: what the other two leave of the devices.
 
     `data` 0 is one per slice. Several slices are joined by `data` alone, so that only gradients cross the data-centre
-    network; within a slice axes follow the chips' links. ValueError for sizes that the devices do not make up.
+    network; within a slice axes follow the chips' links. InputError for sizes that the devices do not make up.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})

@@ -38,7 +38,7 @@ GENERATIONS = {
 
 
 class Slice(NamedTuple):
-    """`slices` equal slices of one generation; chips and hosts are those of one."""
+    """`slices` equal slices of one generation; `chips` and `hosts` count one slice."""
 
     generation: str
     topology: str  # 4x4x4
@@ -69,7 +69,7 @@ class Slice(NamedTuple):
 
 
 def parse_slice(text: str) -> Slice:
-    """The slice that `text` names; ValueError with the mend for anything else."""
+    """Returns the slice that `text` names. Raises InputError, with how to fix it, for anything else."""
     name, _, rest = text.partition(":")
     topology, star, count = rest.partition("*")
     if name not in GENERATIONS:
@@ -128,7 +128,7 @@ def compiler_options(generation: str) -> dict[str, str]:
         return {}
     products = {
         "xla_tpu_scoped_vmem_limit_kib": str(_VMEM_KIB[generation]),
-        "xla_tpu_dot_dot_fusion": "false",  # a product inside another is computed anew for each of its tiles
+        "xla_tpu_dot_dot_fusion": "false",  # a product inside another is computed again for each of its tiles
     }
     return products | (_OFFLOAD if GENERATIONS[generation].sparse_core else {}) | _OWN.get(generation, {})
 

@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
 
     seconds: float  # of compiling
     peak_bytes: int
-    memory: Any  # its memory analysis; None, as the cost, where the program does not fit
+    memory: Any  # its memory analysis; None if the program does not fit; so is the cost
     cost: Cost | None
 
 
@@ -86,7 +86,7 @@ def topology_devices(tpu: Slice) -> list[Any]:
 
 
 def link_time(tpu: Slice):
-    """Seconds of a collective: bytes received over all links of a chip; half of them where the slice is no torus."""
+    """Seconds of a collective: bytes received over all links of a chip; half of the links if the slice is no torus."""
     rate = tpu.facts.ici_bytes_per_second * (1.0 if tpu.torus else 0.5)
     return lambda kind, size, group: size / rate
 

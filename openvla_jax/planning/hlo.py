@@ -135,7 +135,7 @@ class Program:
 
     def cost(self, clock: float, seconds: LinkTime, kernel_seconds: KernelTime | None = None) -> Cost:
         """The estimate: `seconds(kind, bytes, group)` is the time that a collective takes on the links, and
-        `kernel_seconds(instruction)` that of a kernel, for programs that have any.
+        `kernel_seconds(instruction)` returns a kernel's seconds; needed only if the program has kernels.
         """
         return self._cost(self.entry, clock, seconds, kernel_seconds)
 
@@ -220,7 +220,7 @@ class Program:
     def carried(self, instruction: Instruction) -> tuple[str, str]:
         """(channel, phase) of a collective that the programs of the matrix units move themselves: a fusion begins it
         ("start"), products carry it on beside their work ("carry"), another fusion waits for its end ("done"), and each
-        names it anew. Empty strings for anything else.
+        renames it. Empty strings for anything else.
         """
         inner = self.computations.get(instruction.called("calls") or "", []) if instruction.op == "fusion" else []
         for other in inner:

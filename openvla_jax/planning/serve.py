@@ -53,7 +53,7 @@ def plan(
     `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, batch,
     weights, weight_bytes (a chip's), hbm_capacity_bytes, fits, hbm_peak_bytes (of the whole action on a chip),
     floor_seconds (to read the weights once), stages {name: {times, seconds, waiting_seconds, peak_bytes}} and
-    action_seconds, both None where the program does not fit. ValueError for a slice that does not exist or that does
+    action_seconds, both None where the program does not fit. InputError for a slice that does not exist or that does
     not divide the model's heads.
     """
     tpu = parse_slice(topology)

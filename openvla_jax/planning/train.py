@@ -46,7 +46,7 @@ def plan(config: Settings, topology: str, dump: Path) -> dict[str, Any]:
     """Compiles the config's train step and eval step for `v5p:4x4x4` and the like, and returns the report's entry.
 
     `dump` is the folder into which the compiler writes (`planning_environment`). The entry has the keys of `plan_step`
-    and of `plan_evaluation`; it `fits` if both programs do. ValueError for a topology that does not exist or a batch
+    and of `plan_evaluation`; it `fits` if both programs do. InputError for a topology that does not exist or a batch
     that it does not divide.
     """
     return with_evaluation(plan_step(config, topology, dump), plan_evaluation(config, topology, dump))

@@ -76,7 +76,7 @@ def write_dataset(
     is one of `tabletop.WORLDS`.
 
     A complete dataset of the same parameters is kept.
-    Raises FileExistsError where a dataset of other parameters lies there, ValueError for a number of episodes below 1.
+    Raises FileExistsError if the folder holds a dataset of other parameters, InputError for less than one episode.
     """
     counts = {"train": episodes, "val": max(1, episodes // 20) if val_episodes is None else val_episodes}
     if min(counts.values()) < 1:

@@ -75,7 +75,7 @@ def sample_scene(seed: int) -> Scene:
 
 class Tabletop:
     """One episode of a world of `WORLDS`. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw,
-    gripper (1 = open, or closed where the world says so).
+    gripper (1 = open; in some worlds 1 = closed).
 
     Translations are clipped to MAX_STEP and to the workspace. The gripper stays upright, so rotations have no effect
     (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.
@@ -105,7 +105,7 @@ class Tabletop:
         return np.array([*self.gripper, 0.0, 0.0, 0.0, 0.0, float(self.open)], np.float32)
 
     def step(self, action: np.ndarray) -> bool:
-        """Applies one action [7]; returns whether the named object is now lifted. ValueError if it is not 7 finite
+        """Applies one action [7]; returns whether the named object is now lifted. InputError if it is not 7 finite
         numbers.
         """
         action = np.asarray(action, np.float64)

@@ -1,7 +1,7 @@
 """Kubernetes JobSet manifests for TPU slices on GKE: one JobSet per point, one pod per host of a slice.
 
 A preempted slice restarts the same command, which resumes from its latest checkpoint: `maxRestarts` counts those.
-Fields: jobset.sigs.k8s.io (API jobset.x-k8s.io/v1alpha2); chips and hosts are those of `parallel/tpu.py`.
+Fields: jobset.sigs.k8s.io (API jobset.x-k8s.io/v1alpha2); chips and hosts come from `parallel/tpu.py`.
 """
 
 import argparse

@@ -28,7 +28,7 @@ _NAME_LIMIT = 120  # characters of a point's directory name
 
 
 class SweepError(InputError):
-    """A sweep that cannot be run as it is written, in one line."""
+    """A sweep that cannot be run; the message is one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Result:
         return int(max((row["step"] for row in self.curve), default=0))
 
     def last(self, metric: str) -> float:
-        """The metric's latest value; NaN where there is none yet."""
+        """The metric's latest value; NaN if there is none yet."""
         return next((row[metric] for row in reversed(self.curve) if metric in row), math.nan)
 
 
@@ -47,7 +47,7 @@ class Group:
 
     settings: dict[str, Any]
     values: list[float]
-    bounds: tuple[float, float] = (math.nan, math.nan)  # 95% interval of a single value, where the metric has one
+    bounds: tuple[float, float] = (math.nan, math.nan)  # 95% interval of a single value, if the metric has one
 
     @property
     def mean(self) -> float:
@@ -95,7 +95,7 @@ def write_report(workdir: Path, metric: str, lower: bool) -> list[Path]:
 
 
 def load(workdir: Path) -> list[Result]:
-    """The points of the sweep in `workdir` with their metrics so far. SweepError where there is none."""
+    """The points of the sweep in `workdir` with their metrics so far. Raises SweepError if there is none."""
     file = workdir / SWEEP_FILE
     if not file.exists():
         raise SweepError(f"{workdir} holds no sweep ({SWEEP_FILE} is missing)")
@@ -228,7 +228,7 @@ def _curves(results: Sequence[Result], swept: Sequence[str], metric: str) -> byt
 
 
 def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> bytes:
-    """The metric against one swept setting, on that setting's scale, with intervals where there are seeds."""
+    """The metric against one swept setting, on that setting's scale, with intervals if there are several seeds."""
     figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
     values = [group.settings[key] for group in groups]
@@ -253,7 +253,7 @@ def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> byte
 
 
 def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> bytes | None:
-    """The metric over two swept settings; None where they form no grid."""
+    """The metric over two swept settings; None if they form no grid."""
     columns, lines = ([*dict.fromkeys(_text(group.settings[key]) for group in groups)] for key in axes)
     if len(columns) * len(lines) != len(groups):
         return None
@@ -275,7 +275,7 @@ def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> byte
 
 
 def _colors(labels: Sequence[str], results: Sequence[Result], axes: Sequence[str]) -> dict[str, Any]:
-    """A colour for each label: along a scale where one numeric setting is swept, distinct ones else."""
+    """A colour for each label: along a scale if one numeric setting is swept, else distinct ones."""
     from matplotlib import colormaps
 
     values = list(dict.fromkeys(_text(result.settings.get(key)) for result in results for key in axes))

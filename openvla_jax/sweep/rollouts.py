@@ -15,7 +15,7 @@ BOUNDS = ("rollout/success_low", "rollout/success_high")  # of its Wilson 95% in
 
 
 def measured(directory: Path) -> list[dict[str, float]]:
-    """What `measure` found in a point's directory, as a line of its metrics; nothing where it has not been there."""
+    """What `measure` found in a point's directory, as a line of its metrics; nothing if it has not been there."""
     file = directory / ROLLOUTS_FILE
     return [json.loads(file.read_text())["metrics"]] if file.exists() else []
 

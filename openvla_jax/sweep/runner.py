@@ -31,7 +31,7 @@ from openvla_jax.training.progress import duration
 SWEEP_FILE, LOG_FILE, LOCK_FILE = "sweep.json", "log.txt", ".lock"
 POLL_SECONDS = 0.1
 STOPPED = 143  # exit code of a run that was told to stop, and saved
-LINE_SECONDS = 30.0  # between two reports where the output is no terminal
+LINE_SECONDS = 30.0  # between two reports if the output is no terminal
 SHOWN = ("val/action_accuracy", "val/loss", "train/loss")
 _TAIL_BYTES = 65536
 _STATES = ("running", "failed", "waiting", "interrupted", "finished")
@@ -87,8 +87,9 @@ def saved_step(directory: Path) -> int:
 
 
 def prepare(workdir: Path, points: Sequence[Point]) -> list[Run]:
-    """The runs of a sweep in `workdir`, with what their directories tell. SweepError where it holds another sweep: one
-    may grow by points, not lose or change any.
+    """Returns the runs of a sweep in `workdir`, with the state of each that has begun.
+
+    Raises SweepError if `workdir` holds another sweep: points may be added, not removed or changed.
     """
     record = {point.name: {"config": point.config, "overrides": _plain(point.overrides)} for point in points}
     file = workdir / SWEEP_FILE
@@ -199,7 +200,7 @@ def _lock(directory: Path) -> IO[str] | None:
 
 
 def _start(run: Run, device: str | None) -> None:
-    """Starts the run's process; none where one of an earlier sweep is still alive in its directory."""
+    """Starts the run's process; not if one of an earlier sweep is still alive in its directory."""
     run.directory.mkdir(parents=True, exist_ok=True)
     run.state, run.process = "running", None
     lock = _lock(run.directory)

@@ -45,7 +45,7 @@ class ActionTokenizer:
         return (self.bin_edges[:-1] + self.bin_edges[1:]) / 2.0
 
     def encode(self, actions: ArrayLike) -> np.ndarray:
-        """Normalised actions [..., A] -> int32 ids [..., A]. Beyond [-1, 1] is clipped; NaN raises ValueError."""
+        """Normalised actions [..., A] -> int32 ids [..., A]. Beyond [-1, 1] is clipped; NaN raises InputError."""
         actions = np.asarray(actions, np.float64)  # float32 edges compare as the reference compares them
         if np.isnan(actions).any():
             where = tuple(int(i) for i in np.argwhere(np.isnan(actions))[0])
@@ -69,7 +69,7 @@ def normalize_actions(actions: ArrayLike, stats: Mapping[str, Any], kind: str = 
     stats: `statistics[dataset]["action"]` (or "proprio"), rows of length A. "normal" standardises; "bounds" and
     "bounds_q99" map [min, max] or [q01, q99] onto [-1, 1] and clip. Dims where the mask is False pass unchanged; but
     under both bounds a dim with min == max becomes 0 whatever its mask, as in the reference (a constant gripper reads
-    0).     Raises ValueError for an unknown kind, or where dims differ.
+    0).     Raises InputError for an unknown kind, or where dims differ.
     """
     actions, mask, first, second = _aligned(actions, stats, kind)
     if kind == "normal":
@@ -91,7 +91,7 @@ def unnormalize_actions(actions: ArrayLike, stats: Mapping[str, Any], kind: str 
 
 
 def choose_unnorm_key(statistics: Mapping[str, Any], key: str | None = None) -> str:
-    """The dataset whose statistics unnormalise: `key`, or where it is None the only one there is. Raises ValueError."""
+    """The dataset whose statistics unnormalise: `key`, or where it is None the only one there is. Raises InputError."""
     if key is None:
         if len(statistics) == 1:
             return next(iter(statistics))

@@ -2,7 +2,7 @@
 
 One training sequence is `<s>` + prompt + lone space + action tokens + `</s>`. Ids are spliced: an action never passes
 through a string, and training and inference share one function for the prompt (OpenVLA paper, section 3; token layout,
-bins and normalisation are those of the PyTorch reference).
+bins and normalisation are the PyTorch reference's).
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ def prompt_text(instruction: str, family: str = "pure") -> str:
     """The prompt of one instruction, without `<s>` and without the space before the actions.
 
     As in the reference the instruction is lower-cased, `<image>` is taken out of it, and its whitespace and punctuation
-    stay as they are. Raises ValueError for an empty instruction or an unknown family.
+    stay as they are. Raises InputError for an empty instruction or an unknown family.
     """
     if family not in PROMPT_FAMILIES:
         raise InputError(f"prompt family {family!r} is unknown; {nearest(family, PROMPT_FAMILIES)}")
@@ -40,7 +40,7 @@ def prompt_ids(tokenizer: Tokenizer, instruction: str, family: str = "pure") -> 
     """Token ids from `<s>` to the lone space (29871 in Llama-2) that precedes the first action token.
 
     The model is trained on that space, so inference must feed it too; it comes exactly once, for every family.
-    Raises ValueError for an empty instruction or an unknown family.
+    Raises InputError for an empty instruction or an unknown family.
     """
     return [*_encode(tokenizer, prompt_text(instruction, family)).ids, tokenizer.convert_tokens_to_ids(SPACE)]
 
@@ -66,7 +66,7 @@ def fit_prompt_ids(
       family: the prompt template.
 
     Raises:
-      ValueError: as `prompt_ids`; or the template and one token of the instruction do not fit. The message names the
+      InputError: as `prompt_ids`; or the template and one token of the instruction do not fit. The message names the
         smallest text_length that would do.
     """
     ids = prompt_ids(tokenizer, instruction, family)
@@ -105,7 +105,7 @@ def encode_example(
       tokens and `</s>`); whether the instruction was cut (see `fit_prompt_ids`).
 
     Raises:
-      ValueError: as `fit_prompt_ids` and `ActionTokenizer.encode`; actions of another rank.
+      InputError: as `fit_prompt_ids` and `ActionTokenizer.encode`; actions of another rank.
     """
     if np.ndim(actions) not in (1, 2):
         raise InputError(f"actions have shape {np.shape(actions)}: one example takes one action [A] or a chunk [K, A]")

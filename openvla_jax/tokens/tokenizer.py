@@ -29,7 +29,7 @@ def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
 
     Encodes as transformers 4.40.1's Llama-2 fast tokenizer (later ones split double spaces otherwise), begins with
     `<s>`, and has the pad token `<PAD>` (id 32000 in Llama-2). Files are read as data; no code in the folder ever runs.
-    Raises FileNotFoundError where neither file exists, ValueError where it is not such a tokenizer.
+    Raises FileNotFoundError if neither file exists, InputError if it is no such tokenizer.
     """
     import tokenizers
 

@@ -28,7 +28,7 @@ def build_contract(
         adapter: {base, fingerprint, tuning} if the run saves only what it trains, else None.
 
     Raises:
-        ValueError: The config contradicts the checkpoint that training starts from.
+        InputError: The config contradicts the checkpoint that training starts from.
     """
     observation, action = choose_specs(config, base)
     statistics = (base.statistics if base and config.statistics == "join" else {}) | iterator.statistics
@@ -59,7 +59,7 @@ def build_contract(
 def choose_specs(config: Settings, base: Contract | None) -> tuple[ObservationSpec, ActionSpec]:
     """Returns what a run's policy is to be shown and to answer: the config's settings, else the checkpoint's.
 
-    The dimension and the conventions of actions follow from the data (see `build_contract`). Raises ValueError
+    The dimension and the conventions of actions follow from the data (see `build_contract`). Raises InputError
     for settings that contradict each other.
     """
     observation, action = (base.observation, base.action) if base else (ObservationSpec(), ActionSpec())

@@ -22,7 +22,7 @@ import jax
 
 from openvla_jax.errors import InputError
 
-LOST = 75  # exit code: another host is lost or failed, or storage does; the same command goes on from the last save
+LOST = 75  # exit code: another host is lost or failed, or storage does; the same command continues from the last save
 _BEATS, _FACTS, _COORDINATOR = "openvla_jax/beat/", "openvla_jax/facts/", "openvla_jax/coordinator"
 _INTERVAL = 3.0  # seconds between posts
 _PREFLIGHT_TIMEOUT = 1800.0  # hosts open and describe their data first, each at its own pace
@@ -33,7 +33,7 @@ class HostError(RuntimeError):
 
 
 class DisagreementError(InputError):
-    """The hosts were not started alike."""
+    """The hosts were started with different settings, code or data."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,8 +44,8 @@ class DisagreementError(InputError):
 def initialize(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
     """Joins this process to the others: by the arguments, or by itself on TPU VMs, GKE, Slurm and Open MPI.
 
-    To be called before anything asks jax for devices. On a machine that is part of nothing it does nothing. ValueError
-    for arguments that are incomplete or impossible; HostError where the others do not come.
+    To be called before anything asks jax for devices. On a machine that is part of nothing it does nothing. InputError
+    for arguments that are incomplete or impossible; HostError if the others do not arrive.
     """
     given = {"coordinator": coordinator, "num_processes": processes, "process_id": index}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -68,7 +68,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
     except ValueError as error:
         if arguments:
             raise
-        logging.info("jax finds no other processes here (%s): this one goes on alone", error)
+        logging.info("jax finds no other processes here (%s): this one continues alone", error)
     except RuntimeError as error:
         raise HostError(f"the processes did not all come together: {' '.join(str(error).split())[:300]}") from error
 
@@ -86,7 +86,7 @@ def in_cluster(environment: Mapping[str, str], devices: Path = Path("/dev")) -> 
 
 
 def client() -> Any | None:
-    """The coordination service's client; None where there is one process."""
+    """Returns the coordination service's client, or None if there is only one process."""
     from jax._src.distributed import global_state  # no public name; Orbax takes it from here, too
 
     return global_state.client if jax.process_count() > 1 else None
@@ -125,7 +125,7 @@ def preflight(
 
 
 def gather(store: Any | None, name: str, timeout: float = 3600.0) -> None:
-    """Waits for all processes, where some may be minutes ahead: collectives of CPUs give up after half a minute."""
+    """Waits for all processes. Some may be minutes ahead, and collectives on CPUs give up after half a minute."""
     if store is not None:
         store.wait_at_barrier(f"openvla_jax/{name}", int(1000 * timeout))
 
@@ -144,7 +144,9 @@ def differences(everyone: Mapping[int, Mapping[str, Any]]) -> str:
                 f"{everyone[i]['facts'].get(name)!r} on process {i} ({everyone[i]['host']}){more}"
             )
     more = f"; and {len(found) - 6} more differences" if len(found) > 6 else ""
-    return f"the hosts disagree: {'; '.join(found[:6])}{more}: start all of them alike" if found else ""
+    return (
+        f"the hosts disagree: {'; '.join(found[:6])}{more}: start all with one command, code and data" if found else ""
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,10 +157,10 @@ def differences(everyone: Mapping[int, Mapping[str, Any]]) -> str:
 class Watch(contextlib.AbstractContextManager):
     """Posts every few seconds what this process does, and reads what the others post.
 
-    A process that posts nothing for `beat_timeout` seconds is dead or cut off; one that failed says so; and where no
-    process has come further for `hang_timeout` seconds (0: for ever), those that are furthest behind hang. `on_lost`
-    is then called, from a thread, with one line that names them: by default it prints it and ends this process, whose
-    main thread may wait in a collective that will never end.
+    A process that posts nothing for `beat_timeout` seconds is dead or cut off. One that failed posts that. If no
+    process advances for `hang_timeout` seconds (0 disables), the slowest are reported as hung. `on_lost` is then
+    called, from a thread, with one line that names them. By default it prints the line and ends this process, because
+    its main thread may wait in a collective that will never end.
     """
 
     def __init__(
@@ -293,7 +295,7 @@ if not sys.stdin.buffer.read():
         print(f"error: {who} was killed or crashed", file=sys.stderr)
     except OSError:
         print(f"error: {who} was ended because {first}, the coordinator at {address}, is gone; the same command on all "
-              "hosts goes on from the last checkpoint", file=sys.stderr)
+              "hosts continues from the last checkpoint", file=sys.stderr)
 """
 _children: list[subprocess.Popen] = []
 
@@ -335,7 +337,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _die(line: str) -> NoReturn:
-    print(f"error: {line}; the same command on all hosts goes on from the last checkpoint", file=sys.stderr)
+    print(f"error: {line}; the same command on all hosts continues from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()
     if jax.process_index() == 0:  # with it goes the store, from which the others are about to learn the same
         time.sleep(3 * _INTERVAL)

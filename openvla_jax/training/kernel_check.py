@@ -34,7 +34,7 @@ def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> Non
         except jax.errors.JaxRuntimeError as error:
             what = f"does not run: {' '.join(str(error).split())[:200]}"
         else:
-            if difference is None or difference < TOLERANCE:  # not so where it is NaN
+            if difference is None or difference < TOLERANCE:  # false if it is NaN
                 continue
             what = f"differs from the compiler's attention by {difference:.1%}"
         raise KernelError(
@@ -43,7 +43,7 @@ def check_kernels(model: VLAConfig, text_length: int, device: jax.Device) -> Non
 
 
 def disagreement(length: int, width: int, heads: int, theta: float | None, device: jax.Device) -> float | None:
-    """The largest difference, to the norm, of attention's result and gradients; None where no kernel takes the shape.
+    """The largest difference, to the norm, of attention's result and gradients; None if no kernel takes the shape.
 
     With `theta` queries and keys are rotated and attention is causal.
     """

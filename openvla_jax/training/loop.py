@@ -32,7 +32,7 @@ def run(config: Any, directory: os.PathLike | str) -> TrainState:
         The final state.
 
     Raises:
-        ValueError, FileNotFoundError, CheckpointError: Bad input, in one line, before anything is written.
+        InputError, FileNotFoundError, CheckpointError: Bad input, in one line, before anything is written.
         NonFiniteError: Too many steps had NaN or infinite losses or gradients.
         StorageError: Saving keeps failing.
     """

@@ -27,7 +27,7 @@ class MetricLog:
     again.
 
     metrics.jsonl holds one JSON object a line: {"step": 120, "time": seconds since the epoch, "train/loss": 1.2, ...};
-    validation has lines of its own with keys `val/...`. Objects in buckets cannot grow: there the file is written anew
+    validation has separate lines with keys `val/...`. Objects in buckets cannot grow: there the file is written anew
     once a minute, and by `flush`. A write that fails is retried (`runtime.StorageError`).
     """
 
@@ -97,7 +97,7 @@ class MetricLog:
 
 
 def _wandb_id(workdir: epath.Path) -> str:
-    """Of the run in `workdir`, kept there: a resumed run goes on in its own page."""
+    """Returns the W&B run id, stored in `workdir` so that a resumed run continues the same page."""
     file = workdir / WANDB_ID_FILE
     if not file.exists():
         file.write_text(secrets.token_hex(6))
@@ -125,7 +125,7 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: epath.Path, resume_step: int):
-        with _hidden("torch"):  # imported where it is installed: two seconds, for tensors that nobody gives it
+        with _hidden("torch"):  # if installed it is imported: two seconds, for a tensor type that is not used here
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -179,7 +179,7 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, float]]:
 
 
 def flatten(metrics: Mapping[str, Any], datasets: Sequence[str], prefix: str) -> dict[str, float]:
-    """Scalars by name; vectors `x_by_dataset` become `prefix/DATASET/x` where there is more than one dataset."""
+    """Returns scalars by name; vectors `x_by_dataset` become `prefix/DATASET/x` if there are several datasets."""
     flat = {}
     for name, value in metrics.items():
         value = np.asarray(value)
@@ -192,7 +192,7 @@ def flatten(metrics: Mapping[str, Any], datasets: Sequence[str], prefix: str) ->
 
 
 def device_memory() -> dict[str, float]:
-    """`device_peak_gb`, the most that the fullest device of this process has held, where its allocator says."""
+    """Returns `device_peak_gb`, the peak of the fullest device of this process, if its allocator reports one."""
     import jax
 
     peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())

@@ -59,7 +59,7 @@ class Skipped:
         self._limit, self._steps = limit, deque[int]()
 
     def add(self, step: int, describe: Callable[[], str]) -> None:
-        """One more; NonFiniteError where they are more than the limit within the last 100 steps."""
+        """Counts one more. Raises NonFiniteError if there are more than the limit within the last 100 steps."""
         self._steps.append(step)
         while self._steps[0] <= step - self.WINDOW:
             self._steps.popleft()

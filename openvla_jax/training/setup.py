@@ -72,7 +72,7 @@ def log(text: str) -> None:
 def open_run(config: Settings, directory: os.PathLike | str) -> Run:
     """Opens the run in `directory`, new or resumed from its latest complete checkpoint. Nothing is written.
 
-    Raises ValueError, FileNotFoundError or CheckpointError with one line for bad input.
+    Raises InputError, FileNotFoundError or CheckpointError with one line for bad input.
     """
     began, train, workdir = time.time(), config.train, absolute(directory)
     use_compilation_cache(train.compilation_cache)
@@ -122,7 +122,7 @@ def open_data(
 ) -> tuple[Any, list[Any], bool]:
     """Opens the training stream at step `start` and reads the evaluation's batches.
 
-    Returns (stream, batches of this host, whether the stream's position is saved exactly). Raises ValueError for data
+    Returns (stream, batches of this host, whether the stream's position is saved exactly). Raises InputError for data
     that cannot be trained on, and if hosts disagree.
     """
     from openvla_jax.data.batches import make_eval_batches, make_train_iterator  # imports TensorFlow
@@ -178,7 +178,7 @@ def make_state(
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """Returns the state at step `start`, and the contract's `adapter` entry of a run that saves only what it trains.
 
-    Raises CheckpointError for a checkpoint that does not fit, ValueError for frozen parameters without a checkpoint.
+    Raises CheckpointError for a checkpoint that does not fit, InputError for frozen parameters without a checkpoint.
     """
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
     if not config.init_from and not tuning.full:
@@ -234,7 +234,7 @@ def resolve_model(config: Settings, base: Contract | None) -> tuple[VLAConfig, A
     """Returns the model to train and its tokenizer: the checkpoint's if there is one, else the config's.
 
     The config may name the checkpoint's model again but not change it. A fresh model is sized by its tokenizer. Raises
-    CheckpointError if the config names another model, ValueError if model and tokenizer differ in size.
+    CheckpointError if the config names another model, InputError if model and tokenizer differ in size.
     """
     from openvla_jax.tokens.tokenizer import load_tokenizer
 

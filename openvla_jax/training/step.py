@@ -113,7 +113,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
             with jax.named_scope("augment"):
-                images = rearrange(batch.images, "B C H W c -> (B C) H W c")  # every camera has draws of its own
+                images = rearrange(batch.images, "B C H W c -> (B C) H W c")  # each camera gets its own draws
                 batch = batch._replace(images=augment(key, images).reshape(batch.images.shape))
         keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
         total = head.targets(batch)
@@ -146,7 +146,7 @@ def make_train_step(
 
 
 def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
-    """MLP widths and the vocabulary of kernels filled with zeros to whole TPU lanes, where that adds less than 2%.
+    """Returns kernels with MLP widths and vocabulary padded with zeros to whole TPU lanes, if that adds less than 2%.
 
     Products of whole lanes are faster on TPUs, by their compiler's estimate (docs/performance.md). Gradients come back
     in the parameters' shapes, and what the model computes stays the same: `Llama.logits` drops columns without a token.
@@ -163,7 +163,7 @@ def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
 
 
 def make_tuning(config: Settings) -> Tuning:
-    """Returns what a config trains and freezes. Raises ValueError for settings that contradict each other."""
+    """Returns what a config trains and freezes. Raises InputError for settings that contradict each other."""
     patterns = tuple(part.strip() for part in config.trainable.split(",") if part.strip())
     if config.quantize and patterns == FULL.trainable:
         raise InputError("quantize needs frozen weights: train adapters (lora.rank, trainable='*/lora') or name parts")

@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 def augment(
     key: PRNGKeyArray, images: UInt8[Array, "B H W 3"], config: AugmentConfig = OPENVLA
 ) -> UInt8[Array, "B H W 3"]:
-    """Augments each image with draws of its own; equal keys give equal draws, whatever the sharding of the batch.
+    """Augments each image with its own draws; equal keys give equal draws, whatever the sharding of the batch.
 
     The random numbers come from JAX: distributed as the reference's, but not the same.
     """
@@ -135,7 +135,7 @@ def _joined(*planes: Plane) -> UInt8[Array, "H W 3"]:
 
 
 def _joined_packed(*planes: Plane) -> UInt8[Array, "H W 3"]:
-    """The same on a CPU, where the planes would be computed for each channel anew; one integer asks for them once."""
+    """The same on a CPU, where the planes would be computed again for each channel; one integer asks for them once."""
     red, green, blue = (jnp.minimum(plane * 255.5, 255.0).astype(jnp.int32) for plane in planes)
     return jax.lax.bitcast_convert_type(red + (green << 8) + (blue << 16), jnp.uint8)[..., :3]
 
@@ -207,7 +207,7 @@ def _in_hsv(planes: Planes, saturation: Scalar, hue: Scalar) -> Planes:
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     inverse = 1 / jnp.where(chroma > 0, chroma, 1.0)
-    # Not `value == red`: a compiler may compute both anew, and round them differently.
+    # Not `value == red`: a compiler may compute both again, and round them differently.
     sextant = jnp.where(
         (red >= green) & (red >= blue),
         (green - blue) * inverse,

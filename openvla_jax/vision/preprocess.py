@@ -23,7 +23,7 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocess
     `jpeg` encodes and decodes first, as the reference's LIBERO and Bridge evaluations do to meet the artefacts of
     their training data. `resize_kernel` "lanczos3" resizes as this project's training does (aspect ratio ignored),
     "bicubic" as the Hugging Face processor does, by the model's `resize` strategy. A centre crop of `crop_area` comes
-    last. Raises ValueError for anything but a uint8 RGB image.
+    last. Raises InputError for anything but a uint8 RGB image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:

@@ -30,12 +30,12 @@ class TabletopEnvironment:
         self.name, self.instruct = name, instruct
 
     def reset(self, seed: int) -> Observation:
-        """Begins the scene that `seed` decides. Raises ValueError for an unknown world."""
+        """Begins the scene that `seed` decides. Raises InputError for an unknown world."""
         self.world = Tabletop(seed, self.name)
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool, bool]:
-        """Executes one action, float [7]; a scene ends with its success. Raises ValueError for another shape."""
+        """Executes one action, float [7]; a scene ends with its success. Raises InputError for another shape."""
         success = self.world.step(action)
         return self._observe(), success, success
 
