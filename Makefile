@@ -1,5 +1,5 @@
 # Every target sets up its environment first: a machine needs Python >= 3.11, make and pip's way to a package index.
-# `make test PYTHON=python3.12` uses another interpreter, in an environment of its own.
+# `make test PYTHON=python3.12` uses another interpreter, in a separate environment.
 
 PYTHON ?= python3
 VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))

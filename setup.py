@@ -34,7 +34,7 @@ BASE = [
     "tensorstore>=0.1.70",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=5.0,<6",  # tokenizers only; version 5 splits some text otherwise than version 4
+    "transformers>=5.0,<6",  # tokenizers only; version 5 splits some text differently from version 4
 ]
 
 # RLDS reading. tensorflow-cpu is the same library without the CUDA libraries, which it must never use here.
@@ -66,7 +66,7 @@ DEV = [
     "torch>=2.6",  # the reference's own computations, in tests and benchmarks
 ]
 
-# The configs lie inside the package: site-packages gets no package of its own named `configs`.
+# The configs lie inside the package: site-packages gets no package named `configs`.
 CONFIGS = [f"openvla_jax._{name}" for name in find_packages(include=["configs*"])]
 
 setup(

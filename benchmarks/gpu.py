@@ -1,6 +1,6 @@
 """Measures openvla-7b on one GPU in at most eight minutes: gpu_ledger.md and gpu_ledger.json in the folder --out.
 
-  python benchmarks/gpu.py --pack        # where there is a network: fills .gpu, which travels with the checkout
+  python benchmarks/gpu.py --pack        # on a machine with a network: fills .gpu, which travels with the checkout
   python benchmarks/gpu.py               # on the machine with the GPU
   python benchmarks/gpu.py --small       # every stage with tiny models on a CPU: shows that they run
 

@@ -1,4 +1,4 @@
-"""Kills a run twenty times at random moments and compares its metrics with those of a run that was left alone.
+"""Kills a run twenty times at random moments and compares its metrics with an undisturbed run's.
 
   python benchmarks/kills.py                  # configs/debug.py, 20 kills; about six minutes on two cores
   python benchmarks/kills.py --kills 4 --seed 1

@@ -4,7 +4,7 @@
 
 The loop, its data pipeline, metrics and logging are the real ones of configs/debug.py. The compiled step is replaced:
 by one that takes no time, so that what is left is the loop; and by one that ends 200 ms after it began, as an
-accelerator would, while the host goes on. The first is given as CPU time of the loop's thread, which does not depend on
+accelerator would, while the host works. The first is given as CPU time of the loop's thread, which does not depend on
 what else the machine does, and as time on the clock, in which the loop also waits for data as fast as these come.
 Fails above 3 ms of CPU per step, or 2% of the time spent waiting for data.
 """

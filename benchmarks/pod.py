@@ -3,7 +3,7 @@
   python benchmarks/pod.py                # about two minutes on two cores
   python benchmarks/pod.py --victim 0     # the coordinator's process
 
-The processes are those of tests/integration/pod_worker.py: the real loop, step, checkpoints and `jax.distributed`, on a
+The processes run tests/integration/pod_worker.py: the real loop, step, checkpoints and `jax.distributed`, on a
 stream of random batches that is the same for any number of processes. Fails if the others do not end within 60 s with a
 line that names the killed one, or if any loss differs from that of one process by more than 1e-5.
 """

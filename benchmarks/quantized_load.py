@@ -3,7 +3,7 @@
   python benchmarks/quantized_load.py                     # needs 31 GB of free disk, 17 GB of memory
   python benchmarks/quantized_load.py --layers 1          # the same steps on 2.5 GB
 
-Makes a HuggingFace folder of random values, imports it, and loads the checkpoint in a process of its own for each row.
+Makes a HuggingFace folder of random values, imports it, and loads the checkpoint in one process for each row.
 Fails, at full size, if the weights with only the towers excluded take more than 0.55 (int8) or 0.33 (int4) of those in
 bfloat16, or if a quantising process held more than its result and two of the largest kernels.
 """
@@ -30,7 +30,7 @@ BOUNDS = {("int8", VISION): 0.55, ("int4", VISION): 0.33}
 
 
 def load(path: str, kind: str | None, exclude: tuple[str, ...]) -> None:
-    """Prints what loading took, as JSON; runs in a process of its own."""
+    """Prints what loading took, as JSON; runs in a separate process."""
     import jax
 
     from openvla_jax.checkpoint.load import load_model

@@ -8,7 +8,7 @@ alone gains from batches, and the time from the start of the process to the firs
 Fails if a request fails or an answer differs.
 
 The clients share the machine with the server. They are threads of this process that send requests which were encoded
-before, each over a connection of its own, and take as little time as they can.
+before, each over its own connection, and take as little time as they can.
 """
 
 import argparse

@@ -64,7 +64,7 @@ SLICES: dict[str, dict[str, Any]] = {
 
 
 def on_slice(config: ConfigDict, name: str) -> ConfigDict:
-    """`config` with the settings of `SLICES[name]`; without a name as it is."""
+    """`config` with the settings of `SLICES[name]`; unchanged without a name."""
     if name:
         if name not in SLICES:
             raise ValueError(f"unknown slice {name!r}: one of {', '.join(SLICES)}")

@@ -1,6 +1,6 @@
 """python train.py --config configs/tabletop.py --workdir runs/demo
 
-The embedded task: a tiny dual-tower model learns from scratch, on a laptop CPU, to pick up the object that it is told.
+The simulated task: a tiny dual-tower model learns from scratch, on a laptop CPU, to pick up the named object.
 The data come from `python -m openvla_jax.sim.dataset --out runs/demo/data`. `configs/tabletop.py:siglip` has that tower
 alone.
 """

@@ -29,7 +29,7 @@ def run_child(
     began = time.perf_counter()
     log = rows.with_suffix(".log")
     with log.open("wb") as output:
-        # A group of its own: what the stage itself starts is ended with it.
+        # A separate process group, so that what the stage starts ends with it.
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )

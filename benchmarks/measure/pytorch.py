@@ -1,6 +1,6 @@
 """The PyTorch side: transformers' modules assembled as OpenVLA's own code is, with our weights; PEFT's step.
 
-Attention is SDPA, the cache transformers' own, and logits are those of the last position only in decoding. Like the
+Attention is SDPA, the cache transformers' own, and decoding computes logits of the last position only. Like the
 reference it runs the towers' last block, whose output nobody reads. The modules are tests/models/torch_reference.py's.
 """
 

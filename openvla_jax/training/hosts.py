@@ -67,7 +67,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
         jax.distributed.initialize(**arguments)
     except ValueError as error:
         if arguments:
-            raise
+            raise InputError(f"--coordinator {coordinator}: {error}") from error
         logging.info("jax finds no other processes here (%s): this one continues alone", error)
     except RuntimeError as error:
         raise HostError(f"the processes did not all come together: {' '.join(str(error).split())[:300]}") from error

@@ -18,5 +18,5 @@ def find_spec(_, name, path=None, target=None):
     return _find_spec(name, path, target)
 
 
-# A bound method, like the original: pytest stores it as an attribute of a class of its own.
+# A bound method, like the original: pytest stores it as an attribute of one of its classes.
 importlib.machinery.PathFinder.find_spec = types.MethodType(find_spec, importlib.machinery.PathFinder)
