@@ -13,6 +13,8 @@ from openvla_jax.errors import InputError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# How a model predicts actions (`models/heads.py`). All but "tokens" predict a chunk at once.
+HEADS = ("tokens", "parallel_tokens", "l1", "diffusion")
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
@@ -90,6 +92,9 @@ class VLAConfig:
     prompt_family: str = "pure"
     cameras: int = 1  # images of one observation, each of which becomes patches
     state_dim: int = 0  # columns of the state, which becomes one token; 0: none
+    head: str = "tokens"  # one of HEADS
+    action_dim: int = 0  # of the heads "l1" and "diffusion", whose parameters depend on it; 0 for the others
+    film: bool = False  # the towers' blocks are modulated by the instruction
     base_vocab_size: int = 32000  # the tokenizer's own entries: action tokens are its last `ActionSpec.bins`
 
     def __post_init__(self) -> None:
@@ -135,10 +140,24 @@ class VLAConfig:
             )
         if self.projector.kind not in ("linear", "gelu-mlp", "fused-gelu-mlp"):
             problems.append(f"unknown projector.kind {self.projector.kind!r}: linear, gelu-mlp or fused-gelu-mlp")
+        if self.head not in HEADS:
+            problems.append(f"unknown head {self.head!r}: one of {', '.join(HEADS)}")
+        elif self.is_continuous != (self.action_dim > 0):
+            problems.append(f"head {self.head!r}, action_dim {self.action_dim}: l1 and diffusion need one, others 0")
         if self.resize not in ("resize-naive", "resize-crop", "letterbox"):
             problems.append(f"unknown resize {self.resize!r}: resize-naive, resize-crop or letterbox")
         if problems:
             raise InputError(f"model config {self.name!r}: " + "; ".join(problems))
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the head predicts numbers, with parameters beside the language model's."""
+        return self.head in ("l1", "diffusion")
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a chunk is predicted at once: attention then is not causal."""
+        return self.head != "tokens"
 
     @property
     def image_size(self) -> int:
@@ -151,6 +170,11 @@ class VLAConfig:
     @property
     def vision_width(self) -> int:
         return sum(tower.width for tower in self.towers)
+
+    @property
+    def end_token(self) -> int:
+        """Id of `</s>`, the same in all Llama-2 family tokenizers."""
+        return 2
 
     @property
     def pad_token(self) -> int:

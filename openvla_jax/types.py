@@ -6,10 +6,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from openvla_jax.config import from_dict, nearest
+from openvla_jax.config import HEADS, from_dict, nearest
 from openvla_jax.errors import InputError
 
-HEADS = ("tokens",)
 NORMALIZATIONS = ("bounds_q99", "bounds", "normal")
 KERNELS = ("lanczos3", "bicubic")
 
@@ -82,7 +81,7 @@ class ActionSpec:
     bins: values of a token of the token head. normalization: how statistics scale an action to [-1, 1]. names: of the
     dimensions; empty if datasets differ. gripper: what the last dimension means: "open" (1 is open), "closed" (1 is
     closed) or "" (no gripper, or unknown). frame: "delta" (end-effector motion per step), "absolute", "joint" or ""
-    (unknown). control_rate: actions per second, or None if datasets differ.
+    (unknown). control_rate: actions per second, or None if datasets differ. denoising_steps: of the diffusion head.
     """
 
     dim: int = 7
@@ -95,12 +94,15 @@ class ActionSpec:
     gripper: str = "open"
     frame: str = "delta"
     control_rate: float | None = None
+    denoising_steps: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("dim", "horizon", "executed", "bins"):
+        for name in ("dim", "horizon", "executed", "bins", "denoising_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"action.{name} is {value!r}: give a whole number of at least 1")
+        if self.denoising_steps > 50:
+            raise InputError(f"action.denoising_steps is {self.denoising_steps}: at most 50, as in training")
         if self.executed > self.horizon:
             raise InputError(f"action.executed is {self.executed}: at most action.horizon, {self.horizon}")
         choices = {

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,21 @@ def import_weights(
     parts: Mapping[str, str] | None = None,
     center_crop: bool = False,
     overwrite: bool = False,
+    oft: str | None = None,
+    cameras: Sequence[str] | None = None,
+    horizon: int | None = None,
 ) -> Source:
     """Converts HuggingFace, Prismatic or base weights at `src` into the checkpoint directory `dst`; dtypes stay.
 
     `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop` notes
-    that the policy was trained with the reference's random crops, 0.9 of the area. Raises ConversionError or OSError;
+    that the policy was trained with the reference's random crops, 0.9 of the area. `oft`, `cameras` and `horizon` tell
+    what the files of an OpenVLA-OFT checkpoint do not (see `oft.py`). Raises ConversionError or OSError;
     then `dst` is as it was.
     """
     dst = new_folder(dst, overwrite)
-    source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts)
+    source = open_source(
+        src, model_config=model_config, tokenizer=tokenizer, parts=parts, oft=oft, cameras=cameras, horizon=horizon
+    )
     if not isinstance(source.weights, TorchWeights):
         raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
     weights = source.weights

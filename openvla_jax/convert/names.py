@@ -114,6 +114,8 @@ VIT_BLOCK: Rows = (
     *_weight_and_bias("mlp.fc1", "mlp/up"),
     *_weight_and_bias("mlp.fc2", "mlp/down"),
     ("ls2.{gamma}", "scale2", "keep"),
+    *_weight_and_bias("scale", "film/scale"),
+    *_weight_and_bias("shift", "film/shift"),
 )
 VIT_UNUSED: Rows = (
     *_norm("norm", "norm"),
@@ -136,8 +138,36 @@ LLAMA_BLOCK: Rows = (
     ("input_layernorm.weight", "norm1/scale", "keep"),
     ("post_attention_layernorm.weight", "norm2/scale", "keep"),
 )
+# What OpenVLA-OFT adds, in files beside the model; "{head}" is where its head keeps the MLP.
+OFT_PARTS: Rows = (
+    *_norm("action_head.{head}.layer_norm1", "action_head/norm1"),
+    *_weight_and_bias("action_head.{head}.fc1", "action_head/fc1"),
+    *(
+        row
+        for i in (0, 1)
+        for row in (
+            *_norm(f"action_head.{{head}}.mlp_resnet_blocks.{i}.ffn.0", f"action_head/residuals/{i}/norm"),
+            *_weight_and_bias(f"action_head.{{head}}.mlp_resnet_blocks.{i}.ffn.1", f"action_head/residuals/{i}/fc"),
+        )
+    ),
+    *_norm("action_head.{head}.layer_norm2", "action_head/norm2"),
+    *_weight_and_bias("action_head.{head}.fc2", "action_head/fc2"),
+    *_weight_and_bias("proprio_projector.fc1", "state_projector/fc1"),
+    *_weight_and_bias("proprio_projector.fc2", "state_projector/fc2"),
+    *_weight_and_bias("noisy_action_projector.fc1", "noisy_projector/fc1"),
+    *_weight_and_bias("noisy_action_projector.fc2", "noisy_projector/fc2"),
+)
 # Buffers of old checkpoints that hold no weights.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A tensor that is computed, not stored, when it is read."""
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +223,8 @@ def table(config: VLAConfig, layout: str) -> list[Slot]:
     """All slots of a model in a layout, in the order of the reference's state dict."""
     shapes = leaf_shapes(config)
     slots: list[Slot] = []
+    gamma = "scale_factor" if layout == "hf" else "gamma"
+    head = "noise_predictor.mlp_resnet" if config.head == "diffusion" else "model"
 
     def add(rows: Rows, source: str, target: str, layer: int | None = None) -> None:
         for name, paths, transform in rows:
@@ -202,7 +234,7 @@ def table(config: VLAConfig, layout: str) -> list[Slot]:
                     continue
                 shape = shapes[leaf] if layer is None else shapes[leaf][1:]
                 torch = TRANSFORMS[transform].torch_shape(shape)
-                full_name = source + name.replace("{gamma}", "scale_factor" if layout == "hf" else "gamma")
+                full_name = source + name.replace("{gamma}", gamma).replace("{head}", head)
                 slots.append(Slot(full_name, block, len(targets), leaf, layer, transform, torch))
 
     for index, tower in enumerate(config.towers):
@@ -221,6 +253,7 @@ def table(config: VLAConfig, layout: str) -> list[Slot]:
         add(LLAMA_BLOCK, f"{llama}model.layers.{layer}.", "params/llama/blocks", layer)
     add((("model.norm.weight", "norm/scale", "keep"),), llama, "params/llama")
     add((("lm_head.weight", "head/kernel", "transpose"),), llama, "params/llama")
+    add(OFT_PARTS, "", "params")
 
     assert {slot.target for slot in slots} == set(shapes), set(shapes) ^ {slot.target for slot in slots}
     return slots

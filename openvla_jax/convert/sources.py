@@ -21,6 +21,7 @@ from openvla_jax.convert.names import (
     ConversionError,
     tower_prefix,
 )
+from openvla_jax.convert.oft import PLATFORMS, choose, find_components, read_components, same_dtypes, serving
 from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.parts import load_towers, open_parts
 from openvla_jax.convert.source import Source, TorchWeights
@@ -38,10 +39,14 @@ def open_source(
     model_config: str | Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     parts: Mapping[str, str] | None = None,
+    oft: str | None = None,
+    cameras: Sequence[str] | None = None,
+    horizon: int | None = None,
 ) -> Source:
     """The weights at `src`, which is in a bucket only if it is an Orbax checkpoint.
 
-    `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`).
+    `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`). `oft`: the platform of an
+    OpenVLA-OFT checkpoint, `cameras` and `horizon` what differs from it (see `oft.py`).
 
     Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such
     weights.
@@ -62,7 +67,7 @@ def open_source(
     if runs.is_dir():
         return open_native(_latest_pt(runs), parts or {}, **given)
     if (path / "config.json").exists():
-        return open_hf(path, **given)
+        return open_hf(path, **given, oft=oft, cameras=cameras, horizon=horizon)
     if (path / "adapter_config.json").exists():
         raise ConversionError(f"{path} is a LoRA adapter: name the model that it belongs to, --base CHECKPOINT")
     return open_orbax(path)
@@ -89,7 +94,14 @@ def _from_hub(name: str) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) -> Source:
+def open_hf(
+    folder: Path,
+    overrides: Mapping[str, Any],
+    tokenizer: Path | None,
+    oft: str | None = None,
+    cameras: Sequence[str] | None = None,
+    horizon: int | None = None,
+) -> Source:
     """A folder as the reference's HF class saves it. `dataset_statistics.json` beside it replaces `norm_stats`."""
     config = read_json(folder / "config.json")
     if config.get("model_type") not in ("openvla", "prismatic"):
@@ -98,7 +110,14 @@ def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) 
         )
     processor = folder / "preprocessor_config.json"
     named = named_hf(config, read_json(processor) if processor.exists() else {})
-    tensors = read_torch_folder(folder)
+    tensors: dict[str, Any] = dict(read_torch_folder(folder))
+    components = find_components(folder)
+    if components and oft is None:
+        raise ConversionError(
+            f"{folder} is an OpenVLA-OFT checkpoint ({', '.join(path.name for path in components.values())}): say of "
+            f"which platform, --oft {' or '.join(PLATFORMS)}"
+        )
+    tensors = same_dtypes(tensors | read_components(components, folder))
     described = describe(
         named,
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -109,18 +128,26 @@ def open_hf(folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None) 
         name=folder.name,
     )
     overrides = merge(config.get("model_config") or {}, overrides)
+    statistics = _statistics(folder, config.get("norm_stats") or {})
+    action = action_spec(statistics, bins=config.get("n_action_bins", HF_DEFAULTS["n_action_bins"]))
+    observation, preprocessing, remarks = ObservationSpec(), AS_PROCESSOR, list[str]()
+    if oft is not None:
+        fields, observation, action, remarks = choose(
+            oft, tensors, statistics, folder, cameras=cameras, horizon=horizon
+        )
+        overrides, preprocessing = merge(fields, overrides), serving(action)
     model = described.model(overrides)
     if config.get("pad_token_id", model.pad_token) != model.pad_token:
         raise ConversionError(
             f"{folder}/config.json: pad_token_id {config['pad_token_id']}, but vocab_size {model.llama.vocab_size} "
             f"less pad_to_multiple_of is {model.pad_token}: mend config.json"
         )
-    statistics = _statistics(folder, config.get("norm_stats") or {})
-    tokenizer, notes = _tokenizer(folder, tokenizer, described.notes(overrides))
+    tokenizer, notes = _tokenizer(folder, tokenizer, [*described.notes(overrides), *remarks])
     origin = {"kind": "hf", "name": folder.name, "config": {k: v for k, v in config.items() if k != "norm_stats"}}
     weights = TorchWeights(model, "hf", tensors, str(folder))
-    action = action_spec(statistics, bins=config.get("n_action_bins", HF_DEFAULTS["n_action_bins"]))
-    return Source("hf", folder, model, weights, statistics, tokenizer, AS_PROCESSOR, origin, notes, action=action)
+    return Source(
+        "hf", folder, model, weights, statistics, tokenizer, preprocessing, origin, notes, observation, action
+    )  # fmt: skip
 
 
 def _statistics(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -109,16 +109,18 @@ class Policy:
         return policy
 
     def check_images(self) -> None:
-        """Raises CheckpointError if a black and a white image give the same logits.
+        """Raises CheckpointError if a black and a white image give the same logits or actions.
 
         Damaged or wrongly assembled weights act on the instruction alone, and nothing else shows it. Compiles the
         program of a single request.
         """
-        logits = [np.asarray(self.run_model([self.blank_request(level)]).logits) for level in (0, 255)]
-        if not np.isfinite(logits).all():
-            raise CheckpointError("the logits of a black or a white image are not finite: the weights are damaged")
-        if np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits).max():
-            raise CheckpointError("black and white images give the same logits: the weights ignore the image")
+        found = [self.run_model([self.blank_request(level)]) for level in (0, 255)]
+        what = "actions" if found[0].logits is None else "logits"
+        scores = [np.asarray(getattr(prediction, what)) for prediction in found]
+        if not np.isfinite(scores).all():
+            raise CheckpointError(f"the {what} of a black or a white image are not finite: the weights are damaged")
+        if np.abs(scores[0] - scores[1]).max() <= 1e-5 * np.abs(scores).max():
+            raise CheckpointError(f"black and white images give the same {what}: the weights ignore the image")
 
     # -- One call -----------------------------------------------------------------------------------------------------
 
@@ -246,13 +248,13 @@ class Policy:
 
         Rows are repeated up to `batch_size`, if there is one, so that few programs serve batches of any size.
         """
-        contract, horizon = self.contract, self.contract.action.horizon
-        tokens = self.predict_tokens(requests, batch_size)
+        contract = self.contract
+        predicted = self.predict_normalized(requests, batch_size)
         chunks: list[Any] = [None] * len(requests)
         for key in {request.unnorm_key for request in requests}:
             rows = [row for row, request in enumerate(requests) if request.unnorm_key == key]
             dim = requests[rows[0]].action_dim
-            normalized = self.head.decode(tokens[rows, : horizon * dim], dim)
+            normalized = self.head.decode(predicted[rows], dim)
             physical = unnormalize_actions(
                 normalized, contract.statistics[key]["action"], contract.action.normalization
             )
@@ -260,17 +262,18 @@ class Policy:
                 chunks[row] = chunk
         return chunks
 
-    def predict_tokens(self, requests: Sequence[Request], batch_size: int | None = None) -> np.ndarray:
-        """Returns action tokens, int32 [B, K * largest action_dim].
-
-        In a row with fewer dimensions the last tokens mean nothing.
+    def predict_normalized(self, requests: Sequence[Request], batch_size: int | None = None) -> np.ndarray:
+        """Returns what `ActionHead.decode` takes: tokens, int32 [B, K * largest action_dim], or actions, float32
+        [B, K, A]. In a row with fewer dimensions the last tokens mean nothing.
         """
         decoded = self.run_model(requests, batch_size)
+        if decoded.tokens is None:
+            return np.asarray(decoded.actions)[: len(requests)]
         tokens, outside = (x[: len(requests)] for x in jax.device_get((decoded.tokens, decoded.outside)))
         counts = np.asarray([request.action_dim for request in requests]) * self.contract.action.horizon
         self.outside_tokens += int((outside & (np.arange(outside.shape[1]) < counts[:, None])).sum())
         self.decoded_tokens += int(counts.sum())
-        if self.constrained:
+        if self.constrained or not self.head.sequential:
             return tokens
         eos = self.contract.tokenizer.eos_token_id
         tokens = np.array(tokens)

@@ -109,9 +109,20 @@ class Linear(nnx.Module):
     kernel: Kernel
     lora: LoRA | None
 
-    def __init__(self, key, in_features: int, out_features: int, axes, *, bias: bool, layers: int | None = None):
+    def __init__(
+        self,
+        key,
+        in_features: int,
+        out_features: int,
+        axes,
+        *,
+        bias: bool,
+        layers: int | None = None,
+        init_scale: float | None = None,
+    ):
         lead, lead_axes = stack_shape(layers)
-        self.kernel = make_param(key, (*lead, in_features, out_features), (*lead_axes, *axes), scale=in_features**-0.5)
+        scale = in_features**-0.5 if init_scale is None else init_scale
+        self.kernel = make_param(key, (*lead, in_features, out_features), (*lead_axes, *axes), scale=scale)
         self.bias = make_param(None, (*lead, out_features), (*lead_axes, axes[-1]), value=0.0) if bias else None
         self.lora = nnx.data(None)
 

@@ -131,16 +131,25 @@ class Llama(nnx.Module):
 
     @jax.named_scope("llama")
     def __call__(
-        self, x: Float[Array, "B T D"], execution: Execution, keys: Bool[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        execution: Execution,
+        keys: Bool[Array, "B T"] | None = None,
+        *,
+        bidirectional: bool = False,
     ) -> Float[Array, "B T D"]:
         """Normed hidden states of a whole sequence at positions 0..T-1.
 
-        Attention is causal and needs nothing else: text is padded on the right, so no real token sees a pad. `keys`
-        hides positions from all queries, which changes the outputs at pads only.
+        Causal attention needs nothing else: text is padded on the right, so no real token sees a pad, and hiding pads
+        changes the outputs at pads only. `bidirectional` attention sees all positions. `keys` hides positions from all
+        queries.
         """
-        mask = self._visible(_positions(x), jnp.arange(x.shape[1]))
-        window = self.config.sliding_window
-        causal = keys is None and (window is None or window >= x.shape[1])
+        positions, window = _positions(x), self.config.sliding_window
+        if bidirectional:
+            mask = jnp.ones((1, 1, x.shape[1]), bool)
+        else:
+            mask = self._visible(positions, positions[0])
+        causal = not bidirectional and keys is None and (window is None or window >= x.shape[1])
         if keys is not None:
             mask = mask & keys[:, None]
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from openvla_jax.config import VisionConfig
 from openvla_jax.models.activations import ACTIVATIONS
 from openvla_jax.models.attention import attention, attention_kernel
+from openvla_jax.models.film import FiLM
 from openvla_jax.models.linear import Linear, make_param, matmul, matmul_precision, merged, stack_shape
 from openvla_jax.models.lora import LoRA
 from openvla_jax.models.norms import LayerNorm
@@ -103,9 +104,13 @@ class MLP(nnx.Module):
 
 
 class ViTBlock(nnx.Module):
-    """Pre-norm block; DINOv2 scales each branch by a learned vector (LayerScale)."""
+    """Pre-norm block; DINOv2 scales each branch by a learned vector (LayerScale). FiLM, if there is one, comes between
+    the two branches.
+    """
 
-    def __init__(self, key, config: VisionConfig, layers: int | None):
+    film: FiLM | None
+
+    def __init__(self, key, config: VisionConfig, layers: int | None, language_width: int | None = None):
         keys = jax.random.split(key)
         lead, lead_axes = stack_shape(layers)
         self.norm1 = LayerNorm(config.width, config.norm_eps, layers=layers)
@@ -116,18 +121,29 @@ class ViTBlock(nnx.Module):
         # timm starts LayerScale at 1e-5 for its 40-block giants; at 0.1 a small tower learns from scratch too.
         self.scale1 = make_param(None, *scale, value=0.1) if config.layer_scale else None
         self.scale2 = make_param(None, *scale, value=0.1) if config.layer_scale else None
+        self.film = nnx.data(None)
+        if language_width is not None:
+            self.film = FiLM(jax.random.fold_in(key, 1), language_width, config.width, layers)
 
-    def __call__(self, x: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], execution: Execution, language: Float[Array, "B L"] | None = None
+    ) -> Float[Array, "B T D"]:
         x = x + self.attention(self.norm1(x), self.scale1, execution)
+        if self.film is not None:
+            assert language is not None, "a tower with FiLM needs the instruction"
+            x = self.film(x, language, execution)
         return x + self.mlp(self.norm2(x), self.scale2, execution)
 
 
 class ViT(nnx.Module):
-    """A tower: normalised pixels of one image to patch features, without class and register tokens."""
+    """A tower: normalised pixels of one image to patch features, without class and register tokens.
+
+    With `language_width` its blocks have FiLM, and it takes an embedding of the instruction per image.
+    """
 
     blocks: ViTBlock | nnx.List  # stacked, or one by one (`OpenVLA.unstack`)
 
-    def __init__(self, key, config: VisionConfig):
+    def __init__(self, key, config: VisionConfig, language_width: int | None = None):
         keys = jax.random.split(key, 5)
         width = config.width
         positions = config.patches + int(config.position_for_class_token)
@@ -139,10 +155,15 @@ class ViT(nnx.Module):
         registers = (config.registers, width)
         self.registers = make_param(keys[3], registers, ("position", "embed"), scale=0.02) if config.registers else None
         self.pre_norm = LayerNorm(width, config.norm_eps) if config.pre_norm else None
-        self.blocks = ViTBlock(keys[4], config, config.depth - 1)
+        self.blocks = ViTBlock(keys[4], config, config.depth - 1, language_width)
         self.config = config
 
-    def __call__(self, pixels: Float[Array, "B height width 3"], execution: Execution) -> Float[Array, "B P D"]:
+    def __call__(
+        self,
+        pixels: Float[Array, "B height width 3"],
+        execution: Execution,
+        language: Float[Array, "B L"] | None = None,
+    ) -> Float[Array, "B P D"]:
         config = self.config
         x = self.patch_embed(pixels, execution)
         position = self.position[...].astype(x.dtype)
@@ -156,7 +177,7 @@ class ViT(nnx.Module):
             x = x + position
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x = scan_layers(ViTBlock.__call__, x, self.blocks, execution)
+        x = scan_layers(lambda block, x, own: block(x, own, language), x, self.blocks, execution)
         return x[:, config.prefix_tokens :]
 
 
@@ -175,7 +196,7 @@ class AttentionPool(nnx.Module):
 class UnusedViT(nnx.Module):
     """The tensors of a tower that the policy never runs: last block, final norm, attention pool."""
 
-    def __init__(self, key, config: VisionConfig):
-        self.block = ViTBlock(key, config, None)
+    def __init__(self, key, config: VisionConfig, language_width: int | None = None):
+        self.block = ViTBlock(key, config, None, language_width)
         self.norm = LayerNorm(config.width, config.norm_eps)
         self.pool = AttentionPool(key, config) if config.attention_pool else None

@@ -31,26 +31,44 @@ DEFAULT_ACTION = ActionSpec()
 
 
 def loss_and_sums(
-    model: OpenVLA, batch: Batch, head: ActionHead, datasets: int, execution: Execution = PLAIN
+    model: OpenVLA,
+    batch: Batch,
+    head: ActionHead,
+    datasets: int,
+    execution: Execution = PLAIN,
+    key: Array | None = None,
+    *,
+    evaluate: bool = False,
 ) -> tuple[Array, Metrics]:
     """Returns the head's summed loss over the batch, and its sums for the metrics by dataset, each [datasets].
 
-    Images are uint8; floating ones are taken as normalised already.
+    Images are uint8; floating ones are taken as normalised already. `key` is for what a head draws. With `evaluate`
+    chunks are predicted as a policy does, for metrics.
     """
     floating = jnp.issubdtype(batch.images.dtype, jnp.floating)
     pixels = batch.images if floating else model.normalize(batch.images)
-    shown = batch.image_mask if model.config.cameras > 1 else None  # every row has its only camera
-    hidden = model.hidden(pixels, batch.tokens, execution, batch.state, shown)
-    loss, per_row = head.loss(model, hidden, batch, execution)
+    key = jax.random.key(0) if key is None else key
+    if evaluate:
+        per_row = head.evaluate(model, pixels, batch, execution, key)
+        loss = per_row["loss"].sum()
+    else:
+        loss, per_row = head.loss(model, pixels, batch, execution, key)
     in_dataset = jax.nn.one_hot(batch.dataset, datasets)
     sums = {name: jnp.matmul(row, in_dataset, precision=jax.lax.Precision.HIGHEST) for name, row in per_row.items()}
     return loss, sums
 
 
 def make_forward(
-    model: VLAConfig, head: ActionHead, execution: Execution, *, dtype, datasets: int, tuning: Tuning = FULL
+    model: VLAConfig,
+    head: ActionHead,
+    execution: Execution,
+    *,
+    dtype,
+    datasets: int,
+    tuning: Tuning = FULL,
+    evaluate: bool = False,
 ) -> Callable[..., tuple[Array, Metrics]]:
-    """Makes `(params, frozen, batch, dropout_key=None) -> (summed loss, sums)` of `loss_and_sums`.
+    """Makes `(params, frozen, batch, key=None, dropout_key=None) -> (summed loss, sums)` of `loss_and_sums`.
 
     The train step and the eval step both run this function, so they agree in sharding, kernels and padding.
 
@@ -61,6 +79,7 @@ def make_forward(
         dtype: Of activations and products.
         datasets: Number of datasets that the sums are split by.
         tuning: Which parameters are in `params`, and which are in `frozen`.
+        evaluate: Predict chunks as a policy does, for metrics.
     """
     graph, mesh = make_graph(model, dtype, tuning), execution.mesh
     if mesh is None:
@@ -69,10 +88,13 @@ def make_forward(
     everything = tuning.trainable == FULL.trainable and tuning.lora is None and mesh.shape["tensor"] == 1
     whole_lanes = everything and mesh.devices.flat[0].platform == "tpu"
 
-    def forward(params: nnx.State, frozen: nnx.State, batch: Any, dropout_key: Array | None = None):
+    def forward(
+        params: nnx.State, frozen: nnx.State, batch: Any, key: Array | None = None, dropout_key: Array | None = None
+    ):
         params = pad_to_lanes(params) if whole_lanes else params
         network = nnx.merge(graph, params, frozen)
-        return loss_and_sums(network, batch, head, datasets, execution.with_dropout_key(dropout_key))
+        own = execution.with_dropout_key(dropout_key)
+        return loss_and_sums(network, batch, head, datasets, own, key, evaluate=evaluate)
 
     return forward
 
@@ -105,7 +127,7 @@ def make_train_step(
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
     def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
-        loss, sums = forward(params, frozen, batch, key if drops else None)
+        loss, sums = forward(params, frozen, batch, jax.random.fold_in(key, 1), key if drops else None)
         return loss / total, sums
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -236,7 +258,7 @@ def make_eval_step(
     """
     without_remat = dataclasses.replace(execution, remat="none")
     head = make_head(model, action)
-    forward = make_forward(model, head, without_remat, dtype=dtype, datasets=datasets, tuning=tuning)
+    forward = make_forward(model, head, without_remat, dtype=dtype, datasets=datasets, tuning=tuning, evaluate=True)
 
     def eval_step(params: nnx.State, frozen: nnx.State, batch: Any) -> Metrics:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(cast(Mesh, execution.mesh), BATCH))

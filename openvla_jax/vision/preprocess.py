@@ -21,14 +21,14 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocess
     """uint8 RGB [height, width, 3] of any size to uint8 [S, S, 3].
 
     `jpeg` encodes and decodes first, as the reference's LIBERO and Bridge evaluations do to meet the artefacts of
-    their training data. `resize_kernel` "lanczos3" resizes as this project's training does (aspect ratio ignored),
+    their training data; images of the model's size are left alone, as by OpenVLA-OFT. `resize_kernel` "lanczos3" resizes as this project's training does (aspect ratio ignored),
     "bicubic" as the Hugging Face processor does, by the model's `resize` strategy. A centre crop of `crop_area` comes
     last. Raises InputError for anything but a uint8 RGB image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise InputError(f"image has dtype {image.dtype} and shape {image.shape}; give uint8 RGB [height, width, 3]")
-    if preprocessing.jpeg:
+    if preprocessing.jpeg and image.shape[:2] != (model.image_size, model.image_size):
         image = jpeg_round_trip(image)
     if preprocessing.resize_kernel == "lanczos3":
         image = resize_lanczos3(image, model.image_size, model.image_size)
