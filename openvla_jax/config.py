@@ -15,6 +15,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # How a model predicts actions (`models/heads.py`). All but "tokens" predict a chunk at once.
 HEADS = ("tokens", "parallel_tokens", "l1", "diffusion")
+CONTINUOUS_HEADS = HEADS[2:]  # which predict numbers
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
@@ -152,7 +153,7 @@ class VLAConfig:
     @property
     def is_continuous(self) -> bool:
         """Whether the head predicts numbers, with parameters beside the language model's."""
-        return self.head in ("l1", "diffusion")
+        return self.head in CONTINUOUS_HEADS
 
     @property
     def is_parallel(self) -> bool:

@@ -39,8 +39,11 @@ class ActionSettings:
 
     horizon: int | None = None  # actions that are predicted at once
     executed: int | None = None  # how many of them are executed before the next prediction
-    head: str | None = None
+    head: str | None = None  # tokens, parallel_tokens, l1 or diffusion (models/heads)
+    dim: int | None = None  # numbers of an action, for the heads l1 and diffusion
     bins: int | None = None  # values of an action token
+    normalization: str | None = None  # bounds_q99, bounds or normal
+    denoising_steps: int | None = None  # of the head diffusion, when it acts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,18 +144,20 @@ class TrainSettings:
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     learning_rate: float = 2e-5
-    schedule: str = "constant"  # or "cosine"
+    schedule: str = "constant"  # or "cosine", "step"
     warmup_steps: int = 0
     final_fraction: float = 0.0  # of the peak, at the end of the cosine
+    decay_at: int = 100_000  # updates at the peak, after which the schedule "step" takes a tenth of it
     weight_decay: float = 0.0
+    decay_all: bool = False  # weight decay on norms and biases too, as PyTorch's AdamW without parameter groups
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient; 0: no clipping
 
     def __post_init__(self) -> None:
-        _choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "step"))
+        for name in ("learning_rate", "warmup_steps", "decay_at", "weight_decay", "clip_norm"):
             _at_least(f"optimizer.{name}", getattr(self, name), 0)
 
 
@@ -173,6 +178,7 @@ class Settings:
     statistics: str = "replace"  # the checkpoint's action statistics by the data's, or "join" both
     # What is trained: patterns of parameter paths, separated by commas (models/tuning.py); the rest is frozen.
     trainable: str = "*"
+    film: bool | None = None  # the towers see the instruction (FiLM); None: as in the checkpoint to start from
     frozen_dtype: str = "bfloat16"
     quantize: str = ""  # "int8" or "int4": frozen kernels of the projector and the language model as integers
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from openvla_jax.config import HEADS, from_dict, nearest
+from openvla_jax.config import CONTINUOUS_HEADS, HEADS, from_dict, nearest
 from openvla_jax.errors import InputError
 
 NORMALIZATIONS = ("bounds_q99", "bounds", "normal")
@@ -116,6 +116,11 @@ class ActionSpec:
                 raise InputError(f"action.{name} is {getattr(self, name)!r}: one of {', '.join(map(repr, known))}")
         if self.names and len(self.names) != self.dim:
             raise InputError(f"action.names has {len(self.names)} names for {self.dim} dimensions")
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the head predicts numbers, not tokens."""
+        return self.head in CONTINUOUS_HEADS
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ActionSpec":

@@ -71,6 +71,11 @@ class Contract:
                 f"the model of {taken.name} takes {taken.cameras} cameras and {taken.state_dim} columns of state, the "
                 f"observation has cameras {', '.join(shown.cameras)} and state {', '.join(shown.state) or 'none'}"
             )
+        if (taken.head, taken.action_dim) != (self.action.head, self.action.dim if self.action.is_continuous else 0):
+            raise CheckpointError(
+                f"the model of {taken.name} has the head {taken.head} for {taken.action_dim} numbers, the action has "
+                f"{self.action.head} for {self.action.dim}"
+            )
         check_statistics(self.statistics, self.action, self.observation)
 
     @property

@@ -26,6 +26,8 @@ from openvla_jax.models.vit import Attention, PatchEmbed
 
 LAST = "llama/last"
 ADAPTERS = TRAINABLE["lora"]
+# Parts that a policy adds to a pretrained model: trained themselves, they carry no adapters.
+ADDED = ("action_head", "state_projector", "noisy_projector", "*/film")
 MODES: dict[str, tuple[str, ...]] = {name: tuple(patterns.split(",")) for name, patterns in TRAINABLE.items()}
 
 
@@ -188,7 +190,7 @@ def sites(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], str]]:
             yield "pool/kv", (rows, 2 * columns), "kv"
         elif isinstance(module, PatchEmbed):
             yield path, kernel_shape(module), "patches"
-        elif isinstance(module, Linear) and path not in shared:
+        elif isinstance(module, Linear) and path not in shared and not matches(path, ADDED):
             yield path, kernel_shape(module), "linear"
 
 

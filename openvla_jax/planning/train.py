@@ -27,7 +27,7 @@ from openvla_jax.parallel.tpu import Slice, compiler_options, parse_slice
 from openvla_jax.planning.compile import Compiled, PlanError, compile_for, topology_devices
 from openvla_jax.settings import Settings
 from openvla_jax.storage import atomic_write
-from openvla_jax.training.contract import choose_specs, shown
+from openvla_jax.training.contract import choose_specs, shaped
 from openvla_jax.training.progress import duration
 from openvla_jax.training.state import TrainState
 from openvla_jax.training.step import Job, make_job
@@ -200,7 +200,7 @@ def planned_model(config: Settings) -> tuple[VLAConfig, ActionSpec]:
         raise PlanError("nothing names the model: give --config.init_from=CKPT or --config.model.preset=openvla-7b")
     settings = {key: value for key, value in config.model.items() if value is not None}
     observation, action = choose_specs(config, base)
-    return shown(base.model if base else model_config(settings), observation), action
+    return shaped(base.model if base else model_config(settings), observation, action, config.film), action
 
 
 def abstract_batch(model: VLAConfig, action: ActionSpec, rows: int, text_length: int, sharding: NamedSharding) -> Batch:

@@ -5,6 +5,7 @@ from typing import Any
 
 from openvla_jax.checkpoint.contract import Contract, action_spec
 from openvla_jax.config import VLAConfig
+from openvla_jax.errors import InputError
 from openvla_jax.settings import Settings
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
@@ -33,6 +34,12 @@ def build_contract(
     observation, action = choose_specs(config, base)
     statistics = (base.statistics if base and config.statistics == "join" else {}) | iterator.statistics
     conventions = action_spec(statistics)
+    widths = {len(entry["action"]["mean"]) for entry in iterator.statistics.values()}
+    if model.action_dim and widths != {model.action_dim}:
+        raise InputError(
+            f"action.dim is {model.action_dim}, the head's, but the data have {', '.join(map(str, sorted(widths)))} "
+            "action dimensions: set config.action.dim, and give data of one size"
+        )
     action = dataclasses.replace(
         action, dim=conventions.dim, gripper=conventions.gripper, frame=conventions.frame, names=()
     )
@@ -66,9 +73,16 @@ def choose_specs(config: Settings, base: Contract | None) -> tuple[ObservationSp
     return replaced(observation, config.observation), replaced(action, config.action)
 
 
-def shown(model: VLAConfig, observation: ObservationSpec) -> VLAConfig:
-    """Returns the model with the cameras and the state of `observation`."""
-    return dataclasses.replace(model, cameras=len(observation.cameras), state_dim=len(observation.state))
+def shaped(model: VLAConfig, observation: ObservationSpec, action: ActionSpec, film: bool | None = None) -> VLAConfig:
+    """Returns the model with the cameras, the state, the head and FiLM (None: as it is) of a policy."""
+    return dataclasses.replace(
+        model,
+        head=action.head,
+        action_dim=action.dim if action.is_continuous else 0,
+        cameras=len(observation.cameras),
+        state_dim=len(observation.state),
+        film=model.film if film is None else film,
+    )
 
 
 def replaced(spec: Any, settings: Any) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping and a constant or cosine learning rate."""
+"""AdamW with global-norm clipping and a constant, cosine or stepped learning rate."""
 
 from typing import Any
 
@@ -11,14 +11,16 @@ from openvla_jax.settings import OptimizerSettings
 
 
 def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up over `warmup_steps`, then constant, or cosine to `final_fraction` of the
-    peak.
+    """Learning rate by step: linear warm-up over `warmup_steps`, then constant, cosine to `final_fraction` of the
+    peak, or a tenth of the peak after `decay_at` updates.
 
     The update that makes step 1 uses the value at 0: without warm-up that is the peak, as in the reference.
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
+    elif settings.schedule == "step":
+        after = optax.piecewise_constant_schedule(peak, {max(0, settings.decay_at - warmup): 0.1})
     else:
         after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=settings.final_fraction)
     if warmup == 0:
@@ -49,7 +51,7 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        mask=decays if settings.weight_decay else None,
+        mask=decays if settings.weight_decay and not settings.decay_all else None,
     )
     if settings.clip_norm:
         return optax.chain(clip_by_global_norm(settings.clip_norm), adamw)

@@ -28,7 +28,7 @@ from openvla_jax.settings import Settings
 from openvla_jax.storage import absolute, use_compilation_cache
 from openvla_jax.training import hosts
 from openvla_jax.training.checkpoint import restore_iterator, restore_state
-from openvla_jax.training.contract import build_contract, choose_specs, shown
+from openvla_jax.training.contract import build_contract, choose_specs, shaped
 from openvla_jax.training.identity import check_same_run, run_fingerprint
 from openvla_jax.training.kernel_check import check_kernels
 from openvla_jax.training.state import TrainState, init_state
@@ -90,7 +90,7 @@ def open_run(config: Settings, directory: os.PathLike | str) -> Run:
     base = load_contract(config.init_from) if config.init_from else None
     observation, action = choose_specs(config, base)
     model, tokenizer = resolve_model(config, base)
-    model = shown(model, observation)
+    model = shaped(model, observation, action, config.film)
 
     # -- Data -------------------------------------------------------------------------------------------------------
     start = max(steps_in(workdir / "checkpoints"), default=0)
@@ -249,7 +249,7 @@ def resolve_model(config: Settings, base: Contract | None) -> tuple[VLAConfig, A
             )
         return model, tokenizer
     named = settings.get("preset") and model_config({"base_vocab_size": tokenizer.vocab_size} | settings)
-    if named and named != shown(base.model, ObservationSpec()):
+    if named and named != shaped(base.model, ObservationSpec(), ActionSpec(), film=False):
         raise CheckpointError(
             f"config.model ({settings['preset']}) differs from the model of {config.init_from} ({base.model.name}); "
             "leave config.model.preset empty to take the checkpoint's"

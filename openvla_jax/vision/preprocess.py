@@ -21,7 +21,8 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocess
     """uint8 RGB [height, width, 3] of any size to uint8 [S, S, 3].
 
     `jpeg` encodes and decodes first, as the reference's LIBERO and Bridge evaluations do to meet the artefacts of
-    their training data; images of the model's size are left alone, as by OpenVLA-OFT. `resize_kernel` "lanczos3" resizes as this project's training does (aspect ratio ignored),
+    their training data; images of the model's size are left alone, as by OpenVLA-OFT. `resize_kernel` "lanczos3"
+    resizes as this project's training does (aspect ratio ignored),
     "bicubic" as the Hugging Face processor does, by the model's `resize` strategy. A centre crop of `crop_area` comes
     last. Raises InputError for anything but a uint8 RGB image.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from conftest import goldens_dir, shared_dir
 
+from openvla_jax.convert.exporter import export_weights
 from openvla_jax.convert.importer import import_weights
 from openvla_jax.convert.oft import PLATFORMS
 
@@ -32,7 +33,7 @@ def reference_folder(name: str, folder: Path) -> Path:
     """The checkpoint directory of a case, as the reference writes it: the base's files and the case's."""
     folder.mkdir(parents=True)
     whole = (FOLDER / name / "model.safetensors").exists()
-    for source in (*(() if whole else (FOLDER / "base",)), FOLDER / name):
+    for source in (*(() if whole else (base_folder(name),)), FOLDER / name):
         for file in source.iterdir():
             if file.is_file() and file.suffix != ".npz":
                 (folder / file.name).unlink(missing_ok=True)
@@ -42,19 +43,50 @@ def reference_folder(name: str, folder: Path) -> Path:
     return folder
 
 
+def base_folder(name: str) -> Path:
+    """The files of the model that a case's components belong to, rounded to bfloat16 if the case is."""
+    if settings(name)["float32"]:
+        return FOLDER / "base"
+    rounded = scratch() / f"{name}-bfloat16"
+    if not rounded.exists():
+        export_weights(imported_base(name), rounded, dtype="bfloat16")
+    return rounded
+
+
 @functools.cache
-def imported(name: str) -> Path:
-    """The case imported."""
-    scratch = Path(tempfile.mkdtemp(prefix="oft"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    options = settings(name)
-    heads = {tower: {"heads": sizes["heads"]} for tower, sizes in options["towers"].items()}
+def scratch() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="oft"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def import_case(name: str, source: Path, target: Path, **options: Any) -> Path:
+    """Imports a folder with the heads of the case's towers, which no file states."""
+    heads = {part: {"heads": sizes["heads"]} for part, sizes in settings(name)["towers"].items()}
     import_weights(
-        reference_folder(name, scratch / "reference"),
-        scratch / "imported",
+        source,
+        target,
         tokenizer=shared_dir() / "data" / "llama2_tokenizer",
         model_config={"llama": heads.pop("llama"), "towers": heads},
+        **options,
+    )
+    return target
+
+
+@functools.cache
+def imported(name: str) -> Path:
+    """The case imported as a policy."""
+    options, folder = settings(name), scratch() / name
+    return import_case(
+        name,
+        reference_folder(name, folder / "reference"),
+        folder / "imported",
         oft=options["platform"],
         cameras=PLATFORMS[options["platform"]].cameras[: options["num_images_in_input"]],
     )
-    return scratch / "imported"
+
+
+@functools.cache
+def imported_base(name: str) -> Path:
+    """The checkpoint that a case's training starts from."""
+    return import_case(name, FOLDER / "base", scratch() / f"{name}-base")

@@ -76,6 +76,8 @@ class L1Head:
 
     sequential = False
 
+    average_pads = False  # FiLM's mean takes pads of a training row too, as the reference's; for comparisons
+
     def __init__(self, config: VLAConfig, action: ActionSpec):
         self.horizon, self.steps = action.horizon, action.denoising_steps
 
@@ -83,7 +85,7 @@ class L1Head:
         self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
     ) -> tuple[Array, Sums]:
         """The absolute error of normalised actions, summed over chunk and dimensions."""
-        hidden = chunk_states(model, pixels, batch, execution)
+        hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
         predicted = self.read(model, hidden, chunk_positions(batch), execution)
         sums = error_sums(predicted, batch)
         loss = sums["first_l1"] + sums["next_l1"]
@@ -240,10 +242,12 @@ def chunk_states(
     execution: Execution,
     noisy: Float[Array, "B K A"] | None = None,
     timestep: Int[Array, "B"] | None = None,
+    average_pads: bool = False,
 ) -> Float[Array, "B S D"]:
     """Returns the hidden states of a batch's sequences."""
     slots = batch_slots(model, batch)
-    patches = model.project(pixels, execution, language_of(model, batch.tokens, slots, execution))
+    averaged = slots._replace(real=jnp.ones_like(slots.real)) if average_pads else slots
+    patches = model.project(pixels, execution, language_of(model, batch.tokens, averaged, execution))
     if noisy is not None:
         slots = slots._replace(noisy=noisy.reshape(noisy.shape[0], -1), timestep=timestep)
     return model.chunk_hidden(patches, batch.tokens, slots, execution, batch.state, camera_mask(model, batch))
