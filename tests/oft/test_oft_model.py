@@ -13,7 +13,9 @@ from openvla_jax.models.regression import denoise, kept_signal, sampling_timeste
 from openvla_jax.models.sequence import take_positions
 from openvla_jax.parallel.execution import PLAIN
 
-CASES = names()
+# The case with the most parts that is quick; the others are long.
+QUICK = names(use_l1_regression=True, use_proprio=True, use_film=False, float32=True)[:1]
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in names()]
 
 
 def observations(policy, expected):
@@ -71,6 +73,7 @@ def test_diffusion_tables_are_those_of_diffusers():
         np.testing.assert_array_equal(sampling_timesteps(50), expected["timesteps"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", names(use_diffusion=True))
 @pytest.mark.parametrize("file", ["expected", "expected_10_steps"])
 def test_diffusion_head_takes_each_step_of_the_reference(name, file):
@@ -97,7 +100,7 @@ def test_diffusion_head_takes_each_step_of_the_reference(name, file):
 
         return jax.lax.scan(step, None, (noisy, timesteps))[1]
 
-    for i, observation in observations(policy, np.load(FOLDER / name / "expected.npz")):
+    for i, observation in observations(policy, expected):
         timesteps = sampling_timesteps(steps)
         np.testing.assert_array_equal(timesteps, expected[f"{i}/t"])
         before = np.concatenate([expected[f"{i}/noise"][None], expected[f"{i}/x"][:-1]])

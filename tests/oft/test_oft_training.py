@@ -26,7 +26,8 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in names(float32=True)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", names(float32=True))
 def test_heads_give_the_losses_of_the_reference(name):
     model, expected = load_model(imported(name))[0], np.load(FOLDER / name / "train.npz")
     head = make_head(model.config, specs_of(name)[1])
@@ -49,6 +50,7 @@ def test_heads_give_the_losses_of_the_reference(name):
                 np.testing.assert_allclose(means[ours], expected[f"step{number}/metric/{theirs}"], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_diffusion_head_is_evaluated_by_sampling():
     """What validation measures is the error of sampled chunks, beside the loss."""
     (name, *_) = names(use_diffusion=True, float32=True) or [pytest.skip("needs reference files: a diffusion case")]
@@ -67,6 +69,7 @@ def test_diffusion_head_is_evaluated_by_sampling():
     assert 0 < sums["first_l1"].sum() / sums["first"].sum() < 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_gradients_have_the_norms_of_the_reference(name):
     model, action, tuning = specs_of(name)
