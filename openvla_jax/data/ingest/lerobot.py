@@ -16,7 +16,7 @@ from openvla_jax.data import DataError
 from openvla_jax.data.ingest.demonstrations import Episode, write
 from openvla_jax.data.ingest.lerobot_frames import TOLERANCE, stored_frames, video_frames
 from openvla_jax.data.ingest.lerobot_meta import (
-    COMPLETE,
+    FIX,
     Feature,
     Metadata,
     Place,
@@ -208,9 +208,9 @@ def _in_order(table: pyarrow.Table, fps: float, where: str) -> tuple[pyarrow.Tab
     rows = [f"{where}, frame_index {number:.0f}" for number in numbers]
     steps, seconds = np.diff(numbers), np.diff(times)
     if numbers[0] < 0 or times[0] < 0 or (numbers % 1).any():
-        raise DataError.of(rows[0], f"frame_index {numbers[0]}, timestamp {times[0]}: must count from 0", COMPLETE)
-    usual = np.median(steps) if len(steps) else 1
-    uneven = (steps != max(usual, 1)) | (np.abs(seconds - 1 / fps) > 0.5 / fps)
+        raise DataError.of(rows[0], f"frame_index {numbers[0]}, timestamp {times[0]}: must count from 0", FIX)
+    usual = min(steps[steps > 0], default=1)
+    uneven = (steps != usual) | (np.abs(seconds - 1 / fps) > 0.5 / fps)
     if uneven.any():
         t = int(np.argmax(uneven))
         raise DataError.of(
@@ -225,7 +225,7 @@ def _in_order(table: pyarrow.Table, fps: float, where: str) -> tuple[pyarrow.Tab
 def _vector(table: pyarrow.Table, key: str, where: str) -> np.ndarray:
     values = _matrix(table, [key], where, np.float64)
     if values.shape[1] != 1 or not np.isfinite(values).all():
-        raise DataError.of(where, f"column {key!r} is not one finite number in each row", COMPLETE)
+        raise DataError.of(where, f"column {key!r} is not one finite number in each row", FIX)
     return values[:, 0]
 
 
@@ -233,10 +233,13 @@ def _matrix(table: pyarrow.Table, keys: Sequence[str], where: str, dtype: type =
     """Returns the columns, joined, [T, D]; [T, 0] without any."""
     joined = [np.zeros((table.num_rows, 0), dtype)]
     for key in keys:
-        with reading(f"{where}, column {key!r}", COMPLETE, DataError), np.errstate(over="ignore"):
-            values = np.asarray(table.column(key).to_pylist())
+        cells = table.column(key).to_pylist()
+        if len({len(cell) if isinstance(cell, list) else type(cell) for cell in cells}) > 1:
+            raise DataError.of(where, f"column {key!r} has empty cells or cells of several lengths", FIX)
+        with reading(f"{where}, column {key!r}", FIX, DataError), np.errstate(over="ignore"):
+            values = np.asarray(cells)
             if values.dtype.kind not in "biuf" or values.ndim > 2:
-                raise DataError.of(where, f"column {key!r} is no table of numbers, one row for each step", COMPLETE)
+                raise DataError.of(where, f"column {key!r} is no table of numbers, one row for each step", FIX)
             joined.append(values.reshape(len(values), -1).astype(dtype))
     return np.concatenate(joined, axis=1)
 

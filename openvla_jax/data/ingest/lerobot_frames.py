@@ -9,7 +9,7 @@ import pyarrow
 from PIL import Image
 
 from openvla_jax.data import DataError
-from openvla_jax.data.ingest.lerobot_meta import COMPLETE, Video
+from openvla_jax.data.ingest.lerobot_meta import FIX, Video
 from openvla_jax.errors import reading
 
 TOLERANCE = 1e-4  # seconds between the time asked for and a frame's; LeRobot's `tolerance_s`
@@ -26,7 +26,7 @@ def video_frames(video: Video, times: np.ndarray, tolerance: float, rows: Sequen
     # Timestamps are stored in float32, whose spacing passes the tolerance in the course of an hour.
     allowed = tolerance + np.spacing(asked.astype(np.float32)).astype(np.float64)
     done = 0
-    with reading(video.path, COMPLETE, DataError):
+    with reading(video.path, FIX, DataError):
         before: av.VideoFrame | None = None
         for frame in _decoded(video, float(asked[0])):
             while done < len(asked) and asked[done] <= frame.time:
@@ -44,7 +44,7 @@ def _decoded(video: Video, first: float) -> Iterator[av.VideoFrame]:
     """Yields the frames of the episode's part, in order, from the one before second `first` or earlier."""
     with av.open(str(video.path)) as container:
         if not container.streams.video:
-            raise DataError.of(video.path, "has no video in it", COMPLETE)
+            raise DataError.of(video.path, "has no video in it", FIX)
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         if first > 1 and stream.time_base:
@@ -78,11 +78,11 @@ def stored_frames(cells: pyarrow.ChunkedArray, depth: bool, rows: Sequence[str])
     not depth or the reverse: PIL's conversion of 16 bits to colours would clip them.
     """
     for cell, row in zip(cells, rows, strict=True):
-        with reading(row, COMPLETE, DataError):
+        with reading(row, FIX, DataError):
             value = cell.as_py()
             encoded = value.get("bytes") if isinstance(value, dict) else value
             if not encoded:
-                raise DataError.of(row, "has no image in it", COMPLETE)
+                raise DataError.of(row, "has no image in it", FIX)
             with Image.open(io.BytesIO(encoded)) as image:
                 yield _depth(image, row) if depth else _colours(image, row)
 

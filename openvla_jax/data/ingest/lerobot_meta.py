@@ -20,7 +20,7 @@ from pyarrow import parquet
 from openvla_jax.data import DataError
 from openvla_jax.errors import reading
 
-COMPLETE = "is the download complete?"
+FIX = "download it again or correct it"
 _SLOT = re.compile(r"\{(\w+)(?::0?(\d{1,2})d)?\}")  # {episode_index:06d}; str.format would allow any width
 
 
@@ -80,7 +80,7 @@ class Metadata:
 
         filled = PurePosixPath(_SLOT.sub(fill, text))
         if re.search("[{}]", _SLOT.sub("", text)) or filled.is_absolute() or ".." in filled.parts:
-            raise DataError.of(self.path, f"{template} {text!r} is no path template of LeRobot", COMPLETE)
+            raise DataError.of(self.path, f"{template} {text!r} is no path template of LeRobot", FIX)
         return self.source / filled
 
 
@@ -108,7 +108,7 @@ def read_metadata(source: Path) -> Metadata:
 
 def _feature(value: Any, where: str) -> Feature:
     if not isinstance(value, dict):
-        raise DataError.of(where, f"is a {type(value).__name__}, not an object", COMPLETE)
+        raise DataError.of(where, f"is a {type(value).__name__}, not an object", FIX)
     dtype = _typed(value, "dtype", str, where)
     shape, names = value.get("shape"), value.get("names")
     channels = None
@@ -139,13 +139,13 @@ def read_episodes(metadata: Metadata, videos: Sequence[str]) -> list[Place]:
     for where, record in records:
         place = (_place_v3 if metadata.packed else _place_v2)(metadata, videos, record, where)
         if place.number in places:
-            raise DataError.of(where, f"episode {place.number} is listed twice", COMPLETE)
+            raise DataError.of(where, f"episode {place.number} is listed twice", FIX)
         places[place.number] = place
     if not places:
-        raise DataError.of(folder, "lists no episodes", COMPLETE)
+        raise DataError.of(folder, "lists no episodes", FIX)
     total = metadata.info.get("total_episodes", len(places))
     if total != len(places):
-        raise DataError.of(folder, f"lists {len(places)} episodes, info.json has total_episodes {total}", COMPLETE)
+        raise DataError.of(folder, f"lists {len(places)} episodes, info.json has total_episodes {total}", FIX)
     return [places[number] for number in sorted(places)]
 
 
@@ -153,7 +153,7 @@ def _place_v2(metadata: Metadata, videos: Sequence[str], record: dict, where: st
     number = _whole(record, "episode_index", where)
     size = _whole({"chunks_size": 1000, **metadata.info}, "chunks_size", metadata.path)
     if size == 0:
-        raise DataError.of(metadata.path, "chunks_size is 0", COMPLETE)
+        raise DataError.of(metadata.path, "chunks_size is 0", FIX)
     at = {"episode_chunk": number // size, "episode_index": number}
     found = {key: Video(metadata.file("video_path", {"video_key": key, **at})) for key in videos}
     length = _whole(record, "length", where)
@@ -169,7 +169,7 @@ def _place_v3(metadata: Metadata, videos: Sequence[str], record: dict, where: st
         prefix = f"videos/{key}"
         start, end = (_seconds(record, f"{prefix}/{edge}_timestamp", where) for edge in ("from", "to"))
         if end <= start:
-            raise DataError.of(where, f"{prefix} runs from {start} s to {end} s", COMPLETE)
+            raise DataError.of(where, f"{prefix} runs from {start} s to {end} s", FIX)
         found[key] = Video(metadata.file("video_path", {"video_key": key, **at(prefix)}), start, end)
     data = metadata.file("data_path", at("data"))
     number, length = _whole(record, "episode_index", where), _whole(record, "length", where)
@@ -180,7 +180,7 @@ def _tasks_of(record: dict, where: str) -> list[str]:
     tasks = record.get("tasks")
     tasks = [] if tasks is None else [tasks] if isinstance(tasks, str) else tasks
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise DataError.of(where, f"tasks are {str(tasks)[:60]}, not a list of texts", COMPLETE)
+        raise DataError.of(where, f"tasks are {str(tasks)[:60]}, not a list of texts", FIX)
     return tasks
 
 
@@ -193,7 +193,7 @@ def read_tasks(metadata: Metadata) -> dict[int, str]:
     for where, record in _numbered_tasks(path) if metadata.packed else _lines(path):
         number, text = _whole(record, "task_index", where), _typed(record, "task", str, where)
         if tasks.setdefault(number, text) != text:
-            raise DataError.of(where, f"task {number} is both {tasks[number]!r} and {text!r}", COMPLETE)
+            raise DataError.of(where, f"task {number} is both {tasks[number]!r} and {text!r}", FIX)
     return tasks
 
 
@@ -202,7 +202,7 @@ def _numbered_tasks(path: Path) -> Iterator[tuple[str, dict]]:
     table = read_table(path)
     if not table.num_rows:
         return
-    with reading(path, COMPLETE, DataError):
+    with reading(path, FIX, DataError):
         index = (table.schema.pandas_metadata or {}).get("index_columns", [])
     texts = [
         field.name
@@ -211,7 +211,7 @@ def _numbered_tasks(path: Path) -> Iterator[tuple[str, dict]]:
     ]
     known = [name for name in (*index, "__index_level_0__", "task") if name in texts]
     if not known and len(texts) != 1:
-        raise DataError.of(path, f"has columns {', '.join(table.column_names)}, none of them 'task'", COMPLETE)
+        raise DataError.of(path, f"has columns {', '.join(table.column_names)}, none of them 'task'", FIX)
     text = (known or texts)[0]
     for number, row in enumerate(table.to_pylist()):
         yield f"{path}, row {number}", {**row, "task": row[text]}
@@ -220,25 +220,25 @@ def _numbered_tasks(path: Path) -> Iterator[tuple[str, dict]]:
 def _rows_of(folder: Path) -> Iterator[tuple[str, dict]]:
     paths = sorted(folder.rglob("*.parquet"))
     if not paths:
-        raise DataError.of(folder, "has no parquet files", COMPLETE)
+        raise DataError.of(folder, "has no parquet files", FIX)
     for path in paths:
-        with reading(path, COMPLETE, DataError):
+        with reading(path, FIX, DataError):
             columns = [name for name in parquet.read_schema(path).names if not name.startswith("stats/")]
         for number, row in enumerate(read_table(path, columns).to_pylist()):
             yield f"{path}, row {number}", row
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    with reading(path, COMPLETE, DataError):
+    with reading(path, FIX, DataError):
         content = path.read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):  # JSON may hold other line separators, as U+2028
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        with reading(where, COMPLETE, DataError):
+        with reading(where, FIX, DataError):
             record = json.loads(line)
         if not isinstance(record, dict):
-            raise DataError.of(where, f"holds a {type(record).__name__}, not an object", COMPLETE)
+            raise DataError.of(where, f"holds a {type(record).__name__}, not an object", FIX)
         yield where, record
 
 
@@ -248,8 +248,8 @@ def read_table(path: Path, columns: Sequence[str] = (), optional: Sequence[str] 
     options: of pyarrow, as `filters`.
     """
     if not path.is_file():
-        raise DataError.of(path, "there is no such file", COMPLETE)
-    with reading(path, COMPLETE, DataError):
+        raise DataError.of(path, "there is no such file", FIX)
+    with reading(path, FIX, DataError):
         present = parquet.read_schema(path).names
         missing = [name for name in columns if name not in present]
         if missing:
@@ -264,28 +264,28 @@ def read_rows(place: Place, columns: Sequence[str], optional: Sequence[str] = ()
     table = read_table(place.parquet, [*dict.fromkeys([*columns, "episode_index"])], optional, filters=only)
     if table.num_rows != place.length or not place.length:
         where = f"{place.parquet}, episode {place.number}"
-        raise DataError.of(where, f"has {table.num_rows} rows, meta says {place.length}", COMPLETE)
+        raise DataError.of(where, f"has {table.num_rows} rows, meta says {place.length}", FIX)
     return table
 
 
 def _typed(record: Mapping[str, Any], key: str, kind: Any, where: os.PathLike | str) -> Any:
     if key not in record:
-        raise DataError.of(where, f"has no {key!r}", COMPLETE)
+        raise DataError.of(where, f"has no {key!r}", FIX)
     value = record[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError.of(where, f"{key!r} is {str(value)[:60]!r}, of type {type(value).__name__}", COMPLETE)
+        raise DataError.of(where, f"{key!r} is {str(value)[:60]!r}, of type {type(value).__name__}", FIX)
     return value
 
 
 def _whole(record: Mapping[str, Any], key: str, where: os.PathLike | str) -> int:
     value = _typed(record, key, int | float, where)
     if not 0 <= value < 2**31 or value != int(value):
-        raise DataError.of(where, f"{key!r} is {value}, not a whole number from 0 to 2147483647", COMPLETE)
+        raise DataError.of(where, f"{key!r} is {value}, not a whole number from 0 to 2147483647", FIX)
     return int(value)
 
 
 def _seconds(record: Mapping[str, Any], key: str, where: str) -> float:
     value = _typed(record, key, int | float, where)
     if not 0 <= value < math.inf:
-        raise DataError.of(where, f"{key!r} is {value}, not a time in seconds", COMPLETE)
+        raise DataError.of(where, f"{key!r} is {value}, not a time in seconds", FIX)
     return float(value)
