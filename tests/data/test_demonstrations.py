@@ -187,7 +187,7 @@ def _change_info(folder, **changes):
     [
         (lambda f: (f / "meta/info.json").unlink(), r"info.json: there is no such file; give the folder"),
         (lambda f: _change_info(f, codebase_version="v1.6"), r"format 'v1.6' is not read here, only v2 and v3"),
-        (lambda f: next(f.rglob("*.mp4")).write_bytes(b"no video"), r"\.mp4: .*Invalid data found.*; download it again"),
+        (lambda f: next(f.rglob("*.mp4")).write_bytes(b"no video"), r"\.mp4: .*Invalid data found.*; download"),
         (lambda f: _video(sorted(f.rglob("*.mp4"))[0], [0, 0]),
          r"frame_index 2, camera top: no frame of .*\.mp4 is within 0.0001.. s of 0.2000 s"),
         (lambda f: sorted(f.glob("data/*/*"))[-1].unlink(), r"\.parquet: there is no such file; download it again"),
