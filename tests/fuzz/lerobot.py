@@ -12,21 +12,19 @@ _META = Path(__file__).parents[1] / "data" / "lerobot_v2.1" / "meta"
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory()
+def _folder(name: str) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    shutil.copytree(_META, Path(folder.name) / "meta")
+    return folder
 
 
 def _parse(name: str, data: bytes) -> None:
-    """Reads all metadata of a dataset, one file of which holds `data`."""
-    source = Path(_folder().name)
-    (source / "meta").mkdir(exist_ok=True)
-    for file in ("info.json", "episodes.jsonl", "tasks.jsonl"):
-        if file != name:
-            shutil.copy(_META / file, source / "meta")
+    """Reads all metadata of a dataset; `data` is the content of one file."""
+    source = Path(_folder(name).name)
     (source / "meta" / name).write_bytes(data)
     metadata = read_metadata(source)
-    read_episodes(metadata, [key for key, feature in metadata.features.items() if feature.dtype == "video"])
     read_tasks(metadata)
+    read_episodes(metadata, [key for key, feature in metadata.features.items() if feature.dtype == "video"])
 
 
 def _target(name: str, tokens: tuple[bytes, ...]) -> Target:

@@ -71,14 +71,11 @@ class Metadata:
     def file(self, template: str, values: Mapping[str, Any]) -> Path:
         """Returns the path that a template of info.json, "data_path" or "video_path", gives for these values."""
         text = _typed(self.info, template, str, self.path)
-
-        def fill(slot: re.Match) -> str:
-            if slot[1] not in values:
-                known = ", ".join(values)
-                raise DataError.of(self.path, f"{template} {text!r} asks for {slot[1]!r}", f"known are {known}")
-            return str(values[slot[1]]).zfill(int(slot[2] or 0))
-
-        filled = PurePosixPath(_SLOT.sub(fill, text))
+        if unknown := [name for name, _ in _SLOT.findall(text) if name not in values]:
+            raise DataError.of(
+                self.path, f"{template} {text!r} asks for {unknown[0]!r}", f"known are {', '.join(values)}"
+            )
+        filled = PurePosixPath(_SLOT.sub(lambda slot: str(values[slot[1]]).zfill(int(slot[2] or 0)), text))
         if re.search("[{}]", _SLOT.sub("", text)) or filled.is_absolute() or ".." in filled.parts:
             raise DataError.of(self.path, f"{template} {text!r} is no path template of LeRobot", FIX)
         return self.source / filled
@@ -143,7 +140,7 @@ def read_episodes(metadata: Metadata, videos: Sequence[str]) -> list[Place]:
         places[place.number] = place
     if not places:
         raise DataError.of(folder, "lists no episodes", FIX)
-    total = metadata.info.get("total_episodes", len(places))
+    total = _whole({"total_episodes": len(places), **metadata.info}, "total_episodes", metadata.path)
     if total != len(places):
         raise DataError.of(folder, f"lists {len(places)} episodes, info.json has total_episodes {total}", FIX)
     return [places[number] for number in sorted(places)]
@@ -161,19 +158,22 @@ def _place_v2(metadata: Metadata, videos: Sequence[str], record: dict, where: st
 
 
 def _place_v3(metadata: Metadata, videos: Sequence[str], record: dict, where: str) -> Place:
-    def at(prefix: str) -> dict[str, int]:
-        return {key: _whole(record, f"{prefix}/{key}", where) for key in ("chunk_index", "file_index")}
-
     found = {}
     for key in videos:
         prefix = f"videos/{key}"
         start, end = (_seconds(record, f"{prefix}/{edge}_timestamp", where) for edge in ("from", "to"))
         if end <= start:
             raise DataError.of(where, f"{prefix} runs from {start} s to {end} s", FIX)
-        found[key] = Video(metadata.file("video_path", {"video_key": key, **at(prefix)}), start, end)
-    data = metadata.file("data_path", at("data"))
+        found[key] = Video(
+            metadata.file("video_path", {"video_key": key, **_file_at(record, prefix, where)}), start, end
+        )
+    data = metadata.file("data_path", _file_at(record, "data", where))
     number, length = _whole(record, "episode_index", where), _whole(record, "length", where)
     return Place(number, length, data, found, _tasks_of(record, where))
+
+
+def _file_at(record: dict, prefix: str, where: str) -> dict[str, int]:
+    return {key: _whole(record, f"{prefix}/{key}", where) for key in ("chunk_index", "file_index")}
 
 
 def _tasks_of(record: dict, where: str) -> list[str]:
