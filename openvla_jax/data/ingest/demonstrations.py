@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,37 @@ from openvla_jax.data import DataError
 from openvla_jax.data.ingest.writer import FLAGS, encode, flags, write_dataset
 
 VERSION = "1.0.0"
+_ON_WRIST = "wrist|hand|grip|arm|eef|effector"  # in the name of a camera that moves with the robot
 
 
 @dataclass(frozen=True)
 class Episode:
     """One demonstration of T steps. cameras: view -> uint8 [H, W, 3] for each step, drawn one after the other.
-    action, state: float32 [T, D]; state may have no columns. instructions: of each step."""
+    action, state: float32 [T, D]; state may have no columns. instructions: of each step. depth: view -> uint16 [H, W]
+    for each step."""
 
     cameras: Mapping[str, Iterable[np.ndarray]]
     action: np.ndarray
     state: np.ndarray
     instructions: Sequence[str]
+    depth: Mapping[str, Iterable[np.ndarray]] = field(default_factory=dict)
 
 
 def write(
-    folder: Path, name: str, episodes: Iterable[Episode], count: int, val_share: float, source: str
+    folder: Path,
+    name: str,
+    episodes: Iterable[Episode],
+    count: int,
+    val_share: float,
+    source: str,
+    primary: str | None = None,
 ) -> tuple[Path, Path]:
     """Writes folder/<name>/1.0.0, and folder/<name>.py with its description; returns both paths.
 
     count: how many episodes there are. val_share: this share of them, at least one, evenly spread, becomes the split
-    "val"; with 0, training holds out the last 20th by itself. Raises DataError for a name that is no Python
-    identifier, for an episode that differs from the first in its cameras or widths, and where a description exists.
+    "val"; with 0, training holds out the last 20th by itself. primary: the camera that policies see, if it is not
+    obvious. Raises DataError for a name that is no Python identifier, for an episode that differs from the first in
+    its cameras or widths, and where a description exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise DataError(f"dataset name {name!r}: use small letters, digits and _ (--name)")
@@ -50,6 +60,7 @@ def write(
     except StopIteration:
         raise DataError(f"{source} has no episodes") from None
     widths = first.action.shape[1], first.state.shape[1]
+    primary = primary_view(list(first.cameras), primary, source)
 
     # One pass over the source must serve both splits: those held out are kept, encoded, until the others are written.
     kept: list[dict] = []
@@ -73,6 +84,8 @@ def write(
     observation: dict[str, Any] = {
         view: tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg") for view in first.cameras
     }
+    for view in first.depth:
+        observation[view] = tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png")
     if widths[1]:
         observation["state"] = tfds.features.Tensor(shape=(widths[1],), dtype=np.float32)
     step = {
@@ -89,7 +102,7 @@ def write(
         episodes_per_file=max(1, min(100, count // 16)),
         progress=_Progress(count),
     )
-    description.write_text(_module(name, sorted(first.cameras), *widths))
+    description.write_text(_module(name, primary, sorted(first.cameras), sorted(first.depth), *widths))
     return directory, description
 
 
@@ -110,6 +123,9 @@ def _example(episode: Episode, where: str) -> dict:
     frames = {}
     for view, images in episode.cameras.items():
         frames[view] = [encode(_checked(image, f"{where}, camera {view!r}"), "JPEG") for image in images]
+    for view, images in episode.depth.items():
+        frames[view] = [encode(image) for image in images]
+    for view in frames:
         if len(frames[view]) != length:
             raise DataError(f"{where} has {length} actions and {len(frames[view])} frames of camera {view!r}")
     state = [{"state": row} for row in episode.state.astype(np.float32)] if episode.state.shape[1] else [{}] * length
@@ -145,8 +161,24 @@ class _Progress:
             print(f"{done} of {self.count} episodes", flush=True)
 
 
-def _module(name: str, views: list[str], action: int, state: int) -> str:
-    primary = next((view for view in views if view == "primary"), views[0])
+def primary_view(views: Sequence[str], asked: str | None, source: str) -> str:
+    """Returns the camera that policies see: the one asked for, else the only one that is not on a wrist, else one
+    called "primary". Raises DataError if there is none or more than one of them."""
+    if asked is not None and asked not in views:
+        raise DataError.of(source, f"has no camera {asked!r}", f"--primary may be {', '.join(views)}")
+    if "primary" in views:
+        if asked not in (None, "primary"):
+            raise DataError.of(source, "a camera is called 'primary' already", "give --primary primary, or rename it")
+        return "primary"
+    fixed = [view for view in views if not re.search(_ON_WRIST, view, re.IGNORECASE)]
+    candidates = [asked] if asked else list(views) if len(views) == 1 else fixed
+    if len(candidates) != 1:
+        known = ", ".join(views)
+        raise DataError.of(source, f"has cameras {known}", "name the one that policies see with --primary")
+    return candidates[0]
+
+
+def _module(name: str, primary: str, views: list[str], depth: list[str], action: int, state: int) -> str:
     cameras = {"primary": primary} | {view: view for view in views if view != primary}
     return f'''"""{name}: check what is marked below, then train with --config.data.module=THIS FILE."""
 
@@ -156,6 +188,7 @@ DATASETS = [
     describe(
         {json.dumps(name)},
         cameras={json.dumps(cameras)},  # policies see the primary one
+{f"        depth={json.dumps({view: view for view in depth})}," + chr(10) if depth else ""}\
 {f'        state=[Columns("observation/state", 0, {state})],' + chr(10) if state else ""}\
         # CHECK: absolute=True for targets (joint angles, say), and the gripper's column and polarity, as in
         # Columns("action", {action - 1}, gripper="1 is open").

@@ -14,12 +14,18 @@ from openvla_jax.data.ingest.demonstrations import Episode, write
 
 
 def convert(
-    source: Path, folder: Path, name: str | None = None, instruction: str | None = None, val_share: float = 0.0
+    source: Path,
+    folder: Path,
+    name: str | None = None,
+    instruction: str | None = None,
+    val_share: float = 0.0,
+    primary: str | None = None,
 ) -> str:
     """Converts a folder of npz episodes, in the order of their names; returns what to do next.
 
-    instruction: for episodes that have none. Raises DataError naming the file and what is wrong with it. Files with
-    Python objects in them are refused: reading those would run what they contain.
+    instruction: for episodes that have none. primary: the camera that policies see, if it is not obvious. Raises
+    DataError naming the file and what is wrong with it. Files with Python objects in them are refused: reading those
+    would run what they contain.
     """
     paths = sorted(source.glob("*.npz"))
     if not paths:
@@ -29,7 +35,7 @@ def convert(
         for path in paths:
             yield _read(path, instruction)
 
-    _, description = write(folder, name or source.name.lower(), episodes(), len(paths), val_share, str(source))
+    _, description = write(folder, name or source.name.lower(), episodes(), len(paths), val_share, str(source), primary)
     return f"{len(paths)} episodes; look over {description}, then train with data.module={description}"
 
 
