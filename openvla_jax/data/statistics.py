@@ -20,16 +20,20 @@ from openvla_jax.storage import atomic_write
 
 _FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 _FALLBACK = "~/.cache/openvla_jax"
+GRIPPER_TOLERANCE = 0.05  # of the range: sensors overshoot a little
+
+Grippers = Mapping[int, tuple[float, float]]  # dimension -> (closed, open) in the data's units
 
 
-def summarize(trajectories: Iterable[Mapping], name: str) -> dict:
+def summarize(trajectories: Iterable[Mapping], name: str, grippers: Mapping[str, Grippers] | None = None) -> dict:
     """Statistics of a dataset from its standardised, unfiltered, unnormalised trajectories.
 
     trajectories: {"action": float [T, A], optionally "proprio": float [T, P], "episode": bytes, "step": int [T]}.
     Moments and quantiles are float64 over all steps; std is that of the population, quantiles are exact (linear
     interpolation). Without proprio its statistics are zeros as wide as the action, as in the reference.
-    Raises BadActionError for the first NaN or infinity, naming the dataset, episode, step and dimension, and DataError
-    for an empty dataset. Episodes that the transform leaves without steps count as trajectories and are logged.
+    grippers: of "action" and "proprio", see `check_grippers`.
+    Raises BadActionError for the first NaN or infinity, or gripper outside its range, naming the dataset, episode, step
+    and dimension, and DataError for an empty dataset. Episodes that the transform leaves without steps count as trajectories and are logged.
     """
     columns: dict[str, list[np.ndarray]] = {"action": [], "proprio": []}
     trajectory_count, empty = 0, []
@@ -40,6 +44,7 @@ def summarize(trajectories: Iterable[Mapping], name: str) -> dict:
         for key in columns.keys() & trajectory.keys():
             episodes = np.repeat(np.array(trajectory["episode"], object), len(trajectory[key]))
             check_finite(trajectory[key], key, name, episodes, trajectory["step"])
+            check_grippers(trajectory[key], key, (grippers or {}).get(key, {}), name, episodes, trajectory["step"])
             columns[key].append(trajectory[key])
     if trajectory_count == len(empty):
         raise DataError(f"dataset {name!r} has no steps at all in {trajectory_count} episodes: nothing to learn from")
@@ -74,6 +79,29 @@ def check_finite(values: np.ndarray, what: str, name: str, episodes: np.ndarray,
             f"dataset {name!r}, episode {episodes[row].decode()}, step {steps[row]}: {what} dimension {dimension} is "
             f"{values[row, dimension]}: fix the data or its transform"
         )
+
+
+def check_grippers(
+    values: np.ndarray, what: str, grippers: Grippers, name: str, episodes: np.ndarray, steps: np.ndarray
+) -> None:
+    """Raises BadActionError for the first gripper command of values [N, D] that is outside its declared range.
+
+    Args:
+        values: grippers go from 0, closed, to 1, open.
+        what: "action" or "proprio".
+        grippers: the dimensions to check.
+        name: of the dataset.
+        episodes, steps: [N], the places of the rows.
+    """
+    for dimension, (closed, opened) in grippers.items():
+        bad = np.flatnonzero(np.abs(values[:, dimension] - 0.5) > 0.5 + GRIPPER_TOLERANCE)
+        if len(bad):
+            value = closed + values[bad[0], dimension] * (opened - closed)
+            raise BadActionError(
+                f"dataset {name!r}, episode {episodes[bad[0]].decode()}, step {steps[bad[0]]}: {what} dimension "
+                f"{dimension}, a gripper, is {value:.4g}, and was declared as {closed:g} closed, {opened:g} open: "
+                f"declare gripper_range=(closed, open) in the data's units"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
