@@ -72,7 +72,7 @@ def dataset_statistics(
             )
         return result
 
-    return prepared(stats.cached(file_name, [cache_dir or str(source.directory)], compute))
+    return stats.cached(file_name, [cache_dir or str(source.directory)], compute, prepared)
 
 
 def make_dataset(

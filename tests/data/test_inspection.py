@@ -78,7 +78,7 @@ def _rest(idle, steps):
         (lambda s: _action(s, 6, [-1, -1, 1, 1, 1, 1]), "gripper range", "warning", "values from -1 to 1"),
         (lambda s: _each(s[1:3], language_instruction=""), "language", "warning", "33.3% of the frames have none"),
         (lambda s: _each(s, language_instruction=" "), "language", "error", "no frame has an instruction"),
-        (lambda s: s[0]["observation"].update(image=b"broken"), "images", "error", "4 sampled frames cannot"),
+        (lambda s: s[0]["observation"].update(image=b"broken"), "images", "error", "4 frames cannot"),
         (lambda s: _rest(s[2:5], s), "idle frames", "warning", "50.0%"),
         (lambda s: s[0]["observation"].update(image=np.zeros((9, 9, 3), np.uint8)), "image size", "warning", "9x9, 24"),
     ],
