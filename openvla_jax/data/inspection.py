@@ -345,7 +345,7 @@ class _Look:
         good = self.decodable(tf.constant(frames, tf.string)).numpy() if len(frames) else np.ones(0, bool)
         broken = [
             f"{_place(episode, step)}, camera {view!r} ({images.reason(frames[step])})"
-            for step in np.flatnonzero(~good)[:1]
+            for step in np.flatnonzero(~good)[:1].tolist()
         ]
         sizes, warmth = [], []
         for step in np.unique(np.linspace(0, len(frames) - 1, 4).astype(int)) if len(frames) else ():

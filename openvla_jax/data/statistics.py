@@ -173,7 +173,7 @@ def prepare(statistics: Mapping, name: str, mask: Sequence[bool], with_proprio: 
     where another mask is there already. Dimensions that never change are logged: they are trained, and act, as 0.
     """
     for part in ("action", "proprio") if with_proprio else ("action",):
-        _check_fields(statistics.get(part), f"statistics of {name!r}: {part}")
+        _check_fields(statistics.get(part, {}), f"statistics of {name!r}: {part}")
     action = {field: statistics["action"][field] for field in _FIELDS}
     for field, values in action.items():
         if len(values) != len(mask):

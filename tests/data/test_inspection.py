@@ -1,21 +1,27 @@
 """The tools that look at datasets: what they find, print and draw."""
 
 import functools
+import io
 import json
+import re
 
 import fake_rlds
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from openvla_jax.data import DataError, DatasetNotFoundError
+from openvla_jax.data import BadActionError, DataError, DatasetNotFoundError, faults
 from openvla_jax.data.__main__ import main
-from openvla_jax.data.batches import make_train_iterator
+from openvla_jax.data.batches import make_eval_batches, make_train_iterator
+from openvla_jax.data.custom import Columns, describe
 from openvla_jax.data.ingest.stand_ins import write_stand_in
 from openvla_jax.data.inspection import validate
 from openvla_jax.data.mixture import open_phases
 from openvla_jax.data.oxe import DATASETS, MIXTURES
 from openvla_jax.data.oxe.schemas import SCHEMAS
+from openvla_jax.data.rlds import dataset_statistics
 from openvla_jax.data.source import open_source
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.tokenizer import load_tokenizer
 
 
@@ -204,3 +210,176 @@ def test_a_missing_part_of_a_mixture_is_told_before_any_work(tmp_path):
     with pytest.raises(DatasetNotFoundError, match=r"^2[0-9] of 2[0-9] datasets are missing: .*kuka.*; dataset"):
         opened()
     assert not list(tmp_path.rglob("statistics_*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As strict as training
+# ---------------------------------------------------------------------------------------------------------------------
+
+LATIN = "prends l'épingle".encode("latin-1")
+
+
+def _train(tmp_path):
+    """Draws every frame of the dataset "fake", and validates on what is held out."""
+    data = {"dataset": [("fake", 1.0)], "data_dir": str(tmp_path), "shuffle_buffer": 8, "text_length": 48}
+    tokenizer = load_tokenizer("tiny")
+    stream = make_train_iterator(data, tokenizer, batch_size=4, image_size=16, seed=0)
+    for _ in range(8):
+        next(stream)
+    options = {"batch_size": 2, "image_size": 16, "num_batches": 4, "statistics": stream.statistics}
+    make_eval_batches(data, tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda s: _each(s[4:5], language_instruction=LATIN), "language"),
+        (lambda s: _each(s[4:5], language_instruction="\u3000"), "language"),
+        (lambda s: _each(s[4:5], language_instruction="<image>"), "language"),
+        (lambda s: _action(s[4:5], 2, np.inf), "action"),
+        (lambda s: s[4]["observation"].update(image=b"broken"), "images"),
+    ],
+    ids=["latin", "space", "image-token", "infinite", "broken"],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_validate_finds_what_training_stops_at(tmp_path, monkeypatch, change, check, split):
+    """One frame of one episode is bad."""
+    splits = {"train": [_episodes(3)], "val": [_episodes(1)]}
+    change(splits[split][0][-1]["steps"])
+    fake_rlds.write(tmp_path, splits)
+    monkeypatch.setitem(DATASETS, "fake", fake_rlds.config())
+    errors = [f for f in validate(open_source("fake", str(tmp_path)), 100) if f.level == "error"]
+    assert [finding.check for finding in errors] == [check if split == "train" else f"validation: {check}"]
+    if check != "action":  # NaN and infinity are counted
+        assert "episode fake-" in errors[0].detail and "step 4" in errors[0].detail
+    with pytest.raises(InputError):
+        _train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["b'pick up the cup'", "['pick up the cup']", "np.bytes_(b'pick')", "None", "3", "a\0b"]
+)
+def test_validate_flags_printed_values_as_suspicious(tmp_path, text):
+    finding = _findings(tmp_path, lambda s: _each(s, language_instruction=text))["text"]
+    assert finding.level == "warning" and finding.detail.startswith("1 instructions are strange, the first in episode")
+
+
+def test_validate_looks_at_every_camera(tmp_path):
+    episodes = [fake_rlds.two_cameras(number) for number in range(2)]
+    episodes[1]["steps"][3]["observation"]["wrist"] = io.BytesIO(b"broken")
+    fake_rlds.write(tmp_path, {"train": [episodes]}, schema=fake_rlds.two_camera_features())
+    config = fake_rlds.config(image_keys={"primary": "image", "wrist": "wrist"})
+    found = {finding.check: finding for finding in validate(open_source(config, str(tmp_path)), 100)}
+    assert found["images"].level == "error" and "step 3, camera 'wrist'" in found["images"].detail
+
+
+def test_validate_counts_the_episodes_that_are_there(tmp_path):
+    folder = fake_rlds.write(tmp_path, {"train": [_episodes(4)], "val": [_episodes(1)]})
+    source = open_source(fake_rlds.config(), str(tmp_path))
+    assert validate(source, 2)[0].detail == "2 of 4 read, 12 steps"
+    (path,) = folder.glob("*train*")
+    records = list(tf.data.TFRecordDataset(str(path)).take(3).as_numpy_iterator())
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in records:
+            writer.write(record)
+    assert validate(source, 100)[0].detail.startswith("1 episodes fewer than dataset_info.json says")
+
+
+@pytest.mark.parametrize("text", ["put the $5 bill next to the $10 bill", "pick up the cup labelled $x_{$"])
+def test_inspect_draws_a_dollar_as_a_dollar(tmp_path, monkeypatch, exits, text):
+    drawn = []
+    from matplotlib.axes import Axes
+
+    original = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda *args, **options: drawn.append(original(*args, **options)) or drawn[-1])
+    episodes = _episodes()
+    for episode in episodes:
+        _each(episode["steps"], language_instruction=text)
+    fake_rlds.write(tmp_path, {"train": [episodes]})
+    monkeypatch.setitem(DATASETS, "fake", fake_rlds.config())
+    assert exits("inspect", "fake", tmp_path, "--out", tmp_path / "figures")[0] == 0
+    assert {shown._preprocess_math(shown.get_text()) for shown in drawn} == {(text, False)}
+
+
+def test_inspect_names_the_frame_of_undecodable_text(tmp_path, monkeypatch, exits):
+    episodes = _episodes(2)
+    _each(episodes[1]["steps"], language_instruction=LATIN)
+    fake_rlds.write(tmp_path, {"train": [episodes]})
+    monkeypatch.setitem(DATASETS, "fake", fake_rlds.config())
+    code, _, err = exits("inspect", "fake", tmp_path, "--out", tmp_path / "figures")
+    assert code == 2 and "dataset 'fake', episode fake-train.tfrecord-00000-of-00001#1, step 0: instruction b" in err
+    assert "not UTF-8 but Latin-1" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grippers in other units
+# ---------------------------------------------------------------------------------------------------------------------
+
+UNIT = [1.0, 0.9, 0.4, 0.0, 0.1, 0.6]  # opening, step by step
+
+
+def _gripper(tmp_path, values, column, where="action"):
+    episodes = _episodes()
+    for episode in episodes:
+        for step, value in zip(episode["steps"], values, strict=True):
+            step["action"][6] = step["observation"]["state"][5] = value
+    fake_rlds.write(tmp_path, {"train": [episodes], "val": [_episodes(1)]}, name="mine")
+    state = [Columns("observation/state", 0, 5)]
+    described = {"state": state, "action": [Columns("action", 0, 6)]}
+    described[where] = [*described[where], column]
+    return open_source(describe("mine", cameras={"primary": "image"}, **described), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "declared", "level", "detail"),
+    [
+        (UNIT, {"gripper": "1 is open"}, "ok", "values from 0 to 1, declared as 0 closed, 1 open"),
+        ([100 * x for x in UNIT], {"gripper": "1 is open"}, "error", "values from 0 to 100, .* outside .*gripper_range"),
+        ([20 + 80 * x for x in UNIT], {"gripper": "1 is open"}, "error", "values from 20 to 100, .* outside"),
+        ([100 * x for x in UNIT], {"gripper": "0 is open"}, "error", "values from 0 to 100, .* outside"),
+        ([850 * x for x in UNIT], {"gripper": "-1 is open, 1 closed"}, "error", "values from 0 to 850, .* outside"),
+        ([0.08 * x for x in UNIT], {"gripper": "1 is open"}, "error", "values from 0 to 0.08, .*: never opens; .*0.08"),
+        ([0.08 * x for x in UNIT], {"gripper": "0 is open"}, "error", "values from 0 to 0.08, .*: never closes"),
+        ([1.0] * 6, {"gripper": "1 is open"}, "error", "never closes"),
+        ([0.7 * x for x in UNIT], {"gripper": "1 is open"}, "warning", "never fully open"),
+        ([100 * x for x in UNIT], {"gripper_range": (0, 100)}, "ok", "values from 0 to 100, declared as 0 closed"),
+        ([102 * x for x in UNIT], {"gripper_range": (0, 100)}, "ok", "values from 0 to 100"),
+        ([0.08 * x for x in UNIT], {"gripper_range": (0, 0.08)}, "ok", "0.08 open"),
+        ([850 * x for x in UNIT], {"gripper_range": (850, 0)}, "ok", "850 closed, 0 open"),
+        ([850 * x for x in UNIT], {"gripper_range": (0, 100)}, "error", "values from 0 to 850, .* outside"),
+    ],
+)  # fmt: skip
+def test_grippers_are_looked_at_in_the_units_of_the_data(tmp_path, values, declared, level, detail):
+    source = _gripper(tmp_path, values, Columns("action", 6, **declared))
+    found = {finding.check: finding for finding in validate(source, 100)}["gripper 6"]
+    assert found.level == level and re.search(detail, found.detail), found
+    if "outside" in detail:
+        with pytest.raises(BadActionError, match=r"step \d: action dimension 6, a gripper, is .*gripper_range"):
+            dataset_statistics(source)
+    else:
+        statistics = dataset_statistics(source)["action"]
+        assert 0 <= statistics["min"][6] <= statistics["max"][6] <= 1
+
+
+def test_grippers_in_the_state_are_looked_at(tmp_path):
+    column = Columns("observation/state", 5, gripper="1 is open")
+    source = _gripper(tmp_path, [100 * x for x in UNIT], column, where="state")
+    found = {finding.check: finding for finding in validate(source, 100)}["gripper in the state 5"]
+    assert found.level == "error" and "values from 0 to 100" in found.detail
+    with pytest.raises(BadActionError, match=r"proprio dimension 5, a gripper, is 100"):
+        dataset_statistics(source, load_proprio=True)
+
+
+def test_training_refuses_a_gripper_outside_its_range_with_any_statistics():
+    """Statistics from a file are not computed from the data: the rows are looked at too. Two actions a row."""
+    rows = {
+        "dataset": np.array([0, 1, 1]), "step": np.array([3, 4, 5]), "episode": np.array([b"a", b"b", b"c"], object),
+        "action": np.array([[9, 9, 9, 9], [0, 1.02, 0, 1], [0, 0, 0, 0.5]], np.float32),
+    }  # fmt: skip
+    grippers = [{}, {1: (0.0, 100.0)}]
+    faults.check(rows, ["other", "mine"], (), grippers, horizon=2)
+    rows["action"][2, 3] = 8.5
+    with pytest.raises(
+        BadActionError, match=r"'mine', episode c, step 5: action dimension 1, a gripper, is 850, and was"
+    ):
+        faults.check(rows, ["other", "mine"], (), grippers, horizon=2)

@@ -176,7 +176,7 @@ def test_files_of_the_reference_are_read(source, tmp_path):
         StatisticsError, match=r"no dataset 'bridge_org'; did you mean 'bridge_orig'\? known: bridge_orig;"
     ):
         statistics.load(str(golden("pipeline/run_dir/dataset_statistics.json")), "bridge_org")
-    with pytest.raises(StatisticsError, match=r"statistics file .*nowhere.json cannot be read"):
+    with pytest.raises(StatisticsError, match=r"statistics file .*nowhere.json: cannot be read"):
         dataset_statistics(source, path=str(tmp_path / "nowhere.json"))
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(StatisticsError, match="holds a list, not an object"):

@@ -66,7 +66,7 @@ def test_instructions_in_utf8_are_kept(text):
         ("<image>", r"is empty"),
         ([CUP, CUP, "\u3000"], r"^here, step 2: instruction '\\u3000' is empty"),
         ("pick \udce9", r"half a surrogate pair"),
-        ("prends l'épingle".encode("latin-1"), r"not UTF-8 but Latin-1 .*\(byte 0xe9 at 8\): store it as UTF-8"),
+        ("prends l'épingle".encode("latin-1"), r"not UTF-8 but Latin-1 .*\(byte 0xe9 at 9\): store it as UTF-8"),
         (CUP.encode("utf-16"), r"not UTF-8 but UTF-16"),
         (CUP.encode("utf-16-le"), r"holds NUL characters"),
         ("None", r"'None' looks like a printed Python value"),

@@ -216,10 +216,11 @@ def _size(value: Any) -> int:
 
 
 def too_long(where: str, steps: int, size: float) -> str:
-    """Says that an episode of so many steps, `size` bytes, does not fit a record."""
+    """Says that an episode of so many steps, `size` bytes, does not fit a record, and how many steps would."""
+    fit = int(0.95 * steps * MAX_EPISODE_BYTES / size)  # numbers and names of fields may not be counted yet
     return (
         f"{where} takes {size / 1e9:.3g} GB in {steps:,} steps, more than the {MAX_EPISODE_BYTES / 1e9:.3g} GB of a "
-        f"record: split it into episodes of at most {int(steps * MAX_EPISODE_BYTES / size):,} steps, or shrink its "
+        f"record: split it into episodes of at most {fit:,} steps, or shrink its "
         f"frames"
     )
 
