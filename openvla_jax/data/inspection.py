@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from openvla_jax.data import DataError, SplitNotFoundError, images, pipeline, statistics, text
 from openvla_jax.data import trajectory as traj
-from openvla_jax.data.episodes import explain_errors, read_episodes
+from openvla_jax.data.episodes import Traced, explain_errors, read_episodes
 from openvla_jax.data.source import Source, episode_ranges
 from openvla_jax.errors import InputError
 
@@ -48,7 +48,7 @@ def figures(source: Source, folder: Path, episodes: int) -> list[Path]:
     from matplotlib import pyplot as plt
 
     view = next(iter(_views(source)))
-    sample = list(itertools.islice(_episodes(source, "train"), episodes))
+    sample = list(itertools.islice(_episodes(source, _traced(source), "train"), episodes))
     sample = [episode for episode in sample if len(episode["action"])]
     if not sample:
         raise DataError(f"dataset {source.name!r}: the first {episodes} episodes have no steps: nothing to draw")
@@ -109,8 +109,8 @@ def _views(source: Source) -> list[str]:
     return sorted(present, key=lambda view: view != "primary")
 
 
-def _episodes(source: Source, split: str, seed: int | None = None) -> Iterator[dict]:
-    """Standardised episodes of a split: image_<view> (encoded), action, proprio, language, episode and step."""
+def _traced(source: Source) -> Traced:
+    """What is looked at of an episode: image_<view> (encoded), action, proprio, language, episode and step."""
 
     def columns(full: traj.Trajectory, _: tf.Tensor) -> dict:
         return {
@@ -122,7 +122,10 @@ def _episodes(source: Source, split: str, seed: int | None = None) -> Iterator[d
             "step": full["step"],
         }
 
-    traced = pipeline.compose(source, views=_views(source), load_proprio=True, then=columns)
+    return pipeline.compose(source, views=_views(source), load_proprio=True, then=columns)
+
+
+def _episodes(source: Source, traced: Traced, split: str, seed: int | None = None) -> Iterator[dict]:
     with explain_errors([source]):
         yield from read_episodes(traced, episode_ranges(source, split), seed=seed).as_numpy_iterator()
 
@@ -155,24 +158,19 @@ def validate(source: Source, episodes: int) -> list[Finding]:
     Episodes are read as training reads them. What training stops at is an error, found by the same functions. Of the
     episodes held out errors alone are reported.
     """
-    sample = _sample(source, "train", episodes)
+    read = _Reader(source, episodes)
+    sample = read("train")
     actions = [episode["action"] for episode in sample]
     stacked = np.concatenate(actions)
     whole = _count(source, "train")
     findings = [
-        _read("episodes", sample, min(episodes, whole), f" of {whole:,}" if len(sample) < whole else ""),
+        _complete("episodes", sample, min(episodes, whole), f" of {whole:,}" if len(sample) < whole else ""),
         *_lengths(sample),
         *_strict(source, sample),
     ]
     if len(stacked):
         findings += [*_variance(stacked), *_idle(actions), *_gripper_polarity(source, actions)]
-    return findings + _held_out(source, episodes)
-
-
-def _sample(source: Source, split: str, episodes: int) -> list[dict]:
-    """Episodes, each with its pictures looked at in place of the pictures themselves, which would fill the memory."""
-    look = _Look(_views(source))
-    return [look(episode) for episode in itertools.islice(_episodes(source, split, seed=0), episodes)]
+    return findings + _held_out(source, read)
 
 
 def _strict(source: Source, sample: Sequence[Mapping]) -> list[Finding]:
@@ -180,7 +178,7 @@ def _strict(source: Source, sample: Sequence[Mapping]) -> list[Finding]:
     return [*_numbers(sample), *_grippers(source, sample), *_language(source, sample), *_pictures(sample)]
 
 
-def _held_out(source: Source, episodes: int) -> list[Finding]:
+def _held_out(source: Source, read: "_Reader") -> list[Finding]:
     whole = _count(source, "val")
     if not whole:
         detail = (
@@ -188,15 +186,15 @@ def _held_out(source: Source, episodes: int) -> list[Finding]:
             "train.eval_every=0"
         )
         return [Finding("validation", "warning", detail)]
-    sample = _sample(source, "val", episodes)
+    sample = read("val")
     errors = [finding for finding in _strict(source, sample) if finding.level == "error"]
     return [
-        _read("validation", sample, min(episodes, whole), f" of {whole:,} held out"),
+        _complete("validation", sample, min(read.episodes, whole), f" of {whole:,} held out"),
         *(dataclasses.replace(finding, check=f"validation: {finding.check}") for finding in errors),
     ]
 
 
-def _read(check: str, sample: Sequence[Mapping], expected: int, of: str) -> Finding:
+def _complete(check: str, sample: Sequence[Mapping], expected: int, of: str) -> Finding:
     if len(sample) < expected:
         detail = f"{expected - len(sample)} episodes fewer than dataset_info.json says: is the download complete?"
         return Finding(check, "error", detail)
@@ -326,19 +324,22 @@ def _language(source: Source, sample: Sequence[Mapping]) -> list[Finding]:
     return found
 
 
-class _Look:
-    """Looks at the pictures of an episode: which can be decoded (all), their sizes and colours (four of each camera).
+class _Reader:
+    """Reads episodes of a split, and looks at their pictures at once: kept, they would fill the memory.
 
-    The result is the episode with a column "pictures" in place of the images.
+    All are decoded; of four of each camera, sizes and colours are noted. "pictures" of an episode says what was seen.
     """
 
-    def __init__(self, views: Sequence[str]):
-        self.views = views
+    def __init__(self, source: Source, episodes: int):
+        self.source, self.episodes, self.traced = source, episodes, _traced(source)
         self.decodable = tf.function(images.decodable, input_signature=[tf.TensorSpec([None], tf.string)])
 
-    def __call__(self, episode: dict) -> dict:
-        looked = [self._camera(episode, view) for view in self.views]
-        return {key: value for key, value in episode.items() if not key.startswith("image_")} | {"pictures": looked}
+    def __call__(self, split: str) -> list[dict]:
+        return [
+            {key: value for key, value in episode.items() if not key.startswith("image_")}
+            | {"pictures": [self._camera(episode, view) for view in _views(self.source)]}
+            for episode in itertools.islice(_episodes(self.source, self.traced, split, seed=0), self.episodes)
+        ]
 
     def _camera(self, episode: Mapping, view: str) -> dict:
         frames = episode[f"image_{view}"]

@@ -4,13 +4,14 @@ import functools
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import fake_rlds
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from openvla_jax.data import BadActionError, DataError, DatasetNotFoundError, faults
+from openvla_jax.data import BadActionError, DataError, DatasetNotFoundError, faults, inspection, statistics
 from openvla_jax.data.__main__ import main
 from openvla_jax.data.batches import make_eval_batches, make_train_iterator
 from openvla_jax.data.custom import Columns, describe
@@ -219,18 +220,12 @@ def test_a_missing_part_of_a_mixture_is_told_before_any_work(tmp_path):
 LATIN = "prends l'épingle".encode("latin-1")
 
 
-def _train(tmp_path):
-    """Draws every frame of the dataset "fake", and validates on what is held out."""
-    data = {"dataset": [("fake", 1.0)], "data_dir": str(tmp_path), "shuffle_buffer": 8, "text_length": 48}
-    tokenizer = load_tokenizer("tiny")
-    stream = make_train_iterator(data, tokenizer, batch_size=4, image_size=16, seed=0)
-    for _ in range(8):
-        next(stream)
-    options = {"batch_size": 2, "image_size": 16, "num_batches": 4, "statistics": stream.statistics}
-    make_eval_batches(data, tokenizer, **options)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
 
 
-@pytest.mark.parametrize(
+SPOILED = pytest.mark.parametrize(
     ("change", "check"),
     [
         (lambda s: _each(s[4:5], language_instruction=LATIN), "language"),
@@ -241,19 +236,39 @@ def _train(tmp_path):
     ],
     ids=["latin", "space", "image-token", "infinite", "broken"],
 )
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_validate_finds_what_training_stops_at(tmp_path, monkeypatch, change, check, split):
-    """One frame of one episode is bad."""
+SPLITS = pytest.mark.parametrize("split", ["train", "val"])
+
+
+def _spoiled(tmp_path, change, split):
+    """A dataset "fake" of which one frame is bad."""
     splits = {"train": [_episodes(3)], "val": [_episodes(1)]}
     change(splits[split][0][-1]["steps"])
     fake_rlds.write(tmp_path, splits)
-    monkeypatch.setitem(DATASETS, "fake", fake_rlds.config())
-    errors = [f for f in validate(open_source("fake", str(tmp_path)), 100) if f.level == "error"]
+
+
+@SPOILED
+@SPLITS
+def test_validate_finds_what_training_stops_at(tmp_path, change, check, split):
+    _spoiled(tmp_path, change, split)
+    errors = [f for f in validate(open_source(fake_rlds.config(), str(tmp_path)), 100) if f.level == "error"]
     assert [finding.check for finding in errors] == [check if split == "train" else f"validation: {check}"]
     if check != "action":  # NaN and infinity are counted
         assert "episode fake-" in errors[0].detail and "step 4" in errors[0].detail
-    with pytest.raises(InputError):
-        _train(tmp_path)
+
+
+@SPOILED
+@SPLITS
+@pytest.mark.long
+def test_training_stops_at_what_validate_calls_an_error(tmp_path, monkeypatch, tokenizer, change, check, split):
+    _spoiled(tmp_path, change, split)
+    monkeypatch.setitem(DATASETS, "fake", fake_rlds.config())
+    data = {"dataset": [("fake", 1.0)], "data_dir": str(tmp_path), "shuffle_buffer": 8, "text_length": 48}
+    with pytest.raises(InputError):  # noqa: PT012
+        stream = make_train_iterator(data, tokenizer, batch_size=4, image_size=16, seed=0)
+        for _ in range(12):
+            next(stream)
+        options = {"batch_size": 2, "image_size": 16, "num_batches": 16, "statistics": stream.statistics}
+        make_eval_batches(data, tokenizer, **options)
 
 
 @pytest.mark.parametrize(
@@ -318,16 +333,10 @@ def test_inspect_names_the_frame_of_undecodable_text(tmp_path, monkeypatch, exit
 UNIT = [1.0, 0.9, 0.4, 0.0, 0.1, 0.6]  # opening, step by step
 
 
-def _gripper(tmp_path, values, column, where="action"):
-    episodes = _episodes()
-    for episode in episodes:
-        for step, value in zip(episode["steps"], values, strict=True):
-            step["action"][6] = step["observation"]["state"][5] = value
-    fake_rlds.write(tmp_path, {"train": [episodes], "val": [_episodes(1)]}, name="mine")
-    state = [Columns("observation/state", 0, 5)]
-    described = {"state": state, "action": [Columns("action", 0, 6)]}
-    described[where] = [*described[where], column]
-    return open_source(describe("mine", cameras={"primary": "image"}, **described), str(tmp_path))
+def _described(column, where):
+    parts = {"state": [Columns("observation/state", 0, 5)], "action": [Columns("action", 0, 6)]}
+    parts[where] = [*parts[where], column]
+    return describe("mine", cameras={"primary": "image"}, **parts)
 
 
 @pytest.mark.parametrize(
@@ -349,24 +358,33 @@ def _gripper(tmp_path, values, column, where="action"):
         ([850 * x for x in UNIT], {"gripper_range": (0, 100)}, "error", "values from 0 to 850, .* outside"),
     ],
 )  # fmt: skip
-def test_grippers_are_looked_at_in_the_units_of_the_data(tmp_path, values, declared, level, detail):
-    source = _gripper(tmp_path, values, Columns("action", 6, **declared))
-    found = {finding.check: finding for finding in validate(source, 100)}["gripper 6"]
-    assert found.level == level and re.search(detail, found.detail), found
+def test_grippers_are_looked_at_in_the_units_of_the_data(values, declared, level, detail):
+    column = Columns("action", 6, **declared)
+    read = column.read({"action": tf.tile(tf.constant(values, tf.float32)[:, None], [1, 7])}).numpy()
+    episode = {"action": np.concatenate([np.zeros((6, 6)), read], axis=1), "episode": b"file#0", "step": np.arange(6)}
+    config = _described(column, "action")
+    (found,) = inspection._grippers(SimpleNamespace(config=config), [episode | {"proprio": np.zeros((6, 5))}])
+    assert found.check == "gripper 6" and found.level == level and re.search(detail, found.detail), found
     if "outside" in detail:
-        with pytest.raises(BadActionError, match=r"step \d: action dimension 6, a gripper, is .*gripper_range"):
-            dataset_statistics(source)
+        with pytest.raises(BadActionError, match=r"file#0, step \d: action dimension 6, a gripper, is .*gripper_range"):
+            statistics.summarize([episode], "mine", config.grippers)
     else:
-        statistics = dataset_statistics(source)["action"]
-        assert 0 <= statistics["min"][6] <= statistics["max"][6] <= 1
+        result = statistics.summarize([episode], "mine", config.grippers)["action"]
+        assert 0 <= result["min"][6] <= result["max"][6] <= 1
 
 
-def test_grippers_in_the_state_are_looked_at(tmp_path):
-    column = Columns("observation/state", 5, gripper="1 is open")
-    source = _gripper(tmp_path, [100 * x for x in UNIT], column, where="state")
-    found = {finding.check: finding for finding in validate(source, 100)}["gripper in the state 5"]
+@pytest.mark.parametrize(("where", "check"), [("action", "gripper 6"), ("state", "gripper in the state 5")])
+def test_validate_and_statistics_refuse_percent_as_a_unit(tmp_path, where, check):
+    episodes = _episodes(2)
+    for episode in episodes:
+        for step, opening in zip(episode["steps"], UNIT, strict=True):
+            step["action"][6] = step["observation"]["state"][5] = 100 * opening
+    fake_rlds.write(tmp_path, {"train": [episodes]}, name="mine")
+    key, dimension = ("action", 6) if where == "action" else ("observation/state", 5)
+    source = open_source(_described(Columns(key, dimension, gripper="1 is open"), where), str(tmp_path))
+    found = {finding.check: finding for finding in validate(source, 100)}[check]
     assert found.level == "error" and "values from 0 to 100" in found.detail
-    with pytest.raises(BadActionError, match=r"proprio dimension 5, a gripper, is 100"):
+    with pytest.raises(BadActionError, match=r"dimension \d, a gripper, is 100, and was declared as 0 closed, 1 open"):
         dataset_statistics(source, load_proprio=True)
 
 
@@ -379,7 +397,5 @@ def test_training_refuses_a_gripper_outside_its_range_with_any_statistics():
     grippers = [{}, {1: (0.0, 100.0)}]
     faults.check(rows, ["other", "mine"], (), grippers, horizon=2)
     rows["action"][2, 3] = 8.5
-    with pytest.raises(
-        BadActionError, match=r"'mine', episode c, step 5: action dimension 1, a gripper, is 850, and was"
-    ):
+    with pytest.raises(BadActionError, match=r"'mine', episode c, step 5: action dimension 1, a gripper, is 850, and"):
         faults.check(rows, ["other", "mine"], (), grippers, horizon=2)

@@ -154,9 +154,9 @@ def _member(path, name, content):
         (lambda p: p.write_bytes(b""), r"e01.npz: .*; copy the file again"),
         (lambda p: p.write_bytes(bytes(500)), r"not a zip file"),
         (lambda p: _member(p, "action.npy", b"text"), r"e01.npz: .*magic string"),
-        (lambda p: _member(p, "action.npy", _with_header((10**12, 7))), r"declares 28,000,000,000,000 bytes and holds 96"),
+        (lambda p: _member(p, "action.npy", _with_header((10**12, 7))), r"declares 28,000,000,000,000 bytes"),
         (lambda p: _member(p, "action.npy", _with_header((-2, -12))), r"action.npy declares"),
-        (lambda p: _member(p, "action.npy", _with_header((10**15, 0), b"")), r"action has shape \[1000000000000000, 0\]"),
+        (lambda p: _member(p, "action.npy", _with_header((10**15, 0), b"")), r"action has shape \[10+, 0\]"),
         (lambda p: np.savez(p, **_arrays(action=np.array([["1"] * 7] * STEPS))), r"action is <U1, not numbers"),
         (lambda p: np.savez(p, **_arrays(image_primary=_arrays()["image"])), r"camera 'primary' twice"),
         (lambda p: p.unlink() or p.mkdir(), r"e01.npz: cannot be read: Is a directory"),
@@ -237,11 +237,10 @@ def test_long_episode_is_refused_while_it_is_read(tmp_path, monkeypatch):
             yield np.random.default_rng(t).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
     long = {"action": np.zeros((100, 7), np.float32), "state": np.zeros((100, 0), np.float32), "instructions": CUP}
-    monkeypatch.setattr(writer, "MAX_EPISODE_BYTES", 20_000)
-    with pytest.raises(
-        DataError, match=r"^here: episode 1 takes 0.000\d+ GB in 100 steps.* at most 1\d steps"
-    ) as caught:
-        episodes = [_demonstration(), _demonstration(cameras={"primary": frames()}, **long)]
+    monkeypatch.setattr(writer, "MAX_EPISODE_BYTES", 100_000)
+    episodes = [_demonstration(), _demonstration(cameras={"primary": frames()}, **long)]
+    message = r"^here: episode 1 takes 0.000\d+ GB in 100 steps.* at most 1\d steps"
+    with pytest.raises(DataError, match=message) as caught:
         demonstrations.write(tmp_path / "out", "mine", episodes, 2, 0.0, "here")
     assert len(drawn) < 20 and not (tmp_path / "out").exists()
     fits = int(re.search(r"at most (\d+) steps", str(caught.value))[1])
@@ -289,7 +288,7 @@ def test_writer_holds_a_bounded_amount(tmp_path, monkeypatch):
     ("step", "message"),
     [
         ({"data": ["a"], "number": np.zeros(3)}, r"steps/0/data is list \['a'\], expected Text"),
-        ({"data": "a", "number": np.zeros(4)}, r"steps/0/number is ndarray float64 of shape \(4,\), expected Tensor\(shape=\(3,\)"),
+        ({"data": "a", "number": np.zeros(4)}, r"steps/0/number is ndarray float64 of shape \(4,\), expected Tensor\("),
         ({"data": "a"}, r"steps/0 has no 'number'"),
         ({"data": "a", "number": np.zeros(3), "more": 1}, r"steps/0 has 'more', which the features lack"),
     ],
