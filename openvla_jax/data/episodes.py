@@ -219,6 +219,9 @@ def explain_errors(sources: Sequence[Source]) -> Iterator[None]:
         named = sources if index is None else [sources[int(index[1])]]
         names = " or ".join(f"{source.name!r} ({source.directory})" for source in named)
         raise CorruptRecordError(f"dataset {names}: an episode does not fit features.json: {_gist(error)}") from error
+    except UnicodeDecodeError as error:  # TensorFlow's message quotes bytes of the record
+        names = " or ".join(f"{source.name!r} ({source.directory})" for source in sources)
+        raise CorruptRecordError(f"dataset {names}: an episode is damaged or does not fit features.json") from error
     except tf.errors.OpError as error:  # a disk, permissions, a bucket
         names = " or ".join(f"{source.name!r} ({source.directory})" for source in sources)
         raise DataError(f"dataset {names} cannot be read: {_gist(error)}") from error

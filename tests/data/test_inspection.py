@@ -343,7 +343,7 @@ def _described(column, where):
     ("values", "declared", "level", "detail"),
     [
         (UNIT, {"gripper": "1 is open"}, "ok", "values from 0 to 1, declared as 0 closed, 1 open"),
-        ([100 * x for x in UNIT], {"gripper": "1 is open"}, "error", "values from 0 to 100, .* outside .*gripper_range"),
+        ([100 * x for x in UNIT], {"gripper": "1 is open"}, "error", "from 0 to 100, .* outside .*gripper_range"),
         ([20 + 80 * x for x in UNIT], {"gripper": "1 is open"}, "error", "values from 20 to 100, .* outside"),
         ([100 * x for x in UNIT], {"gripper": "0 is open"}, "error", "values from 0 to 100, .* outside"),
         ([850 * x for x in UNIT], {"gripper": "-1 is open, 1 closed"}, "error", "values from 0 to 850, .* outside"),

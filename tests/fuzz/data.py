@@ -34,6 +34,8 @@ def _folder() -> Path:
 
 
 def _npz_seeds() -> Sequence[bytes]:
+    import openvla_jax.data.ingest.npz  # noqa: F401  (takes longer than an input may)
+
     rng = np.random.default_rng(0)
     arrays = {
         "action": rng.normal(size=(4, 7)).astype(np.float32),
