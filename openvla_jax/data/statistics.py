@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -187,7 +188,8 @@ def prepare(statistics: Mapping, name: str, mask: Sequence[bool], with_proprio: 
             f"statistics of {name!r}: their mask {_short(own)} is not the dataset's, {list(mask)}: "
             f"use those of the same dataset"
         )
-    steps, episodes = statistics.get("num_transitions"), statistics.get("num_trajectories", 0)
+    steps: Any = statistics.get("num_transitions")
+    episodes = statistics.get("num_trajectories", 0)
     if not _is_finite(steps) or steps <= 0 or not _is_finite(episodes):
         counts = f"num_transitions is {_short(steps)}, num_trajectories {_short(episodes)}"
         raise StatisticsError(f"statistics of {name!r}: {counts}: compute them again")

@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import re
-from types import SimpleNamespace
+from unittest import mock
 
 import fake_rlds
 import numpy as np
@@ -21,7 +21,7 @@ from openvla_jax.data.mixture import open_phases
 from openvla_jax.data.oxe import DATASETS, MIXTURES
 from openvla_jax.data.oxe.schemas import SCHEMAS
 from openvla_jax.data.rlds import dataset_statistics
-from openvla_jax.data.source import open_source
+from openvla_jax.data.source import Source, open_source
 from openvla_jax.errors import InputError
 from openvla_jax.tokens.tokenizer import load_tokenizer
 
@@ -239,6 +239,13 @@ SPOILED = pytest.mark.parametrize(
 SPLITS = pytest.mark.parametrize("split", ["train", "val"])
 
 
+def _unread(config=None):
+    """A source with no files behind it."""
+    source = mock.Mock(spec=Source, config=config)
+    source.name = "fake"
+    return source
+
+
 def _spoiled(tmp_path, change, split):
     """A dataset "fake" of which one frame is bad."""
     splits = {"train": [_episodes(3)], "val": [_episodes(1)]}
@@ -246,14 +253,35 @@ def _spoiled(tmp_path, change, split):
     fake_rlds.write(tmp_path, splits)
 
 
-@SPOILED
-@SPLITS
-def test_validate_finds_what_training_stops_at(tmp_path, change, check, split):
-    _spoiled(tmp_path, change, split)
-    errors = [f for f in validate(open_source(fake_rlds.config(), str(tmp_path)), 100) if f.level == "error"]
-    assert [finding.check for finding in errors] == [check if split == "train" else f"validation: {check}"]
-    if check != "action":  # NaN and infinity are counted
-        assert "episode fake-" in errors[0].detail and "step 4" in errors[0].detail
+def test_validate_finds_what_training_stops_at(tmp_path):
+    """The last episode of each split has a bad text, number and image."""
+    splits = {"train": [_episodes(3)], "val": [_episodes(1)]}
+    for (episodes,) in splits.values():
+        steps = episodes[-1]["steps"]
+        _each(steps[4:5], language_instruction=LATIN)
+        _action(steps[3:4], 2, np.inf)
+        steps[2]["observation"]["image"] = b"broken"
+    fake_rlds.write(tmp_path, splits)
+    errors = {
+        f.check: f.detail for f in validate(open_source(fake_rlds.config(), str(tmp_path)), 100) if f.level == "error"
+    }
+    assert sorted(errors) == sorted(
+        f"{split}{what}" for split in ("", "validation: ") for what in ("action", "language", "images")
+    )
+    for split, place in (
+        ("", "fake-train.tfrecord-00000-of-00001#2"),
+        ("validation: ", "fake-val.tfrecord-00000-of-00001#0"),
+    ):
+        assert f"episode {place}, step 4: instruction b" in errors[f"{split}language"]
+        assert f"1 frames cannot be decoded, the first is episode {place}, step 2" in errors[f"{split}images"]
+        assert "1 values are NaN or infinite, in dimensions [2]" in errors[f"{split}action"]
+
+
+@pytest.mark.parametrize("text", [LATIN, "\u3000".encode(), b"<image>"])
+def test_validate_reads_text_as_training_does(text):
+    episode = {"language": [b"lift it", b" ", text], "episode": [b"file#0"] * 3, "step": np.arange(3)}
+    (found,) = inspection._language(_unread(), [episode])
+    assert found.level == "error" and "episode file#0, step 2: instruction" in found.detail
 
 
 @SPOILED
@@ -271,12 +299,12 @@ def test_training_stops_at_what_validate_calls_an_error(tmp_path, monkeypatch, t
         make_eval_batches(data, tokenizer, **options)
 
 
-@pytest.mark.parametrize(
-    "text", ["b'pick up the cup'", "['pick up the cup']", "np.bytes_(b'pick')", "None", "3", "a\0b"]
-)
-def test_validate_flags_printed_values_as_suspicious(tmp_path, text):
-    finding = _findings(tmp_path, lambda s: _each(s, language_instruction=text))["text"]
-    assert finding.level == "warning" and finding.detail.startswith("1 instructions are strange, the first in episode")
+@pytest.mark.parametrize("text", [b"b'pick up'", b"['pick up']", b"np.bytes_(b'pick')", b"None", b"3", b"a\0b"])
+def test_validate_flags_printed_values_as_suspicious(text):
+    episode = {"language": [b"lift it", text, text], "episode": [b"file#0"] * 3, "step": np.arange(3)}
+    whole, strange = inspection._language(_unread(), [episode])
+    assert whole.level == "ok" and strange.level == "warning"
+    assert strange.detail.startswith("1 instructions are strange, the first in episode file#0, step 1: ")
 
 
 def test_validate_looks_at_every_camera(tmp_path):
@@ -300,20 +328,18 @@ def test_validate_counts_the_episodes_that_are_there(tmp_path):
     assert validate(source, 100)[0].detail.startswith("1 episodes fewer than dataset_info.json says")
 
 
-@pytest.mark.parametrize("text", ["put the $5 bill next to the $10 bill", "pick up the cup labelled $x_{$"])
-def test_inspect_draws_a_dollar_as_a_dollar(tmp_path, monkeypatch, exits, text):
-    drawn = []
+def test_inspect_draws_a_dollar_as_a_dollar(tmp_path, monkeypatch, exits):
     from matplotlib.axes import Axes
 
-    original = Axes.text
+    texts, drawn, original = ["put the $5 bill next to the $10 bill", "pick up the cup labelled $x_{$"], [], Axes.text
     monkeypatch.setattr(Axes, "text", lambda *args, **options: drawn.append(original(*args, **options)) or drawn[-1])
-    episodes = _episodes()
-    for episode in episodes:
+    episodes = _episodes(2)
+    for episode, text in zip(episodes, texts, strict=True):
         _each(episode["steps"], language_instruction=text)
     fake_rlds.write(tmp_path, {"train": [episodes]})
     monkeypatch.setitem(DATASETS, "fake", fake_rlds.config())
     assert exits("inspect", "fake", tmp_path, "--out", tmp_path / "figures")[0] == 0
-    assert {shown._preprocess_math(shown.get_text()) for shown in drawn} == {(text, False)}
+    assert [shown._preprocess_math(shown.get_text()) for shown in drawn] == [(text, False) for text in texts]
 
 
 def test_inspect_names_the_frame_of_undecodable_text(tmp_path, monkeypatch, exits):
@@ -363,7 +389,7 @@ def test_grippers_are_looked_at_in_the_units_of_the_data(values, declared, level
     read = column.read({"action": tf.tile(tf.constant(values, tf.float32)[:, None], [1, 7])}).numpy()
     episode = {"action": np.concatenate([np.zeros((6, 6)), read], axis=1), "episode": b"file#0", "step": np.arange(6)}
     config = _described(column, "action")
-    (found,) = inspection._grippers(SimpleNamespace(config=config), [episode | {"proprio": np.zeros((6, 5))}])
+    (found,) = inspection._grippers(_unread(config), [episode | {"proprio": np.zeros((6, 5))}])
     assert found.check == "gripper 6" and found.level == level and re.search(detail, found.detail), found
     if "outside" in detail:
         with pytest.raises(BadActionError, match=r"file#0, step \d: action dimension 6, a gripper, is .*gripper_range"):

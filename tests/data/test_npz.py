@@ -319,10 +319,12 @@ def _few(tmp_path, count):
     }
 
 
-FEW = pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 0), (9, 0), (19, 1), (20, 1)])
+COUNTS = [(1, 0), (2, 0), (9, 0), (19, 1), (20, 1)]
 
 
-@FEW
+@pytest.mark.parametrize(
+    ("count", "held_out"), [pytest.param(*pair, marks=[pytest.mark.long] * (pair[0] in (2, 19))) for pair in COUNTS]
+)
 def test_few_episodes_are_validated_with_advice(tmp_path, count, held_out):
     mixture = open_phases(_few(tmp_path, count))[-1].mixture
     assert mixture.datasets_with_split("train") == [0]
@@ -338,7 +340,7 @@ def test_few_episodes_are_validated_with_advice(tmp_path, count, held_out):
         mixture.datasets_with_split("val")
 
 
-@FEW
+@pytest.mark.parametrize(("count", "held_out"), COUNTS)
 @pytest.mark.long
 def test_few_episodes_are_trained_on(tmp_path, count, held_out):
     data, sizes = _few(tmp_path, count), {"batch_size": 2, "image_size": 16}
