@@ -253,7 +253,7 @@ def test_npz_episodes_are_converted(tmp_path):
         ({"language_instruction": None}, r"episode_1.npz has no language_instruction: give one with --instruction"),
         (
             {"action": np.array([{"a": 1}] * 6, object)},
-            r"episode_1.npz cannot be read \(Object arrays cannot be loaded",
+            r"episode_1.npz: action.npy holds Python objects, which are not read; store plain arrays",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def test_what_is_no_rlds_dataset_is_refused(tmp_path):
     with pytest.raises(DataError, match="no dataset of 'steps' per example: it is not RLDS"):
         open_source(fake_rlds.config(), str(tmp_path))
     (folder / "features.json").write_text("{")
-    with pytest.raises(DataError, match=r"cannot be opened .*features.json complete\?") as caught:
+    with pytest.raises(DataError, match=r"fake/1.0.0: .*features.json complete\?") as caught:
         open_source(fake_rlds.config(), str(tmp_path))
     assert "\n" not in str(caught.value)
 
