@@ -27,9 +27,9 @@ PREFIX = "base_model.model."
 # tensors show. Those of a method that `init_lora_weights` or a switch below must have chosen are among them.
 FREE = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_pattern",
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "megatron_core",
-    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
-    "runtime_config",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
 # Settings that change what the factors mean, and the values for which nothing changes. Others are refused unless they
 # are off: null, false or empty.

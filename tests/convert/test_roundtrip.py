@@ -290,3 +290,28 @@ def test_chunks_hold_one_layer_at_most_and_few_bytes():
     assert chunk_shape("params/llama/embed/table", (32064, 4096), bf16) == (2004, 4096)
     assert chunk_shape("params/llama/norm/scale", (4096,), bf16) == (4096,)
     assert chunk_shape("params/llama/blocks/norm1/scale", (32, 4096), bf16) == (1, 4096)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_float8_is_imported_with_its_values(tmp_path, dtype, file):
+    """As PyTorch converts it: to bfloat16, or to the type of the leaf's other layers."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    write_hf(tmp_path / "hf", "siglip-letterbox")
+    tensors = load(tmp_path / "hf" / "model.safetensors")
+    head, one = "language_model.lm_head.weight", "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors |= {name: tensors[name].to(getattr(torch, dtype)) for name in (head, one)}
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (save if file == "model.safetensors" else torch.save)(tensors, tmp_path / "hf" / file)
+    import_weights(tmp_path / "hf", tmp_path / "orbax")
+    weights = OrbaxReader(tmp_path / "orbax")
+    kernel = weights.read("params/llama/head/kernel")
+    assert kernel.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(kernel.astype(np.float32).T, tensors[head].float().numpy())
+    layer = weights.read("params/llama/blocks/mlp/up/kernel", 1)[0]
+    assert layer.dtype.name == "float32"
+    np.testing.assert_array_equal(layer.T, tensors[one].float().numpy())
