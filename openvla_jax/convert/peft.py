@@ -125,8 +125,9 @@ def read_settings(path: Path) -> LoRAConfig:
     for key, value in settings.items():
         if key not in FREE and value not in PLAIN.get(key, OFF):
             raise ConversionError.of(path, f"{key} is {short(value)}: {_only(key)}", _remedy(key, value))
-    rank, alpha, dropout = settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout") or 0.0
-    rslora = settings.get("use_rslora") or False
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
+    dropout, rslora = settings.get("lora_dropout") or 0.0, settings.get("use_rslora") or False
     again = "save the adapter again"
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConversionError.of(path, f"r is {short(rank)}, not a whole number of at least 1", again)

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from openvla_jax.convert.names import ConversionError, Shape
-from openvla_jax.errors import reading, reason
+from openvla_jax.errors import InputError, reading, reason
 
 AGAIN = "download the file again"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -125,7 +125,7 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _unsupported(path: Path, name: str, dtype: str) -> ConversionError:
+def _unsupported(path: Path, name: str, dtype: str) -> InputError:
     return ConversionError.of(
         path, f"tensor {name} has type {dtype}, which is not supported", "save it as float32, bfloat16 or float16"
     )

@@ -229,7 +229,7 @@ def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_err
 def test_a_damaged_contract_says_so(tmp_path, contract):
     contract.save(tmp_path)
     (tmp_path / CONFIG_FILE).write_text('{"format": 1, "model": {')
-    with pytest.raises(CheckpointError, match=r"config.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is not JSON"):
         Contract.load(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
