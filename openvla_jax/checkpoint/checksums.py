@@ -28,6 +28,7 @@ MISSING = "no checksums are stored with it; save or import it again with this ve
 _OF_PROCESS = re.compile(r"(?:process_|stream_)(\d+)")
 _BLOCK = 2**24
 _WORKERS = min(8, os.cpu_count() or 1)
+_LOOKS = 16  # files looked at together: a bucket answers each slowly
 
 Files = dict[str, dict[str, Any]]
 
@@ -177,8 +178,8 @@ def noting_context() -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stored(directory: epath.Path) -> Files:
-    """Returns what is noted of all files of a checkpoint; empty if it has no checksums.
+def stored(directory: epath.Path, item: str = "") -> Files:
+    """Returns what is noted of the files of a checkpoint, or of one item of it; empty if it has no checksums.
 
     Raises:
         CheckpointError: the checksums of a process are missing or damaged.
@@ -194,30 +195,34 @@ def stored(directory: epath.Path) -> Files:
             for name, noted in content["files"].items():
                 if not (is_finite(noted["bytes"]) and isinstance(noted["sha256"], str)):
                     raise CheckpointError.of(path, f"the entry of {name} is damaged", DAMAGED)
-                files[name] = noted
+                if not item or name.startswith(f"{item}/"):
+                    files[name] = noted
             process += 1
     return files
 
 
 def first_damaged(directory: epath.Path, files: Files) -> str | None:
     """Returns the first file that is missing, or of another size than noted, and what is wrong with it."""
-    for name, noted in sorted(files.items()):
-        path = directory / name
+
+    def damage(name: str) -> str:
+        path, size = directory / name, files[name]["bytes"]
         if not path.exists():
             return f"{path}: is missing"
-        if (size := path.stat().length) != noted["bytes"]:
-            return f"{path}: has {size:,} bytes, not the {noted['bytes']:,} that were written"
-    return None
+        found = path.stat().length
+        return "" if found == size else f"{path}: has {found:,} bytes, not the {size:,} that were written"
+
+    with concurrent.futures.ThreadPoolExecutor(_LOOKS) as pool:
+        return next(filter(None, pool.map(damage, sorted(files))), None)
 
 
-def verify(directory: os.PathLike | str) -> tuple[int, int]:
-    """Reads all files of a checkpoint and compares them with its checksums; returns (files, bytes).
+def verify(directory: os.PathLike | str, item: str = "") -> tuple[int, int]:
+    """Reads the files of a checkpoint, or of one item, and compares them with their checksums; returns (files, bytes).
 
     Raises:
         CheckpointError: names the files that differ, or says that no checksums are stored.
     """
     folder = epath.Path(directory)
-    files = stored(folder)
+    files = stored(folder, item)
     if not files:
         raise CheckpointError.of(folder, "cannot be verified", MISSING)
     if damage := first_damaged(folder, files):

@@ -180,7 +180,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     with reading(path, DAMAGED, CheckpointError):
         if not path.exists():
             raise CheckpointError.of(path, "is missing", DAMAGED)
-        return parse_object(path.read_bytes())
+        text = path.read_bytes()
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise CheckpointError.of(path, str(error), DAMAGED) from None
 
 
 def parse_object(text: bytes) -> dict[str, Any]:

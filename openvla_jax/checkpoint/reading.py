@@ -18,11 +18,13 @@ from openvla_jax.checkpoint.contract import (
     CheckpointError,
     Contract,
     parse_object,
+    read_json,
 )
 from openvla_jax.errors import InputError, reason
 from openvla_jax.models.tree import flat, nested, refill, shapes
 from openvla_jax.storage import absolute, retry
 
+JSON_FILES = ("_METADATA", "_sharding")  # of an item
 MARKER = "_CHECKPOINT_METADATA"  # Orbax's own, written when a checkpoint is complete
 READ_BYTES = 2 * 2**30  # of parameters at a time
 
@@ -49,12 +51,12 @@ def lack_of(path: epath.Path) -> str | None:
         if not part.exists():
             return f"{part}: is missing"
     try:
-        finished = parse_object(notes.read_bytes()).get("commit_timestamp_nsecs", True)
+        finished = read_json(notes).get("commit_timestamp_nsecs", True)
         if not finished:
             return f"{notes}: says that the save was not finished"
         return None if ocp.is_orbax_checkpoint(path) else f"{path}: Orbax does not take it for a finished checkpoint"
-    except Exception as error:  # whatever a file system, JSON or Orbax raises
-        return f"{notes}: {reason(error)}"
+    except Exception as error:  # whatever a file system or Orbax raises
+        return reason(error).removesuffix(f"; {DAMAGED}")
 
 
 def open_checkpoint(path: os.PathLike | str, step: int | None = None) -> epath.Path:
@@ -92,40 +94,69 @@ def _lack_of_likeliest(given: epath.Path) -> str | None:
 
 
 @contextlib.contextmanager
-def reading_item(
-    path: os.PathLike | str, item: str = "params", kind: type[InputError] = CheckpointError
-) -> Iterator[None]:
+def reading_item(path: os.PathLike | str, item: str = "params") -> Iterator[None]:
     """Turns any failure to read an item of a checkpoint into an error that names the file that is damaged.
 
-    Orbax and TensorStore name a tree, or a handler that they have tried. The file is the first of the item that is
-    missing, empty, or of another size than its checksum says.
+    Orbax and TensorStore name a tree, or a handler that they have tried.
 
     Raises:
-        kind: for every exception but InputError, ModuleNotFoundError, and memory that runs out: these pass unchanged.
+        CheckpointError: for every exception but InputError, ModuleNotFoundError, and memory that runs out, of this
+            machine or of a device: these pass unchanged.
     """
     try:
         yield
     except (InputError, ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # of a device: no fault of the checkpoint
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        damage = find_damage(epath.Path(path), item) or f"{path}/{item}: cannot be read: {reason(error)}"
-        raise kind(f"{damage}; {DAMAGED}") from error
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
+        damage = find_damage(epath.Path(path), item) or f"{path}/{item}: cannot be read: {reason(cause)}"
+        raise CheckpointError(f"{damage}; {DAMAGED}") from error
+
+
+def check_files(path: os.PathLike | str, item: str) -> None:
+    """Raises CheckpointError if a file of an item is missing or was cut, as far as checksums are stored.
+
+    Costs a look at each file, not its content.
+    """
+    files = checksums.stored(epath.Path(path), item)
+    if damage := checksums.first_damaged(epath.Path(path), files):
+        raise CheckpointError(f"{damage}; {DAMAGED}")
 
 
 def find_damage(path: epath.Path, item: str) -> str | None:
-    """Returns the first file of an item that is damaged by its name and size, and what is wrong with it, or None."""
+    """Returns the first file of an item that is damaged, and what is wrong with it; None if it cannot be told.
+
+    With checksums all files are read. Without, one that is missing, empty or no JSON is found, and no other.
+    """
     try:
-        files = {name: noted for name, noted in checksums.stored(path).items() if name.startswith(f"{item}/")}
-        if damage := checksums.first_damaged(path, files):
-            return damage
-        if not (path / item / "_METADATA").exists():
-            return f"{path / item / '_METADATA'}: is missing"
-        empty = [file for file in checksums.files_below(path / item) if not file.stat().length]
-        return f"{empty[0]}: is empty" if empty else None
-    except Exception:  # a folder that cannot be listed: the reader's own error says why
+        checksums.verify(path, item)
         return None
+    except CheckpointError as error:
+        if checksums.MISSING not in str(error):
+            return str(error).removesuffix(f"; {DAMAGED}")
+    names = ["_METADATA", *(["manifest.ocdbt"] if list((path / item).glob("ocdbt.process_*")) else [])]
+    for file in (path / item / name for name in names):
+        if not file.exists():
+            return f"{file}: is missing"
+    for file in checksums.files_below(path / item):
+        content = file.read_bytes() if file.name in JSON_FILES or file.parent.name == "array_metadatas" else None
+        if not file.stat().length:
+            return f"{file}: is empty"
+        if content is not None and (wrong := _no_object(content)):
+            return f"{file}: {wrong}"
+    return None
+
+
+def _no_object(content: bytes) -> str:
+    try:
+        parse_object(content)
+        return ""
+    except ValueError as error:
+        return str(error)
 
 
 def load_contract(path: os.PathLike | str) -> Contract:
@@ -165,8 +196,12 @@ def read_leaves(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Ar
 
 def stored_params(path: os.PathLike | str) -> Any:
     """Returns shapes and dtypes of a checkpoint's parameters, as a nested dict."""
+    check_files(path, "params")
     with reading_item(path):
-        return ocp.metadata(path, "params").metadata
+        stored = ocp.metadata(path, "params").metadata
+        if not stored:  # Orbax logs why, and goes on
+            raise ValueError("Orbax cannot read its metadata")
+        return stored
 
 
 def check_tree(path: epath.Path, abstract: nnx.State) -> None:

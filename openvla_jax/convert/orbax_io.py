@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from openvla_jax.checkpoint import checksums
-from openvla_jax.checkpoint.reading import reading_item
+from openvla_jax.checkpoint.reading import check_files, reading_item
 from openvla_jax.convert.names import Shape, is_stacked
 from openvla_jax.convert.staging import stage
 from openvla_jax.storage import is_remote
@@ -134,6 +134,7 @@ class OrbaxReader:
             folder = local / item
             if not folder.is_dir():
                 continue
+            check_files(directory, item)
             with reading_item(directory, item):
                 metadata = json.loads((folder / "_METADATA").read_text())
                 paths = [

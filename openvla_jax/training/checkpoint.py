@@ -13,8 +13,8 @@ from openvla_jax.checkpoint.checksums import noted, noting_context
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import (
     Files,
+    check_files,
     check_tree,
-    find_damage,
     is_complete,
     open_checkpoint,
     reading_item,
@@ -32,7 +32,8 @@ def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: 
     target = with_shardings(abstract, placed)
     rest = nnx.as_pure({"step": target.step, "opt_state": target.opt_state})
     wanted = {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest}
-    with reading_item(path, "optimizer" if find_damage(path, "optimizer") else "params"):
+    check_files(path, "optimizer")
+    with reading_item(path, "optimizer"):
         loaded = ocp.load_checkpointables(path, wanted)
     rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
     rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))

@@ -171,9 +171,7 @@ def test_contract_takes_statistics_of_dimensions_that_never_change():
     assert Contract(tiny(), None, statistics, action=ActionSpec(normalization="normal")).action_dim("still") == 7
 
 
-@pytest.mark.parametrize(
-    "statistics", [{"arm": None}, {"arm": 1.0}, {"arm": [ROW]}, {"arm": {"action": ROW}, "b": 3}]
-)
+@pytest.mark.parametrize("statistics", [{"arm": None}, {"arm": 1.0}, {"arm": [ROW]}, {"arm": {"action": ROW}, "b": 3}])
 def test_contract_refuses_statistics_of_another_form(statistics):
     with pytest.raises(CheckpointError, match=r"statistics .* object") as caught:
         Contract(tiny(), None, statistics)
