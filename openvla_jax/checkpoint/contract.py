@@ -280,8 +280,6 @@ def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observat
     Raises:
         CheckpointError: names dataset, row and value.
     """
-    if not isinstance(statistics, Mapping):
-        raise CheckpointError(f"statistics are a {type(statistics).__name__}, not an object of datasets: fix them")
     for dataset, entry in statistics.items():
         where = f"statistics of {dataset!r}"
         if not isinstance(entry, Mapping):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from fabricate import write_hf, write_native
+from fabricate import STATISTICS, write_hf, write_native
 from safetensors.numpy import load_file, save_file
 
 from openvla_jax.checkpoint.load import load_model, save_model
@@ -29,6 +29,7 @@ from openvla_jax.convert import (
     verify_weights,
 )
 from openvla_jax.convert.torch_io import read_pt
+from openvla_jax.errors import InputError
 
 
 @pytest.fixture
@@ -308,6 +309,31 @@ def test_config_that_does_not_fit(hf, change, texts):
     assert_refused(hf, *texts)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"norm_stats": []}, {"norm_stats": 5}, {"norm_stats": {"a": [1]}}, {"image_sizes": "big"}, {"image_sizes": [None]},
+     {"text_config": [1]}, {"text_config": {"rope_scaling": 5}}, {"vision_backbone_id": ["x"]}, {"llm_max_length": "?"},
+     {"pad_to_multiple_of": "64"}, {"model_config": 5}, {"n_action_bins": "many"}, {"timm_override_act_layers": 7},
+     {"text_config": {"num_attention_heads": "four"}}, {"text_config": {"num_attention_heads": 0}}],
+)  # fmt: skip
+def test_config_of_another_form_is_named(hf, change):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | change))
+    assert_refused(hf, "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"q01": [float("nan")] * 7}, {"q01": [None] * 7}, {"q99": [float("inf")] * 7},
+     {"q01": [1.0] * 7, "q99": [-1.0] * 7}, {"mean": 0.0}, {"q01": [[-1.0]] * 7}, {"q99": ["1"] * 7}, {"q01": [], "q99": []}, {"mask": [1] * 7},
+     {"std": [-1.0] * 7}, {"q99": [True] * 7}, {"min": [1.0] * 7, "max": [0.0] * 7}, {"q01": [0.0] * 6}],
+)  # fmt: skip
+def test_statistics_that_cannot_scale_are_refused_at_import(hf, change):
+    row = STATISTICS["bridge_orig"]["action"] | change
+    (hf / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": row}}))
+    assert_refused(hf, "dataset_statistics.json", "statistics of 'mine': action")
+
+
 def test_config_that_is_no_json(hf):
     (hf / "config.json").write_text("{")
     assert_refused(hf, "config.json is not JSON")
@@ -335,7 +361,8 @@ def test_folders_that_hold_something_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "text"), [("remove", "damaged"), ("cut", "damaged"), ("metadata", "not a readable")]
+    ("change", "text"),
+    [("remove", "1.0.0: is missing"), ("cut", "1.0.0: has .* bytes, not"), ("metadata", "_METADATA: has 1 bytes, not")],
 )
 def test_damaged_checkpoint_is_not_exported(hf, tmp_path, change, text):
     import_weights(hf, tmp_path / "orbax")
@@ -346,7 +373,7 @@ def test_damaged_checkpoint_is_not_exported(hf, tmp_path, change, text):
         chunk.write_bytes(chunk.read_bytes()[:-2])
     else:
         (tmp_path / "orbax" / "params" / "_METADATA").write_text("{")
-    with pytest.raises(ConversionError, match=text) as error:
+    with pytest.raises(InputError, match=text) as error:
         export_weights(tmp_path / "orbax", tmp_path / "out")
     assert len(str(error.value).splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "orbax"]
