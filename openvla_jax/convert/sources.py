@@ -16,9 +16,19 @@ from openvla_jax.checkpoint.base import MERGE
 from openvla_jax.checkpoint.contract import action_spec, check_statistics, short
 from openvla_jax.checkpoint.reading import is_complete, load_contract, open_checkpoint
 from openvla_jax.config import preset
-from openvla_jax.convert.describe import HF_DEFAULTS, describe, merge, named_hf, named_native, read_json, read_overrides
+from openvla_jax.convert.describe import (
+    HF_DEFAULTS,
+    Description,
+    describe,
+    merge,
+    named_hf,
+    named_native,
+    read_json,
+    read_overrides,
+)
 from openvla_jax.convert.names import (
     ConversionError,
+    Shape,
     tower_prefix,
 )
 from openvla_jax.convert.orbax_io import OrbaxReader
@@ -110,15 +120,11 @@ def _open_hf(
             f"{folder} holds a {config.get('model_type')!r} model, not an 'openvla' one: name an OpenVLA checkpoint"
         )
     processor = folder / "preprocessor_config.json"
-    named = named_hf(config, read_json(processor) if processor.exists() else {})
-    described = describe(
-        named,
+    described = describe_hf(
+        config,
+        read_json(processor) if processor.exists() else {},
         {name: tensor.shape for name, tensor in tensors.items()},
-        lambda index: tower_prefix(named, index, "hf"),
-        "language_model.",
-        text_config=config.get("text_config") or {},
-        padding_rows=config.get("pad_to_multiple_of", HF_DEFAULTS["pad_to_multiple_of"]),
-        name=folder.name,
+        folder.name,
     )
     overrides = merge(config.get("model_config") or {}, overrides)
     model = described.model(overrides)
@@ -136,6 +142,22 @@ def _open_hf(
     except InputError as error:
         raise ConversionError.of(folder / "config.json", f"n_action_bins: {error}") from None
     return Source("hf", folder, model, weights, statistics, tokenizer, AS_PROCESSOR, origin, notes, action=action)
+
+
+def describe_hf(
+    config: Mapping[str, Any], processor: Mapping[str, Any], shapes: Mapping[str, Shape], name: str
+) -> Description:
+    """Returns what a HuggingFace folder's config.json and preprocessor_config.json say of the model in its tensors."""
+    named = named_hf(config, processor)
+    return describe(
+        named,
+        shapes,
+        lambda index: tower_prefix(named, index, "hf"),
+        "language_model.",
+        text_config=config.get("text_config") or {},
+        padding_rows=config.get("pad_to_multiple_of", HF_DEFAULTS["pad_to_multiple_of"]),
+        name=name,
+    )
 
 
 def _statistics(folder: Path, otherwise: Any) -> Mapping[str, Any]:

@@ -7,10 +7,12 @@ file out first and then fills tensors in any order, in parts. Nothing of a file 
 
 import collections
 import dataclasses
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -41,6 +43,7 @@ TORCH_STORAGES = {
 }  # fmt: skip
 TORCH_DTYPES = {"float8_e4m3fn": E4M3, "float8_e5m2": E5M2}  # of storages without a type, as newer PyTorch saves some
 HEADER_BYTES = 100_000_000  # of a safetensors file, the format's own limit
+MAX_AXES = 64  # PyTorch's own limit
 PICKLE_BYTES, PICKLE_NODES = 100_000_000, 50_000  # of a .pt: its description, and the entries of dicts in it
 SHARD_BYTES = 7 * 10**9  # the reference's converter splits its files there
 ALIGNMENT = 64  # of tensors in a .pt
@@ -193,17 +196,28 @@ class _Described(NamedTuple):
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *_) -> _Described:
-    return _Described(storage, offset, tuple(shape), tuple(stride))
+    return _Described(storage, offset, _size(shape), _size(stride))
 
 
 def _rebuild_typed_tensor(storage, offset, shape, stride, requires_grad, hooks, dtype, *_) -> _Described:
     """Describes a tensor whose storage has no type of its own."""
-    return _Described(_Storage(storage.key, dtype), offset, tuple(shape), tuple(stride))
+    return _Described(_Storage(storage.key, dtype), offset, _size(shape), _size(stride))
+
+
+def _size(values: Any) -> tuple[Any, ...]:
+    """Returns a copy, of short ones only: a pickle of some kB can ask for many copies of one list."""
+    if len(values) > MAX_AXES:
+        raise ValueError(f"a tensor of {len(values)} axes")
+    return tuple(values)
+
+
+def _empty_dict() -> collections.OrderedDict:
+    return collections.OrderedDict()
 
 
 _PICKLE_NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): _empty_dict,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
@@ -262,15 +276,19 @@ def _unpickle(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfil
         with archive.open(members["byteorder"]) as order:
             if order.read(16) != b"little":
                 raise ConversionError.of(path, "big-endian tensors", "save it again on a little-endian machine")
-    with archive.open(members["data.pkl"]) as data:
-        try:
-            return _Unpickler(data).load()
-        except ConversionError as error:
-            raise ConversionError.of(path, str(error)) from None
-        except zipfile.BadZipFile:
-            raise
-        except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-            raise ConversionError.of(path, f"damaged pickle ({reason(error)})", AGAIN) from None
+    with archive.open(members["data.pkl"]) as file:
+        data = file.read()
+    try:
+        # Before the unpickler makes room for what an opcode declares: for bytes that are not there, or a place in
+        # its memo beyond any that a pickle of this size can have filled.
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ("LONG_BINPUT", "PUT") and argument > len(data):
+                raise ValueError(f"place {argument} of the memo")
+        return _Unpickler(io.BytesIO(data)).load()
+    except ConversionError as error:
+        raise ConversionError.of(path, str(error)) from None
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        raise ConversionError.of(path, f"damaged pickle ({reason(error)})", AGAIN) from None
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
