@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ FILE = "checksums.json"
 MISSING = "no checksums are stored with it; save or import it again with this version to have them"
 # Names of files and folders that a process other than the first writes: Orbax's and the data stream's.
 _OF_PROCESS = re.compile(r"(?:process_|stream_)(\d+)")
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _BLOCK = 2**24
 _WORKERS = min(8, os.cpu_count() or 1)
 _LOOKS = 16  # files looked at together: a bucket answers each slowly
@@ -65,7 +67,8 @@ def digest_folder(folder: epath.Path, process: int = 0, known: Mapping[str, Any]
         process: the index of the process.
         known: files that were noted while they were written.
     """
-    paths = {os.path.relpath(path, folder.parent): path for path in files_below(folder)}
+    item = folder.name.partition(_UNFINISHED)[0]  # a run's save renames its items when they are complete
+    paths = {f"{item}/{os.path.relpath(path, folder)}": path for path in files_below(folder)}
     mine = [name for name in paths if _process_of(name) == process and name not in (known or {})]
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         return dict(zip(mine, pool.map(lambda name: digest_file(paths[name]), mine), strict=True))
@@ -95,16 +98,19 @@ class Note:
     """Collects the checksums of this process's files of a save; the item that is complete last writes them down."""
 
     def __init__(self, items: int):
-        self._left, self._files = items, Files()
+        self._left, self._files, self._lock = items, Files(), threading.Lock()  # a run's items are saved by threads
         self._process, self._processes = jax.process_index(), jax.process_count()
 
     async def take(self, written: Awaitable[None], directory: Any) -> None:
         """Waits until an item is written, and notes its files."""
         await written
         folder = await directory.await_creation()
-        self._files |= await asyncio.to_thread(self._tried, folder, lambda: digest_folder(folder, self._process))
-        self._left -= 1
-        if not self._left:
+        files = await asyncio.to_thread(self._tried, folder, lambda: digest_folder(folder, self._process))
+        with self._lock:
+            self._files |= files
+            self._left -= 1
+            last = not self._left
+        if last:
             save = lambda: write(folder.parent, self._files, self._process, self._processes)
             await asyncio.to_thread(self._tried, folder, save)
 

@@ -325,7 +325,8 @@ def test_config_of_another_form_is_named(hf, change):
 @pytest.mark.parametrize(
     "change",
     [{"q01": [float("nan")] * 7}, {"q01": [None] * 7}, {"q99": [float("inf")] * 7},
-     {"q01": [1.0] * 7, "q99": [-1.0] * 7}, {"mean": 0.0}, {"q01": [[-1.0]] * 7}, {"q99": ["1"] * 7}, {"q01": [], "q99": []}, {"mask": [1] * 7},
+     {"q01": [1.0] * 7, "q99": [-1.0] * 7}, {"mean": 0.0}, {"q01": [[-1.0]] * 7}, {"q99": ["1"] * 7},
+     {"q01": [], "q99": []}, {"mask": [1] * 7},
      {"std": [-1.0] * 7}, {"q99": [True] * 7}, {"min": [1.0] * 7, "max": [0.0] * 7}, {"q01": [0.0] * 6}],
 )  # fmt: skip
 def test_statistics_that_cannot_scale_are_refused_at_import(hf, change):
