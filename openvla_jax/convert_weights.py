@@ -2,6 +2,7 @@
 
 python convert_weights.py import openvla/openvla-7b checkpoints/openvla-7b
 python convert_weights.py verify openvla/openvla-7b checkpoints/openvla-7b
+python convert_weights.py verify checkpoints/openvla-7b         # its files against the checksums stored with them
 python convert_weights.py export checkpoints/openvla-7b exported/openvla-7b
 python convert_weights.py merge checkpoints/openvla-7b runs/lora checkpoints/mine        # adapters into their base
 python convert_weights.py import PEFT_FOLDER adapters/mine --base checkpoints/openvla-7b # and export: PEFT's files
@@ -26,7 +27,7 @@ def parser() -> cli.Parser:
     add = {name: commands.add_parser(name) for name in positional}
     for name, command in add.items():
         for argument in positional[name]:
-            command.add_argument(argument)
+            command.add_argument(argument, nargs="?" if argument == "b" else None)
         if "dst" in positional[name]:
             command.add_argument("--overwrite", action="store_true", help="replace DST when the new one is complete")
         if name not in ("export", "merge"):
@@ -38,6 +39,7 @@ def parser() -> cli.Parser:
     add["export"].add_argument("--format", choices=("hf", "prismatic"), default="hf", help="of a whole model")
     for name in ("export", "merge"):
         add[name].add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+        add[name].add_argument("--verify", action="store_true", help="compare files with their checksums first")
     add["merge"].add_argument("--threshold", type=float, help="largest difference of logits by merging")
     add["verify"].add_argument("--threshold", type=float, default=2e-4, help="largest difference of logits")
     add["verify"].add_argument("--seed", type=int, default=0)
@@ -52,6 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     from openvla_jax import convert
 
     command = options.pop("command")
+    if options.pop("verify", False):
+        for name in ("src", "base", "adapter"):
+            if name in options:
+                print(convert.verify_checksums(options[name]))
     if command == "import" and (base := options.pop("base")) is not None:
         convert.import_adapter(options["src"], options["dst"], base, options["overwrite"])
     elif command == "import":
@@ -65,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         print(*(f"note: {note}" for note in convert.export_weights(**options)), sep="\n")
     elif command == "inspect":
         print(convert.inspect_weights(**options))
+    elif options["b"] is None:
+        print(convert.verify_checksums(options["a"]))
     else:
         print(report := convert.verify_weights(**options))
         return 0 if report.passed else DIFFERENT

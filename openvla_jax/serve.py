@@ -42,6 +42,9 @@ def parser() -> cli.Parser:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--base", help="of an adapter's checkpoint, where that lies elsewhere now")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the checkpoint's files with their checksums first"
+    )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers, made while loading")
     parser.add_argument("--exclude", nargs="*", help="paths that keep full precision; default: towers, tables")
     parser.add_argument("--tensor", type=int, default=1, help="chips of this host that share every layer")
@@ -101,6 +104,7 @@ def serve(args: argparse.Namespace) -> None:
         base=args.base,
         exclude=EXCLUDE if args.exclude is None else args.exclude,
         tensor=args.tensor,
+        verify=args.verify,
     )
     app = make_app(policy, settings)
     loaded = time.perf_counter() - began

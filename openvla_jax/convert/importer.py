@@ -68,6 +68,10 @@ def import_weights(
 
 def require_finite(x: np.ndarray, name: str, where: object) -> None:
     """Raises unless every value is a number; looks at exponent bits, in blocks that fit a cache."""
+    if x.dtype.name not in NEVER_FINITE:
+        raise ConversionError(
+            f"{where}: {name} has type {x.dtype.name}, which is not supported; save it as float32, bfloat16 or float16"
+        )
     limit = NEVER_FINITE[x.dtype.name]
     bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
     mask = bits.dtype.type((1 << (8 * x.dtype.itemsize - 1)) - 1)

@@ -6,11 +6,10 @@ position tables resampled to the image size, a pad token's row (and rows up to a
 vocabulary.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import numpy as np
 
 from openvla_jax.config import VisionConfig, VLAConfig, padded_vocab_size, preset
 from openvla_jax.convert.describe import describe, read_json
-from openvla_jax.convert.names import ConversionError, Shape, tower_prefix
-from openvla_jax.convert.source import Source, TorchWeights
+from openvla_jax.convert.names import ConversionError, tower_prefix
+from openvla_jax.convert.source import Made, Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_safetensors, read_torch_folder
 from openvla_jax.types import Preprocessing
 
@@ -27,15 +26,6 @@ NEW_ROW_SCALE = 0.02  # standard deviation of new embedding rows, transformers' 
 # Heads for other tasks, and what was only used to pretrain a tower: no part of it here.
 NOT_OF_A_TOWER = ("head.", "head_dist.", "fc_norm.", "mask_token")
 OPEN_CLIP_TOWER = "visual.trunk."  # timm's tower inside an open_clip file, beside the text tower
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A tensor that is computed, not stored, when it is read."""
-
-    shape: Shape
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
 
 
 def open_parts(name: str, parts: Mapping[str, str], overrides: Mapping[str, Any], tokenizer: Path | None) -> Source:

@@ -79,6 +79,7 @@ class Policy:
         check_images: bool = True,
         base: str | os.PathLike | None = None,
         tensor: int = 1,
+        verify: bool = False,
     ) -> "Policy":
         """Loads a training run's workdir (its latest step), one of its checkpoints, or an imported checkpoint.
 
@@ -86,7 +87,8 @@ class Policy:
         `quantize` ("int8", "int4") and `exclude` are those of `load_model`. `preprocessing` replaces settings of the
         checkpoint (resize_kernel, crop_area, jpeg). `check_images` refuses a model that ignores its images. `base`
         is where an adapter's base lies now, if no longer where it was trained. `tensor` devices of this host share
-        every layer, for a model that one does not hold, or to act sooner.
+        every layer, for a model that one does not hold, or to act sooner. `verify` compares the checkpoint's files with
+        their checksums first.
 
         Raises CheckpointError for a checkpoint that is no policy, ValueError for wrong settings.
         """
@@ -100,7 +102,7 @@ class Policy:
         if not 1 <= tensor <= len(devices):
             raise InputError(f"tensor {tensor}: from 1 to the {len(devices)} devices of this host")
         mesh = tensor_mesh(contract.model, devices[:tensor])
-        model = load_weights(path, contract, dtype, quantize, exclude, base, mesh)
+        model = load_weights(path, contract, dtype, quantize, exclude, base, mesh, verify)
         if jax.default_backend() == "cpu" and tensor == 1:
             model.unstack()
         policy = cls(model, contract, constrained)
