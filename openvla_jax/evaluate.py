@@ -14,7 +14,7 @@ from typing import Any
 
 from openvla_jax import cli
 from openvla_jax.checkpoint.contract import check_statistics
-from openvla_jax.errors import InputError, reading
+from openvla_jax.errors import InputError
 from openvla_jax.evaluation.rollouts import FIRST_SEED
 from openvla_jax.sim.tabletop import WORLDS
 from openvla_jax.types import ActionSpec, ObservationSpec
@@ -103,8 +103,10 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
         client = Client(args.url)
         info = client.info()
-        with reading(args.url, "evaluate a server of a whole checkpoint"):  # what others wrote, as a file's content
+        try:
             check_statistics(info["statistics"], ActionSpec.from_dict(info["action"]), ObservationSpec())
+        except InputError as error:
+            raise InputError.of(args.url, str(error)) from None
         return client, info
     from openvla_jax.inference.policy import Policy
 
@@ -148,7 +150,7 @@ def run_rollout(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     results = evaluate(
         policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics,
-        executed=info["action"]["executed"], world=args.world,
+        executed=ActionSpec.from_dict(info["action"]).executed, world=args.world,
     )  # fmt: skip
     print(f"{args.episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
     args.out.mkdir(parents=True, exist_ok=True)

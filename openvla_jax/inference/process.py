@@ -38,7 +38,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except Exception as error:  # OSError, and what odd names and numbers raise
         listener.close()
-        raise InputError(f"cannot serve at {host}:{port} ({reason(error)}): choose another --port or --host") from None
+        why = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"cannot serve at {host}:{port} ({why}): choose another --port or --host") from None
     return listener
 
 
