@@ -179,8 +179,8 @@ class TokenHead:
         )
 
     def decode(self, tokens: np.ndarray, dim: int) -> np.ndarray:
-        """Returns the bin centres of int [B, K * dim] tokens, float64 [B, K, dim]."""
-        return self.tokenizer.decode(tokens).reshape(-1, self.horizon, dim)
+        """Returns the bin centres of int [B, K * dim] tokens, float64 [B, K, dim]; NaN for the token -1."""
+        return np.where(tokens < 0, np.nan, self.tokenizer.decode(tokens)).reshape(-1, self.horizon, dim)
 
 
 def make_head(config: VLAConfig, action: ActionSpec) -> ActionHead:
@@ -200,6 +200,7 @@ def summarize(head: ActionHead, sums: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def first_largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """`argmax` as two passes that CPUs vectorise, which over a vocabulary is several times faster; of NaNs the last."""
-    last = logits.shape[-1] - 1
-    return jnp.where(logits == logits.max(axis=-1, keepdims=True), jnp.arange(last + 1), last).min(axis=-1)
+    """`argmax` as two passes that CPUs vectorise, which over a vocabulary is several times faster; -1 if any is NaN."""
+    size = logits.shape[-1]
+    first = jnp.where(logits == logits.max(axis=-1, keepdims=True), jnp.arange(size), size).min(axis=-1)
+    return jnp.where(first < size, first, -1)
