@@ -191,7 +191,7 @@ def _change_info(folder, **changes):
         (lambda f: _video(sorted(f.rglob("*.mp4"))[0], [0, 0]),
          r"frame_index 2, camera top: no frame of .*\.mp4 is within 0.0001.. s of 0.2000 s"),
         (lambda f: sorted(f.glob("data/*/*"))[-1].unlink(), r"\.parquet: there is no such file; download it again"),
-        (lambda f: next(f.glob("meta/tasks.*")).unlink(), r"row 0 has no task.* 2 tasks; give --instruction"),
+        (lambda f: next(f.glob("meta/tasks.*")).unlink(), r"frame_index 0: has no task.* 2 tasks; give --instr"),
         (lambda f: _change_info(f, features={"action": {"dtype": "float32"}}), r"has no camera among its features"),
     ],
 )  # fmt: skip

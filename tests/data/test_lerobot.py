@@ -224,6 +224,8 @@ def test_conversion_allows_what_tolerance_says(dataset, converted):
     with pytest.raises(DataError, match=r"of 0.0040 s; the nearest is at 0.0000 s; leave .* with --tolerance"):
         converted(dataset)
     _assert_same(converted(dataset, tolerance=0.01), dataset)
+    with pytest.raises(DataError, match=r"is within nan s"):
+        converted(dataset, tolerance=float("nan"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +414,7 @@ def test_state_is_joined_from_observation_states(dataset, converted):
 
 def test_tasks_come_from_the_episodes_table(dataset, converted):
     next((dataset / "meta").glob("tasks.*")).unlink()
-    with pytest.raises(DataError, match=r"row 0 has no task; the episode has \d tasks; give --instruction"):
+    with pytest.raises(DataError, match=r"frame_index 0: has no task; the episode has \d tasks; give --instruction"):
         converted(dataset)
     _change_episodes(dataset, lambda records: [{**r, "tasks": [f"only {r['episode_index']}"]} for r in records])
     _change_rows(dataset, lambda t: t.drop_columns(["task_index"]))

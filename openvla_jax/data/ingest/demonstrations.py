@@ -231,8 +231,8 @@ class _Progress:
 
 
 def primary_view(views: Sequence[str], asked: str | None, source: str) -> str:
-    """Returns the camera that policies see: the one asked for, else the only one that is not on a wrist, else one
-    called "primary". Raises DataError if there is none or more than one of them."""
+    """Returns the camera that policies see: the one asked for, else one called "primary", else the only one that is
+    not on a wrist. Raises DataError if that is no camera or several."""
     if asked is not None and asked not in views:
         raise DataError.of(source, f"has no camera {asked!r}", f"--primary may be {', '.join(views)}")
     if "primary" in views:

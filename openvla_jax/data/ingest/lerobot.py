@@ -192,7 +192,7 @@ def _episode(
             else video_frames(place.videos[camera.key], times, choice.tolerance, named)
         )
     action, state = _matrix(table, choice.action, where), _matrix(table, choice.state, where)
-    return Episode(frames[False], action, state, _texts(table, place, tasks, instruction, where), frames[True])
+    return Episode(frames[False], action, state, _texts(table, place, tasks, instruction, rows), frames[True])
 
 
 def _in_order(table: pyarrow.Table, fps: float, where: str) -> tuple[pyarrow.Table, np.ndarray, list[str]]:
@@ -245,16 +245,16 @@ def _matrix(table: pyarrow.Table, keys: Sequence[str], where: str, dtype: type =
 
 
 def _texts(
-    table: pyarrow.Table, place: Place, tasks: Mapping[int, str], instruction: str | None, where: str
+    table: pyarrow.Table, place: Place, tasks: Mapping[int, str], instruction: str | None, rows: Sequence[str]
 ) -> list[str]:
     """Returns the instruction of each row: its task, else the only task of the episode, else the one given."""
     given = place.tasks[0] if len(place.tasks) == 1 else instruction
     numbers = [-1] * table.num_rows
     if "task_index" in table.column_names:
-        numbers = _vector(table, "task_index", where).tolist()
+        numbers = _vector(table, "task_index", rows[0]).tolist()
     texts = [tasks.get(number) or given or "" for number in numbers]
     for t, text in enumerate(texts):
         if not text.strip():
             several = f"; the episode has {len(place.tasks)} tasks" if place.tasks else ""
-            raise DataError.of(where, f"row {t} has no task{several}", "give --instruction")
+            raise DataError.of(rows[t], f"has no task{several}", "give --instruction")
     return texts

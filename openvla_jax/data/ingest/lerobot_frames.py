@@ -59,7 +59,7 @@ def _decoded(video: Video, first: float) -> Iterator[av.VideoFrame]:
 
 
 def _pixels(frame: av.VideoFrame | None, asked: float, allowed: float, row: str, video: Video) -> np.ndarray:
-    if frame is None or abs(frame.time - asked) > allowed:
+    if frame is None or not abs(frame.time - asked) <= allowed:
         nearest = "there is none" if frame is None else f"the nearest is at {frame.time:.4f} s"
         raise DataError.of(
             row,
