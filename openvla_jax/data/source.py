@@ -131,9 +131,10 @@ def open_source(dataset: str | DatasetConfig, data_dir: epath.PathLike) -> Sourc
     with reading(directory, _FIX, DataError):
         info = tfds.builder_from_directory(directory).info
         features, file_format = info.features, info.file_format
-        bad = [name for name, split in info.splits.items() if min(split.shard_lengths or [0]) < 0]
-        if bad:
-            raise DataError.of(directory, f"split {bad[0]!r} declares fewer than 0 episodes", _FIX)
+        for name, split in info.splits.items():
+            _ = split.file_instructions  # raises if the names of its files make no sense
+            if min(split.shard_lengths or [0]) < 0:
+                raise DataError.of(directory, f"split {name!r} declares fewer than 0 episodes", _FIX)
     steps = dict(features).get("steps") if isinstance(features, tfds.features.FeaturesDict) else None
     if not isinstance(steps, tfds.features.Dataset) or not isinstance(steps.feature, tfds.features.FeaturesDict):
         raise DataError(f"dataset {dataset.name!r}: {directory} has no dataset of 'steps' per example: it is not RLDS")
@@ -177,7 +178,8 @@ def episode_ranges(source: Source, split: str, process_index: int = 0, process_c
             f"dataset {source.name!r} ({source.directory}) has no split {split_name!r}; it has "
             f"{', '.join(source.splits) or 'none'}"
         )
-    files = source.info.splits[spec].file_instructions if sum(source.splits.values()) else []
+    with reading(f"{source.directory}, split {spec!r}", "name a split or a part, as in train[:10]", DataError):
+        files = source.info.splits[spec].file_instructions if sum(source.splits.values()) else []
     runs = [EpisodeRange(str(file.filename), file.skip, file.take) for file in files]
     if not sum(run.take for run in runs):
         raise SplitNotFoundError(
