@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from openvla_jax.errors import InputError
+from openvla_jax.errors import InputError, NonFiniteError
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
-# What a user can fix: arguments and files, the disk and its permissions, a package, memory.
-USER_ERRORS = (InputError, OSError, ImportError, MemoryError)
+# What a user can fix: arguments and files, damaged weights, the disk and its permissions, a package, memory.
+USER_ERRORS = (InputError, NonFiniteError, OSError, ImportError, MemoryError)
 # The extra that installs a package which only some commands need.
 EXTRAS = {
     "av": "lerobot",

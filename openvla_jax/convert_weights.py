@@ -2,6 +2,7 @@
 
 python convert_weights.py import openvla/openvla-7b checkpoints/openvla-7b
 python convert_weights.py verify openvla/openvla-7b checkpoints/openvla-7b
+python convert_weights.py verify checkpoints/openvla-7b         # its files against the checksums stored with them
 python convert_weights.py export checkpoints/openvla-7b exported/openvla-7b
 python convert_weights.py merge checkpoints/openvla-7b runs/lora checkpoints/mine        # adapters into their base
 python convert_weights.py import PEFT_FOLDER adapters/mine --base checkpoints/openvla-7b # and export: PEFT's files
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from openvla_jax import cli
+from openvla_jax.errors import InputError
 
 DIFFERENT = 1
 
@@ -26,7 +28,7 @@ def parser() -> cli.Parser:
     add = {name: commands.add_parser(name) for name in positional}
     for name, command in add.items():
         for argument in positional[name]:
-            command.add_argument(argument)
+            command.add_argument(argument, nargs="?" if argument == "b" else None)
         if "dst" in positional[name]:
             command.add_argument("--overwrite", action="store_true", help="replace DST when the new one is complete")
         if name not in ("export", "merge"):
@@ -35,9 +37,13 @@ def parser() -> cli.Parser:
     add["import"].add_argument("--part", nargs=2, action="append", help="NAME PATH: a tower, llm or projector")
     add["import"].add_argument("--center_crop", action="store_true", help="the policy was trained with random crops")
     add["import"].add_argument("--base", help="SRC is an adapter of PEFT's: the imported checkpoint that it belongs to")
+    add["import"].add_argument("--oft", metavar="PLATFORM", help="SRC is OpenVLA-OFT's, of libero, aloha or bridge")
+    add["import"].add_argument("--cameras", help="with --oft: names, as primary,wrist, if not the platform's")
+    add["import"].add_argument("--horizon", type=int, help="with --oft: actions of a chunk, if not the platform's")
     add["export"].add_argument("--format", choices=("hf", "prismatic"), default="hf", help="of a whole model")
     for name in ("export", "merge"):
         add[name].add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+        add[name].add_argument("--verify", action="store_true", help="compare files with their checksums first")
     add["merge"].add_argument("--threshold", type=float, help="largest difference of logits by merging")
     add["verify"].add_argument("--threshold", type=float, default=2e-4, help="largest difference of logits")
     add["verify"].add_argument("--seed", type=int, default=0)
@@ -52,10 +58,19 @@ def main(arguments: Sequence[str]) -> int:
     from openvla_jax import convert
 
     command = options.pop("command")
+    if options.pop("verify", False):
+        for name in ("src", "base", "adapter"):
+            if name in options:
+                print(convert.verify_checksums(options[name]))
     if command == "import" and (base := options.pop("base")) is not None:
         convert.import_adapter(options["src"], options["dst"], base, options["overwrite"])
     elif command == "import":
         options["parts"] = dict(options.pop("part") or ())
+        platform, cameras, horizon = (options.pop(name) for name in ("oft", "cameras", "horizon"))
+        if platform is None and (cameras or horizon):
+            raise InputError("--cameras and --horizon describe an OpenVLA-OFT checkpoint: give --oft PLATFORM too")
+        names = tuple(cameras.split(",")) if cameras else None
+        options["oft"] = None if platform is None else convert.OftOptions(platform, names, horizon)
         print(*(f"note: {note}" for note in convert.import_weights(**options).notes), sep="\n")
     elif command == "merge":
         print(convert.merge_weights(**options))
@@ -65,6 +80,8 @@ def main(arguments: Sequence[str]) -> int:
         print(*(f"note: {note}" for note in convert.export_weights(**options)), sep="\n")
     elif command == "inspect":
         print(convert.inspect_weights(**options))
+    elif options["b"] is None:
+        print(convert.verify_checksums(options["a"]))
     else:
         print(report := convert.verify_weights(**options))
         return 0 if report.passed else DIFFERENT

@@ -19,6 +19,10 @@ class InputError(ValueError):
         return cls(f"{os.fspath(path)}: {what}" + (f"; {fix}" if fix else ""))
 
 
+class NonFiniteError(RuntimeError):
+    """A NaN or infinity was about to leave the program. The weights or statistics are at fault, not the request."""
+
+
 @contextlib.contextmanager
 def reading(
     path: os.PathLike | str, fix: str = "download or copy it again", kind: type[InputError] = InputError

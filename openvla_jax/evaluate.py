@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax import cli
+from openvla_jax.checkpoint.contract import check_statistics
 from openvla_jax.errors import InputError
 from openvla_jax.evaluation.rollouts import FIRST_SEED
-from openvla_jax.inference.client import ServerError
 from openvla_jax.sim.tabletop import WORLDS
-from openvla_jax.types import ActionSpec
+from openvla_jax.types import ActionSpec, ObservationSpec
 
 DEFAULT_FRAMES = 256
 
@@ -28,10 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     args = options.parse_args(arguments)
     if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
         options.error("give --checkpoint or --url")
-    try:
-        args.run(args)
-    except ServerError as error:
-        cli.bad_input(error)
+    args.run(args)
 
 
 def parser() -> cli.Parser:
@@ -105,7 +102,12 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         from openvla_jax.inference.client import Client
 
         client = Client(args.url)
-        return client, client.info()
+        info = client.info()
+        try:
+            check_statistics(info["statistics"], ActionSpec.from_dict(info["action"]), ObservationSpec())
+        except InputError as error:
+            raise InputError.of(args.url, str(error)) from None
+        return client, info
     from openvla_jax.inference.policy import Policy
 
     policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False, base=args.base)
@@ -148,7 +150,7 @@ def run_rollout(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     results = evaluate(
         policy, args.episodes, controls=args.controls, first_seed=args.first_seed, action_statistics=statistics,
-        executed=info["action"]["executed"], world=args.world,
+        executed=ActionSpec.from_dict(info["action"]).executed, world=args.world,
     )  # fmt: skip
     print(f"{args.episodes} scenes, {time.perf_counter() - began:.0f} s\n{figures.success_table(results)}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -6,16 +6,16 @@ python -m openvla_jax.serve --plan v5e:2x2,v5e:2x4       # what serving a 7B the
 
 import argparse
 import os
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openvla_jax import cli
-from openvla_jax.errors import InputError
+from openvla_jax.errors import InputError, reading
 from openvla_jax.storage import use_compilation_cache
 
 SWITCH = {"auto": None, "on": True, "off": False}
@@ -42,6 +42,9 @@ def parser() -> cli.Parser:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--base", help="of an adapter's checkpoint, where that lies elsewhere now")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the checkpoint's files with their checksums first"
+    )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers, made while loading")
     parser.add_argument("--exclude", nargs="*", help="paths that keep full precision; default: towers, tables")
     parser.add_argument("--tensor", type=int, default=1, help="chips of this host that share every layer")
@@ -71,25 +74,46 @@ def parser() -> cli.Parser:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Loads the policy, compiles its programs, and answers requests until the process is told to stop."""
+    """Takes the port, loads the policy, compiles its programs, and answers requests until a signal ends the process."""
     began = time.perf_counter()
-    import uvicorn  # and jax, after the arguments, which may be wrong
+    from openvla_jax.inference.process import Process, bind, ended_by_signals, url_of
 
-    from openvla_jax.inference.policy import Policy
+    with ended_by_signals():
+        changes: dict[str, Any] = {"jpeg": SWITCH[args.jpeg]}
+        changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
+        changes = {name: value for name, value in changes.items() if value is not None}
+        changes |= read_crop_area(args.crop_area)
+        token = read_token(args.token_file)
+        listener = bind(args.host, args.port)  # before minutes are spent on loading
+
+        def load() -> tuple[Any, str]:
+            app, loaded, warmed = load_app(args, changes, token, began)
+            line = f"loaded in {loaded:.1f} s, warm after {warmed:.1f} s more; {url_of(listener)}"
+            if args.host not in ("127.0.0.1", "localhost", "::1") and token is None:
+                line += "\nwarning: open to the network without a token (--token_file)"
+            return app, line
+
+        Process(load).serve_at(listener)
+
+
+def load_app(
+    args: argparse.Namespace, changes: dict[str, Any], token: str | None, began: float
+) -> tuple[Any, float, float]:
+    """Returns the application, the seconds from `began` until it was loaded, and those of its compilation.
+
+    Raises InputError if the checkpoint cannot be served, NonFiniteError if its weights are damaged.
+    """
+    from openvla_jax.inference.policy import Policy  # and jax, which takes seconds
     from openvla_jax.inference.server import Settings, make_app, warm_up
     from openvla_jax.models.quantize import EXCLUDE
 
     use_compilation_cache(args.compilation_cache, every_program=True)
-    changes: dict[str, Any] = {"jpeg": SWITCH[args.jpeg]}
-    changes["resize_kernel"] = None if args.resize_kernel == "auto" else args.resize_kernel
-    changes = {name: value for name, value in changes.items() if value is not None} | read_crop_area(args.crop_area)
-    listener = bind(args.host, args.port)  # before minutes are spent on loading
     settings = Settings(
         max_batch=args.max_batch,
         wait_ms=args.wait_ms,
         max_queue=args.max_queue,
         max_body_mb=args.max_body_mb,
-        token=read_token(args.token_file),
+        token=token,
         reference_errors=args.reference_errors,
     )
     policy = Policy.from_checkpoint(
@@ -101,16 +125,10 @@ def serve(args: argparse.Namespace) -> None:
         base=args.base,
         exclude=EXCLUDE if args.exclude is None else args.exclude,
         tensor=args.tensor,
+        verify=args.verify,
     )
     app = make_app(policy, settings)
-    loaded = time.perf_counter() - began
-    warmed = warm_up(policy, settings.max_batch)
-    print(f"loaded in {loaded:.1f} s, warm after {warmed:.1f} s more; http://{args.host}:{args.port}", flush=True)
-    if args.host not in ("127.0.0.1", "localhost", "::1") and settings.token is None:
-        print("warning: open to the network without a token (--token_file)", flush=True)
-    # Requests that were taken are finished; connections that send nothing do not hold the server up.
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
-    uvicorn.Server(config).run(sockets=[listener])
+    return app, time.perf_counter() - began, warm_up(policy, settings.max_batch, partial(print, flush=True))
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -138,24 +156,12 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The address, taken but not yet listened at. Raises OSError with the address in its message."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise OSError(f"cannot serve at {host}:{port} ({error}): choose another --port") from None
-    return listener
-
-
 def read_token(path: Path | None) -> str | None:
-    """The token of a file, else of the environment; ValueError for an empty file."""
+    """Returns the token of a file, else of the environment. Raises InputError for a file without one."""
     if path is None:
         return os.environ.get("OPENVLA_TOKEN") or None
-    token = path.read_text().strip()
+    with reading(path, "write the token into it as text"):
+        token = path.read_text().strip()
     if not token:
         raise InputError(f"token file {path} is empty: put the token into it, or leave --token_file out")
     return token
@@ -165,10 +171,8 @@ def read_crop_area(text: str) -> dict[str, float | None]:
     """Returns the change of `Preprocessing` that `--crop_area` asks for."""
     if text == "auto":
         return {}
-    try:
+    with reading(f"--crop_area {text}", "give a share of the area as 0.9, none, or auto"):
         return {"crop_area": None if text == "none" else float(text)}
-    except ValueError:
-        raise InputError(f"--crop_area {text}: give a share of the area as 0.9, none, or auto") from None
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint import v1 as ocp
 
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
-from openvla_jax.checkpoint.reading import check_tree, load_contract, open_checkpoint, read_leaves
+from openvla_jax.checkpoint.reading import check_tree, load_contract, open_checkpoint, read_leaves, stored_params
 from openvla_jax.config import VLAConfig
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import quantize_array
@@ -74,7 +73,7 @@ def check_is_base(path: Any, contract: Contract) -> None:
     """Raises unless the checkpoint holds a whole model in floating point."""
     if contract.adapter is not None:
         raise CheckpointError(f"{path} is an adapter, not a whole model: {MERGE}")
-    for name, leaf in flat(ocp.metadata(path, "params").metadata).items():
+    for name, leaf in flat(stored_params(path)).items():
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             raise CheckpointError(
                 f"{path} holds integers ({name}): start from the checkpoint that it was quantised from"
@@ -116,7 +115,7 @@ def read_base(
     check_is_base(path, contract)
     plain = nnx.state(abstract_model(contract.model), nnx.Param)  # `model` may have parts that the base has not
     check_tree(path, plain)
-    stored = flat(ocp.metadata(path, "params").metadata)
+    stored = flat(stored_params(path))
     axes = {"/".join(map(str, keys)): leaf.get_metadata()["axes"] for keys, leaf in nnx.to_flat_state(plain)}
     target = {
         name: leaf

@@ -16,20 +16,21 @@ appears under its final name only when it is complete.
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from openvla_jax.config import VLAConfig, nearest
-from openvla_jax.errors import InputError
+from openvla_jax.errors import InputError, reading
 from openvla_jax.tokens.actions import NORMALIZATIONS, ActionTokenizer
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
 FORMAT = 2
 CONFIG_FILE, STATISTICS_FILE, TOKENIZER_DIR = "config.json", "dataset_statistics.json", "tokenizer"
 REFERENCE_CROP_AREA = 0.9  # of the reference's training crops and of its evaluations
+DAMAGED = "the checkpoint is incomplete or damaged: copy or save it again"
 
 
 class CheckpointError(InputError):
@@ -128,6 +129,13 @@ class Contract:
         missing = [key for key in known[1:6] if not isinstance(config.get(key), Mapping)]
         if missing:
             raise InputError(f"the contract lacks {', '.join(missing)}")
+        default_key, adapter = config.get("default_key"), config.get("adapter")
+        if not isinstance(default_key, str | None):
+            raise InputError(f"default_key is {default_key!r}, not the name of a dataset")
+        if adapter is not None and not (
+            isinstance(adapter, Mapping) and {"base", "fingerprint", "tuning"} <= {*adapter}
+        ):
+            raise InputError("adapter is not an object with base, fingerprint and tuning")
         return cls(
             model=VLAConfig.from_dict(config["model"]),
             tokenizer=tokenizer,
@@ -136,8 +144,8 @@ class Contract:
             action=ActionSpec.from_dict(config["action"]),
             preprocessing=Preprocessing.from_dict(config["preprocessing"]),
             training=config["training"],
-            default_key=config.get("default_key"),
-            adapter=config.get("adapter"),
+            default_key=default_key,
+            adapter=adapter,
         )
 
     def save(self, directory: os.PathLike | str) -> None:
@@ -161,23 +169,37 @@ class Contract:
 
         path = epath.Path(directory)
         config, statistics = read_json(path / CONFIG_FILE), read_json(path / STATISTICS_FILE)
-        tokenizer = load_tokenizer(path / TOKENIZER_DIR) if (path / TOKENIZER_DIR).is_dir() else None
-        try:
-            return cls.from_dict(config, statistics, tokenizer)
-        except ValueError as error:
-            raise CheckpointError(f"{error}: {path}") from None
+        tokenizer = None
+        with reading(path / TOKENIZER_DIR, DAMAGED, CheckpointError):
+            if (path / TOKENIZER_DIR).is_dir():
+                tokenizer = load_tokenizer(path / TOKENIZER_DIR)
+        with reading(path, DAMAGED, CheckpointError):
+            try:
+                return cls.from_dict(config, statistics, tokenizer)
+            except InputError as error:
+                raise CheckpointError.of(path, str(error)) from None
 
 
-def read_json(path: epath.Path) -> Any:
-    """Returns the object in a JSON file. Raises CheckpointError if there is none."""
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of a checkpoint. Raises CheckpointError if there is none."""
+    with reading(path, DAMAGED, CheckpointError):
+        if not path.exists():
+            raise CheckpointError.of(path, "is missing", DAMAGED)
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): the checkpoint is damaged") from None
+        return parse_object(text)
+    except ValueError as error:
+        raise CheckpointError.of(path, str(error), DAMAGED) from None
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """Returns the object in JSON text. Raises ValueError, without a place, if it is not JSON or no object."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object: the checkpoint is damaged")
+        raise ValueError(f"holds a {type(content).__name__}, not an object")
     return content
 
 
@@ -234,10 +256,11 @@ def action_spec(statistics: Mapping[str, Any], **known: Any) -> ActionSpec:
     known: fields of ActionSpec that need no guess. Open X-Embodiment's transforms leave a gripper unnormalised, with 1
     for open, and 7 dimensions only for changes of an end effector. Other sizes have no known convention.
     """
-    entries = [entry for entry in statistics.values() if isinstance(entry, Mapping)]
-    rows: list[Any] = [entry["action"] for entry in entries if isinstance(entry.get("action"), Mapping)]
-    widths = [len(row["q01"]) for row in rows if row.get("q01")]
-    grippers = all(not list(row.get("mask") or [True])[-1] for row in rows)
+    entries = [entry["action"] for entry in statistics.values() if isinstance(entry, Mapping) and "action" in entry]
+    rows = [row for row in entries if isinstance(row, Mapping)]  # what else is wrong is named by `check_statistics`
+    widths = [len(row["q01"]) for row in rows if isinstance(row.get("q01"), list) and row["q01"]]
+    masks = [row["mask"] for row in rows if isinstance(row.get("mask"), list) and row["mask"]]
+    grippers = len(masks) == len(rows) and not any(mask[-1] for mask in masks)
     guessed = {
         "dim": max(widths, default=ActionSpec.dim),
         "gripper": "open" if grippers else "",
@@ -252,21 +275,28 @@ def action_spec(statistics: Mapping[str, Any], **known: Any) -> ActionSpec:
 
 
 def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observation: ObservationSpec) -> None:
-    """Raises CheckpointError, naming dataset, row and value, for statistics that cannot scale actions and states.
+    """Checks statistics at every door: import, export, loading, saving, serving.
 
-    Rows must be lists of finite numbers of one length, of at most `action.dim` for actions; lower bounds must not be
-    above upper ones. With `observation.state` every dataset needs statistics of all its columns.
+    Rows must be lists of finite numbers of one length, of at most `action.dim` for actions. Lower bounds must not be
+    above upper ones, and no `std` below 0; equal bounds and a `std` of 0 are those of a dimension that never changes.
+    A mask is a list of booleans. With `observation.state` every dataset needs statistics of all its columns; without,
+    those of a state are checked as far as there are any.
+
+    Raises:
+        CheckpointError: names dataset, row and value.
     """
     for dataset, entry in statistics.items():
         where = f"statistics of {dataset!r}"
         if not isinstance(entry, Mapping):
-            raise CheckpointError(f"{where} are {entry!r}, not an object: fix or remove them")
+            raise CheckpointError(f"{where} are {short(entry)}, not an object: fix or remove them")
         width = _check_rows(entry.get("action"), f"{where}: action", NORMALIZATIONS[action.normalization])
         if width > action.dim:
             raise CheckpointError(f"{where}: {width} action dimensions, but action.dim is {action.dim}: raise it")
         if observation.state:
             _check_rows(entry.get("proprio"), f"{where}: proprio", _state_rows(action.normalization))
             _state_columns(dataset, entry["proprio"], observation.state)
+        elif entry.get("proprio"):
+            _check_rows(entry["proprio"], f"{where}: proprio", ())
 
 
 def _state_rows(kind: str) -> tuple[str, ...]:
@@ -277,37 +307,52 @@ def _state_rows(kind: str) -> tuple[str, ...]:
 def _check_rows(rows: Any, where: str, needed: Sequence[str]) -> int:
     """Returns the width of the rows of numbers, of which `needed` must be there."""
     if not isinstance(rows, Mapping) or not set(needed) <= set(rows):
-        raise CheckpointError(f"{where} has no rows {' and '.join(needed)}: fix or remove this dataset")
+        raise CheckpointError(f"{where} has no rows {' and '.join(needed) or 'at all'}: fix or remove this dataset")
     names = [name for name in ("mean", "std", "min", "max", "q01", "q99") if name in rows]
     for name in names:
-        row = rows[name]
-        if not isinstance(row, Sequence) or not row or not all(_is_finite(value) for value in row):
+        if not _is_list(rows[name], is_finite):
             raise CheckpointError(
-                f"{where}/{name} is {row!r}, not a list of finite numbers: fix or remove this dataset"
+                f"{where}/{name} is {short(rows[name])}, not a list of finite numbers: fix or remove this dataset"
             )
-    if len({len(rows[name]) for name in (*names, *(["mask"] if "mask" in rows else []))}) > 1:
-        sizes = {name: len(row) for name, row in rows.items() if isinstance(row, Sequence)}
+    if "mask" in rows and not _is_list(rows["mask"], lambda value: isinstance(value, bool)):
+        raise CheckpointError(f"{where}/mask is {short(rows['mask'])}, not a list of true and false: fix this dataset")
+    sizes = {name: len(rows[name]) for name in (*names, *(["mask"] if "mask" in rows else []))}
+    if len(set(sizes.values())) > 1:
         raise CheckpointError(f"{where} has rows of different length, {sizes}: fix or remove this dataset")
     for low, high in (("q01", "q99"), ("min", "max")):
         for i, (least, most) in enumerate(zip(rows.get(low, ()), rows.get(high, ()), strict=False)):
             if least > most:
                 raise CheckpointError(f"{where}: dimension {i} has {low} {least} above {high} {most}: fix this dataset")
-    return len(rows[names[0]])
+    for i, value in enumerate(rows.get("std", ())):
+        if value < 0:
+            raise CheckpointError(f"{where}: dimension {i} has std {value}, below 0: fix this dataset")
+    return len(rows[names[0]]) if names else 0
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
+def _is_list(row: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(row, list | tuple) and bool(row) and all(map(accepts, row))
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a value of JSON is a number, and one that float64 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def short(value: Any) -> str:
+    """Returns the value as it stands in Python, cut for a message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _state_columns(dataset: str, proprio: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
     """Returns the columns of a dataset's statistics of the state that the policy's state consists of."""
-    width = len(next(row for name, row in proprio.items() if name != "names"))
-    names = list(proprio.get("names", wanted))
-    if len(names) != width:
+    width = len(proprio["q01"] if "q01" in proprio else proprio["mean"])
+    names = proprio.get("names", wanted)
+    if not _is_list(names, lambda name: isinstance(name, str)) or len(names) != width:
         raise CheckpointError(
-            f"statistics of {dataset!r}: proprio has {width} columns, the state is {', '.join(names)}: name each column"
+            f"statistics of {dataset!r}: proprio has {width} columns, the state is {short(names)}: name each column"
         )
     for name in wanted:
         if name not in names:
             raise CheckpointError(f"statistics of {dataset!r}: no state column {name!r}; {nearest(name, names)}")
-    return [names.index(name) for name in wanted]
+    return [list(names).index(name) for name in wanted]

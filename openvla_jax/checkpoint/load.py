@@ -15,9 +15,18 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from orbax.checkpoint import v1 as ocp
 
+from openvla_jax.checkpoint import checksums
 from openvla_jax.checkpoint.base import abstract_weights, check_fingerprint, check_finite, open_base, read_base
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
-from openvla_jax.checkpoint.reading import Files, check_tree, load_contract, load_params, open_checkpoint, read_leaves
+from openvla_jax.checkpoint.reading import (
+    Files,
+    check_tree,
+    load_contract,
+    load_params,
+    open_checkpoint,
+    read_leaves,
+    stored_params,
+)
 from openvla_jax.config import VLAConfig
 from openvla_jax.errors import InputError
 from openvla_jax.models.openvla import OpenVLA, abstract_model
@@ -37,17 +46,20 @@ def load_model(
     exclude: Sequence[str] = EXCLUDE,
     base: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
+    verify: bool = False,
 ) -> tuple[OpenVLA, VLAConfig]:
     """A checkpoint's model, parameters and computation in `dtype`, spread over `mesh` or on the default device.
 
     `quantize` ("int8", "int4") stores all kernels but those below the paths in `exclude` as integers: one is read and
     quantised after the other, largest first, so that the full-precision model is never in memory. A checkpoint that
     was saved quantised is loaded as it is. An adapter is merged into its base, which is read from `base`, or from where
-    it was when the adapter was trained. Raises CheckpointError if `path` holds no complete checkpoint, its tensors
+    it was when the adapter was trained. `verify` reads all files once more before, and compares them with their
+    checksums, those of the base included. Raises CheckpointError if `path` holds no complete checkpoint, its tensors
     do not fit its own config, or it is quantised otherwise.
     """
     contract = load_contract(path)
-    return load_weights(open_checkpoint(path), contract, dtype, quantize, exclude, base, mesh), contract.model
+    model = load_weights(open_checkpoint(path), contract, dtype, quantize, exclude, base, mesh, verify)
+    return model, contract.model
 
 
 def load_weights(
@@ -58,8 +70,13 @@ def load_weights(
     exclude: Sequence[str] = EXCLUDE,
     base: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
+    verify: bool = False,
 ) -> OpenVLA:
     """`load_model` of an open checkpoint whose contract was read."""
+    if verify:
+        checksums.verify(path)
+        if contract.adapter is not None:
+            checksums.verify(open_base(contract.adapter, path, base))
     if quantize is not None:
         check_kind(quantize)
     mesh = mesh or make_mesh({}, jax.local_devices()[:1])
@@ -130,7 +147,8 @@ def save_model(model: OpenVLA, contract: Contract, directory: str | os.PathLike)
     if path.exists():
         raise CheckpointError(f"{path} exists: name another destination")
     params = nnx.to_pure_dict(nnx.as_pure(nnx.split(model, nnx.Param)[1]))
-    ocp.save_checkpointables(path, {"params": params, "contract": Files(contract.save)})
+    with checksums.noting_context():
+        ocp.save_checkpointables(path, checksums.noted({"params": params, "contract": Files(contract.save)}))
 
 
 def abstract_quantized(config: VLAConfig, kind: str, paths: Sequence[str], dtype: Any = jnp.float32) -> OpenVLA:
@@ -164,7 +182,7 @@ def placed(abstract: nnx.State, mesh: Mesh, dtype: Any) -> nnx.State:
 def stored_quantization(path: str | os.PathLike) -> tuple[str, list[str]] | None:
     """(kind, paths) of a checkpoint that was saved quantised, else None."""
     path, found = open_checkpoint(path), {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(ocp.metadata(path, "params").metadata):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(stored_params(path)):
         *parent, name = (key.key for key in keys)
         if name == VALUES:
             found["/".join(parent)] = jnp.dtype(leaf.dtype)
@@ -180,7 +198,7 @@ def _read_quantizing(
     path: epath.Path, leaves: Mapping[str, Any], made: Mapping[str, Any], paths: Sequence[str], kind: str
 ) -> dict[str, Any]:
     """The tree of `made` (shapes with places), from a checkpoint of `leaves`: those at `paths` as {values, scale}."""
-    stored = flat(ocp.metadata(path, "params").metadata)
+    stored = flat(stored_params(path))
 
     def read(names: Sequence[str], as_stored: bool) -> dict[str, jax.Array]:
         """Quantisation rounds what is stored, not what a cast has rounded before."""

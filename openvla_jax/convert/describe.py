@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from openvla_jax.checkpoint.contract import parse_object
 from openvla_jax.config import (
     LANGUAGE_MODELS,
     PRESETS,
@@ -26,6 +27,7 @@ from openvla_jax.config import (
     preset,
 )
 from openvla_jax.convert.names import ConversionError, Shape
+from openvla_jax.errors import reading
 
 SHRUNKEN_HEADS = 4
 
@@ -107,15 +109,15 @@ class Description:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises ConversionError if it is missing or holds no object."""
+    if not path.exists():
+        raise ConversionError(f"{path} is missing: name a folder that has it")
+    with reading(path, "download it again", ConversionError):
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConversionError(f"{path} is missing: name a folder that has it") from None
+        return parse_object(text)
     except ValueError as error:
-        raise ConversionError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds {type(content).__name__}, wanted an object")
-    return content
+        raise ConversionError(f"{path} {error}: download it again") from None
 
 
 def read_overrides(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -124,13 +126,12 @@ def read_overrides(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
         return dict(text or {})
     if Path(text).suffix == ".json":
         return read_json(Path(text))
+    if not text.lstrip().startswith("{"):
+        return {"preset": text}
     try:
-        content = json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
+        return parse_object(text.encode())
     except ValueError as error:
-        raise ConversionError(
-            f"--model_config {text!r} is not JSON ({error}): pass JSON, a .json file or a preset"
-        ) from None
-    return content
+        raise ConversionError(f"--model_config {text!r} {error}: pass JSON, a .json file or a preset") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

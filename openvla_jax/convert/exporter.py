@@ -57,6 +57,7 @@ def export_weights(
     dst = new_folder(dst, overwrite)
     source = open_source(src)
     source.refuse_quantized()
+    _require_reference(source)
     tokenizer = source.contract().tokenizer
     layout: Literal["hf", "native"] = "hf" if format == "hf" else "native"
     notes = [*source.notes, *_require_leaves(source)]
@@ -80,6 +81,24 @@ def export_weights(
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
     return notes
+
+
+def _require_reference(source: Source) -> None:
+    """Raises ConversionError for what the reference's code has no place for: it would act otherwise, or not load."""
+    action, observation = source.action, source.observation
+    wanted = {
+        "action.horizon": (action.horizon, 1),
+        "action.head": (action.head, "tokens"),
+        "action.normalization": (action.normalization, "bounds_q99"),
+        "observation.cameras": (len(observation.cameras), 1),
+        "observation.state": (len(observation.state), 0),
+    }
+    for name, (found, only) in wanted.items():
+        if found != only:
+            raise ConversionError(
+                f"{source.path}: {name} is {found!r}, and OpenVLA's PyTorch code knows {only!r} alone; such a policy "
+                "cannot be exported, serve it from here"
+            )
 
 
 def _require_leaves(source: Source) -> list[str]:

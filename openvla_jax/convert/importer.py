@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from openvla_jax.checkpoint.contract import REFERENCE_CROP_AREA
 from openvla_jax.convert.names import ConversionError, Slot
+from openvla_jax.convert.oft import OftOptions
 from openvla_jax.convert.orbax_io import OrbaxWriter
 from openvla_jax.convert.progress import run_with_progress
 from openvla_jax.convert.source import Source, TorchWeights
@@ -32,21 +33,17 @@ def import_weights(
     parts: Mapping[str, str] | None = None,
     center_crop: bool = False,
     overwrite: bool = False,
-    oft: str | None = None,
-    cameras: Sequence[str] | None = None,
-    horizon: int | None = None,
+    oft: OftOptions | None = None,
 ) -> Source:
     """Converts HuggingFace, Prismatic or base weights at `src` into the checkpoint directory `dst`; dtypes stay.
 
     `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop` notes
-    that the policy was trained with the reference's random crops, 0.9 of the area. `oft`, `cameras` and `horizon` tell
-    what the files of an OpenVLA-OFT checkpoint do not (see `oft.py`). Raises ConversionError or OSError;
+    that the policy was trained with the reference's random crops, 0.9 of the area. `oft` tells
+    what the files of an OpenVLA-OFT checkpoint do not. Raises ConversionError or OSError;
     then `dst` is as it was.
     """
     dst = new_folder(dst, overwrite)
-    source = open_source(
-        src, model_config=model_config, tokenizer=tokenizer, parts=parts, oft=oft, cameras=cameras, horizon=horizon
-    )
+    source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts, oft=oft)
     if not isinstance(source.weights, TorchWeights):
         raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
     weights = source.weights
@@ -74,6 +71,10 @@ def import_weights(
 
 def require_finite(x: np.ndarray, name: str, where: object) -> None:
     """Raises unless every value is a number; looks at exponent bits, in blocks that fit a cache."""
+    if x.dtype.name not in NEVER_FINITE:
+        raise ConversionError(
+            f"{where}: {name} has type {x.dtype.name}, which is not supported; save it as float32, bfloat16 or float16"
+        )
     limit = NEVER_FINITE[x.dtype.name]
     bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
     mask = bits.dtype.type((1 << (8 * x.dtype.itemsize - 1)) - 1)

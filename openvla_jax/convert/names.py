@@ -159,15 +159,7 @@ OFT_PARTS: Rows = (
 )
 # Buffers of old checkpoints that hold no weights.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A tensor that is computed, not stored, when it is read."""
-
-    shape: Shape
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
+TIED = "; if it is tied to the embedding, save a copy of the embedding under this name"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +281,9 @@ def check(slots: Iterable[Slot], tensors: Mapping[str, Any], where: str) -> None
     """
     wanted = source_shapes(slots)
     problems = [
-        f"{name}: missing, shape {list(shape)} is wanted" for name, shape in wanted.items() if name not in tensors
+        f"{name}: missing, shape {list(shape)} is wanted{TIED if name.endswith('lm_head.weight') else ''}"
+        for name, shape in wanted.items()
+        if name not in tensors
     ]
     problems += [f"{name}: not part of this model" for name in tensors if name not in wanted]
     for name, shape in wanted.items():

@@ -6,14 +6,15 @@ platform that the reference chooses by its command line the rest.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openvla_jax.config import nearest
-from openvla_jax.convert.names import ConversionError, Made
+from openvla_jax.convert.names import ConversionError
+from openvla_jax.convert.source import Made
 from openvla_jax.convert.torch_io import Tensor, read_pt
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
@@ -50,6 +51,23 @@ PROMPT_TOKENS = 64  # of a prompt and the end token, beside the chunk
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
 
 
+@dataclasses.dataclass(frozen=True)
+class OftOptions:
+    """What no file of an OpenVLA-OFT checkpoint says.
+
+    platform: a name of PLATFORMS. cameras: names in order; None for the platform's. horizon: actions of a chunk; None
+    for the platform's. Raises ConversionError for an unknown platform.
+    """
+
+    platform: str
+    cameras: tuple[str, ...] | None = None
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.platform not in PLATFORMS:
+            raise ConversionError(f"--oft {self.platform!r}: {nearest(self.platform, PLATFORMS)}")
+
+
 def find_components(folder: Path) -> dict[str, Path]:
     """Returns the component files of a folder, by component. Raises ConversionError if there are several of one."""
     found = {}
@@ -63,13 +81,20 @@ def find_components(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_components(files: Mapping[str, Path], where: Path) -> dict[str, Any]:
-    """Returns the tensors of component files by their names in `names.table`.
+def read_components(where: Path, options: OftOptions | None) -> dict[str, Any]:
+    """Returns the tensors of a folder's component files by their names in `names.table`; none without such files.
 
     FiLM's towers replace the towers of the HuggingFace folder: their adapters are merged, in float32.
 
-    Raises ConversionError for a file of another form, and for a diffusion head without its projector.
+    Raises ConversionError for a file of another form, for files without `options`, and for a diffusion head without
+    its projector.
     """
+    files = find_components(where)
+    if files and options is None:
+        listed = ", ".join(path.name for path in files.values())
+        raise ConversionError(
+            f"{where} is an OpenVLA-OFT checkpoint ({listed}): say of which platform, --oft {' or '.join(PLATFORMS)}"
+        )
     tensors: dict[str, Any] = {}
     for component, path in files.items():
         stored = {name.removeprefix("module."): tensor for name, tensor in read_pt(path).items()}
@@ -139,28 +164,19 @@ def _widened(tensor: Any) -> Any:
 
 
 def choose(
-    platform: str,
-    tensors: Mapping[str, Any],
-    statistics: Mapping[str, Any],
-    where: Path,
-    *,
-    cameras: Sequence[str] | None = None,
-    horizon: int | None = None,
+    options: OftOptions, tensors: Mapping[str, Any], statistics: Mapping[str, Any], where: Path
 ) -> tuple[dict[str, Any], ObservationSpec, ActionSpec, list[str]]:
     """Returns what OFT adds to a model (fields of VLAConfig), what its policy sees and answers, and remarks.
 
     Args:
-        platform: a name of PLATFORMS.
+        options: what the files do not say.
         tensors: all tensors of the checkpoint.
         statistics: of its datasets.
         where: the folder, for messages.
-        cameras: names of the cameras, in order; None for the platform's.
-        horizon: the chunk's length; None for the platform's.
 
     Raises ConversionError if the files belong to another platform.
     """
-    if platform not in PLATFORMS:
-        raise ConversionError(f"--oft {platform!r}: {nearest(platform, PLATFORMS)}")
+    platform, cameras, horizon = options.platform, options.cameras, options.horizon
     known, notes = PLATFORMS[platform], []
     head, dim = _head(tensors)
     widths = {len(entry["action"]["mean"]) for entry in statistics.values() if "mean" in entry.get("action", {})}

@@ -18,7 +18,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from openvla_jax.convert.names import ConversionError, Shape, is_stacked
+from openvla_jax.checkpoint import checksums
+from openvla_jax.checkpoint.reading import check_files, reading_item
+from openvla_jax.convert.names import Shape, is_stacked
 from openvla_jax.convert.staging import stage
 from openvla_jax.storage import is_remote
 
@@ -42,6 +44,7 @@ class OrbaxWriter:
     def __init__(self, directory: Path):
         self.directory = directory
         self._chunks: dict[str, Shape] = {}
+        self._checksums: checksums.Files = {}
 
     def _folder(self, leaf: str) -> Path:
         item, *path = leaf.split("/")
@@ -71,10 +74,13 @@ class OrbaxWriter:
         x = np.ascontiguousarray(x)
         for index, first in enumerate(range(0, len(x), rows)):
             place = (*(() if layer is None else (layer,)), index, *(0 for _ in x.shape[1:]))
-            with open(self._folder(leaf) / ".".join(map(str, place)), "wb", buffering=0) as file:
-                file.write(x[first : first + rows].reshape(-1).view(np.uint8).data)
+            path, data = self._folder(leaf) / ".".join(map(str, place)), x[first : first + rows]
+            with open(path, "wb", buffering=0) as file:
+                file.write(data.reshape(-1).view(np.uint8).data)
+            self._checksums[os.path.relpath(path, self.directory)] = checksums.entry(data.reshape(-1).view(np.uint8))
 
     def finish(self) -> None:
+        """Writes what makes the folder a checkpoint: metadata, checksums of all its files, and last Orbax's markers."""
         items = sorted({leaf.partition("/")[0] for leaf in self._chunks})
         for item in items:
             paths = [tuple(leaf.split("/")[1:]) for leaf in self._chunks if leaf.startswith(f"{item}/")]
@@ -92,6 +98,9 @@ class OrbaxWriter:
                 "custom_metadata": None,
             }
             (self.directory / item / "_METADATA").write_text(json.dumps(metadata))
+        for folder in (path for path in epath.Path(self.directory).iterdir() if path.is_dir()):
+            self._checksums |= checksums.digest_folder(folder, known=self._checksums)
+        checksums.write(epath.Path(self.directory), self._checksums)
         now = time.time_ns()
         checkpoint = {
             "item_handlers": dict.fromkeys(items, _TREE_HANDLER),
@@ -110,7 +119,7 @@ class OrbaxReader:
     """The arrays of a complete checkpoint directory, written by Orbax or by `OrbaxWriter`.
 
     One in a bucket is copied first, as far as `items` go; the copy goes with the reader, or at the program's end.
-    `leaves`: {item/path: (dtype, shape)}. Raises ConversionError if the checkpoint is damaged.
+    `leaves`: {item/path: (dtype, shape)}. Raises CheckpointError if the checkpoint is damaged.
     """
 
     def __init__(self, directory: os.PathLike, items: tuple[str, ...] = ("params", "unused")):
@@ -125,7 +134,8 @@ class OrbaxReader:
             folder = local / item
             if not folder.is_dir():
                 continue
-            try:
+            check_files(directory, item)
+            with reading_item(directory, item):
                 metadata = json.loads((folder / "_METADATA").read_text())
                 paths = [
                     tuple(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()
@@ -134,10 +144,6 @@ class OrbaxReader:
                     f"{item}/{'/'.join(p)}": ts.open(_open_spec(folder, p, metadata), context=context) for p in paths
                 }
                 self._arrays |= {leaf: future.result() for leaf, future in pending.items()}
-            except (OSError, ValueError, KeyError) as error:
-                raise ConversionError(
-                    f"{directory}/{item} is not a readable Orbax item ({error}): the checkpoint is damaged"
-                ) from None
         self.leaves: dict[str, tuple[np.dtype, Shape]] = {
             leaf: (array.dtype.numpy_dtype, tuple(array.shape)) for leaf, array in self._arrays.items()
         }
@@ -149,11 +155,8 @@ class OrbaxReader:
     def read(self, leaf: str, first: int = 0, count: int = 1) -> np.ndarray:
         """Layers first..first + count of a stacked leaf, or all of another one."""
         array = self._arrays[leaf]
-        try:
+        with reading_item(self._directory, leaf.partition("/")[0]):
             return np.asarray((array[first : first + count] if is_stacked(leaf) else array).read().result())
-        except ValueError as error:
-            line = str(error).splitlines()[0]
-            raise ConversionError(f"{self._directory}: {leaf} is damaged ({line}): convert or save it again") from None
 
 
 def _open_spec(folder: Path, path: tuple[str, ...], metadata: dict[str, Any]) -> dict[str, Any]:

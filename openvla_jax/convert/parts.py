@@ -17,8 +17,8 @@ import numpy as np
 
 from openvla_jax.config import VisionConfig, VLAConfig, padded_vocab_size, preset
 from openvla_jax.convert.describe import describe, read_json
-from openvla_jax.convert.names import ConversionError, Made, tower_prefix
-from openvla_jax.convert.source import Source, TorchWeights
+from openvla_jax.convert.names import ConversionError, tower_prefix
+from openvla_jax.convert.source import Made, Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_safetensors, read_torch_folder
 from openvla_jax.types import Preprocessing
 

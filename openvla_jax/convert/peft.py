@@ -3,7 +3,9 @@ them: which tensor is which factor, and which settings are understood.
 """
 
 import collections
+import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from openvla_jax.checkpoint.contract import is_finite, short
 from openvla_jax.config import LoRAConfig, VLAConfig, nearest
 from openvla_jax.convert.describe import read_json
 from openvla_jax.convert.importer import require_finite
@@ -20,12 +23,21 @@ from openvla_jax.models.tuning import MODES, Tuning, abstract_prepared, sites_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Settings that change what the factors mean, and the values for which nothing changes.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []), "layers_to_transform": (None, []), "layer_replication": (None, []),
+# Settings that leave the merged weights as they are: where the adapter is from, and which modules have one, which its
+# tensors show. Those of a method that `init_lora_weights` or a switch below must have chosen are among them.
+FREE = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_pattern",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
+# Settings that change what the factors mean, and the values for which nothing changes. Others are refused unless they
+# are off: null, false or empty.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
+}  # fmt: skip
+OFF = (None, False, [], {})
+CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights that change the base
 
 
 class Module(NamedTuple):
@@ -63,13 +75,10 @@ def read_peft(folder: Path, config: VLAConfig) -> tuple[Tuning, dict[str, np.nda
 
     Raises ConversionError with all that does not fit the model, or for settings that are not understood.
     """
-    settings = read_json(folder / CONFIG)
-    for key, plain in PLAIN.items():
-        if settings.get(key, plain[0]) not in plain:
-            raise ConversionError(f"{folder / CONFIG}: {key} is {settings[key]!r}: only {plain[0]!r} can be read")
+    settings = read_settings(folder / CONFIG)
     if not (folder / WEIGHTS).exists():
         raise ConversionError(f"{folder / WEIGHTS} is missing: save the adapter as safetensors")
-    rank = settings["r"]
+    rank = settings.rank
     factors: dict[str, dict[int | None, np.ndarray]] = {}
     copies, problems, known = {}, [], modules(config)
     for key, tensor in read_safetensors(folder / WEIGHTS).items():
@@ -100,8 +109,50 @@ def read_peft(folder: Path, config: VLAConfig) -> tuple[Tuning, dict[str, np.nda
         listed = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ConversionError(f"{folder} is no adapter of {config.name}: {listed or 'it holds no factors'}")
     targets = name_targets(config, {path.rpartition("/lora")[0] for path in paired})
-    lora = LoRAConfig(rank, float(settings["lora_alpha"]), float(settings.get("lora_dropout") or 0.0), targets)
+    lora = dataclasses.replace(settings, targets=targets)
     return Tuning(MODES["lora"], lora), leaves, copies
+
+
+def read_settings(path: Path) -> LoRAConfig:
+    """Returns rank, alpha and dropout of an `adapter_config.json`, with `targets` left as they are.
+
+    PEFT scales by alpha / sqrt(rank) with `use_rslora`: the alpha returned is the one that gives the same scale.
+
+    Raises:
+        ConversionError: a setting is missing, or is not known to leave the factors' meaning as it is.
+    """
+    settings = read_json(path)
+    for key, value in settings.items():
+        if key not in FREE and value not in PLAIN.get(key, OFF):
+            raise ConversionError.of(path, f"{key} is {short(value)}: {_only(key)}", _remedy(key, value))
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
+    dropout, rslora = settings.get("lora_dropout") or 0.0, settings.get("use_rslora") or False
+    again = "save the adapter again"
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConversionError.of(path, f"r is {short(rank)}, not a whole number of at least 1", again)
+    if not is_finite(alpha) or alpha <= 0:
+        raise ConversionError.of(path, f"lora_alpha is {short(alpha)}, not a number above 0", again)
+    if not is_finite(dropout) or not 0 <= dropout < 1:
+        raise ConversionError.of(path, f"lora_dropout is {short(dropout)}, not a number from 0 to below 1", again)
+    if not isinstance(rslora, bool):
+        raise ConversionError.of(path, f"use_rslora is {short(rslora)}, not true or false", again)
+    return LoRAConfig(rank, float(alpha) * (math.sqrt(rank) if rslora else 1.0), float(dropout))
+
+
+def _only(key: str) -> str:
+    if key not in PLAIN:
+        return "such adapters cannot be read"
+    return f"only {', '.join(json.dumps(value) for value in PLAIN[key] if value is not None)} can be read"
+
+
+def _remedy(key: str, value: Any) -> str:
+    if key == "init_lora_weights" and isinstance(value, str) and value.startswith(CONVERTIBLE):
+        return (
+            "its factors belong to a base that this method changed; save it as plain LoRA: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+        )
+    return "merge it with PEFT (merge_and_unload), save the model and import that"
 
 
 def name_targets(config: VLAConfig, paths: set[str]) -> str:

@@ -1,9 +1,10 @@
 """What every source of weights offers to the converter."""
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,35 @@ from openvla_jax.convert.names import (
     table,
 )
 from openvla_jax.convert.orbax_io import OrbaxReader
+from openvla_jax.convert.torch_io import BFLOAT16, E4M3, E5M2
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A tensor that is computed, not stored, when it is read."""
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def _without_float8(tensors: Mapping[str, Any], leaves: Mapping[str, Sequence[Slot]]) -> dict[str, Any]:
+    """Returns the tensors with float8 as the type of the leaf's other layers, or bfloat16: each holds its values."""
+    wide = dict(tensors)
+    for slots in leaves.values():
+        found = [tensors[slot.source] for slot in slots if slot.source in tensors]
+        small = {tensor.dtype for tensor in found} & {E4M3, E5M2}
+        dtype = next((tensor.dtype for tensor in found if tensor.dtype not in small), BFLOAT16)
+        for slot in slots if small else ():
+            tensor = tensors.get(slot.source)
+            if tensor is not None and tensor.dtype in small:
+                wide[slot.source] = Made(tensor.shape, dtype, functools.partial(_cast, tensor, dtype))
+    return wide
+
+
+def _cast(tensor: Any, dtype: np.dtype) -> np.ndarray:
+    return tensor.read().astype(dtype)
 
 
 class TorchWeights:
@@ -30,10 +59,10 @@ class TorchWeights:
 
     def __init__(self, config: VLAConfig, layout: str, tensors: Mapping[str, Any], where: str):
         self.slots = table(config, layout)
-        named = canonical_names(tensors, layout)
-        self.tensors = {name: tensors[original] for name, original in named.items()}
-        check(self.slots, self.tensors, where)
         self._by_leaf = by_leaf(self.slots)
+        named = canonical_names(tensors, layout)
+        self.tensors = _without_float8({name: tensors[original] for name, original in named.items()}, self._by_leaf)
+        check(self.slots, self.tensors, where)
         self.leaves: dict[str, tuple[np.dtype, Shape]] = {}
         shapes = leaf_shapes(config)
         for leaf, slots in self._by_leaf.items():

@@ -13,19 +13,30 @@ from typing import Any
 from etils import epath
 
 from openvla_jax.checkpoint.base import MERGE
-from openvla_jax.checkpoint.contract import action_spec, check_statistics
+from openvla_jax.checkpoint.contract import action_spec, check_statistics, short
 from openvla_jax.checkpoint.reading import is_complete, load_contract, open_checkpoint
 from openvla_jax.config import preset
-from openvla_jax.convert.describe import HF_DEFAULTS, describe, merge, named_hf, named_native, read_json, read_overrides
+from openvla_jax.convert.describe import (
+    HF_DEFAULTS,
+    Description,
+    describe,
+    merge,
+    named_hf,
+    named_native,
+    read_json,
+    read_overrides,
+)
 from openvla_jax.convert.names import (
     ConversionError,
+    Shape,
     tower_prefix,
 )
-from openvla_jax.convert.oft import PLATFORMS, choose, find_components, read_components, same_dtypes, serving
+from openvla_jax.convert.oft import OftOptions, choose, read_components, same_dtypes, serving
 from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.parts import load_towers, open_parts
 from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.torch_io import Tensor, read_pt, read_torch_folder
+from openvla_jax.errors import InputError, reading
 from openvla_jax.storage import is_remote
 from openvla_jax.types import ObservationSpec, Preprocessing
 
@@ -39,14 +50,12 @@ def open_source(
     model_config: str | Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     parts: Mapping[str, str] | None = None,
-    oft: str | None = None,
-    cameras: Sequence[str] | None = None,
-    horizon: int | None = None,
+    oft: OftOptions | None = None,
 ) -> Source:
     """The weights at `src`, which is in a bucket only if it is an Orbax checkpoint.
 
-    `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`). `oft`: the platform of an
-    OpenVLA-OFT checkpoint, `cameras` and `horizon` what differs from it (see `oft.py`).
+    `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`). `oft`: what the files of an
+    OpenVLA-OFT checkpoint do not say.
 
     Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such
     weights.
@@ -67,7 +76,7 @@ def open_source(
     if runs.is_dir():
         return open_native(_latest_pt(runs), parts or {}, **given)
     if (path / "config.json").exists():
-        return open_hf(path, **given, oft=oft, cameras=cameras, horizon=horizon)
+        return open_hf(path, **given, oft=oft)
     if (path / "adapter_config.json").exists():
         raise ConversionError(f"{path} is a LoRA adapter: name the model that it belongs to, --base CHECKPOINT")
     return open_orbax(path)
@@ -95,46 +104,43 @@ def _from_hub(name: str) -> Path:
 
 
 def open_hf(
-    folder: Path,
-    overrides: Mapping[str, Any],
-    tokenizer: Path | None,
-    oft: str | None = None,
-    cameras: Sequence[str] | None = None,
-    horizon: int | None = None,
+    folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None, oft: OftOptions | None = None
 ) -> Source:
     """A folder as the reference's HF class saves it. `dataset_statistics.json` beside it replaces `norm_stats`."""
     config = read_json(folder / "config.json")
+    tensors = same_dtypes(read_torch_folder(folder) | read_components(folder, oft))
+    with reading(folder / "config.json", "correct it, or download it again", ConversionError):
+        return _open_hf(folder, config, tensors, overrides, tokenizer, oft)
+
+
+def _open_hf(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    tokenizer: Path | None,
+    oft: OftOptions | None,
+) -> Source:
     if config.get("model_type") not in ("openvla", "prismatic"):
         raise ConversionError(
             f"{folder} holds a {config.get('model_type')!r} model, not an 'openvla' one: name an OpenVLA checkpoint"
         )
     processor = folder / "preprocessor_config.json"
-    named = named_hf(config, read_json(processor) if processor.exists() else {})
-    tensors: dict[str, Any] = dict(read_torch_folder(folder))
-    components = find_components(folder)
-    if components and oft is None:
-        raise ConversionError(
-            f"{folder} is an OpenVLA-OFT checkpoint ({', '.join(path.name for path in components.values())}): say of "
-            f"which platform, --oft {' or '.join(PLATFORMS)}"
-        )
-    tensors = same_dtypes(tensors | read_components(components, folder))
-    described = describe(
-        named,
+    described = describe_hf(
+        config,
+        read_json(processor) if processor.exists() else {},
         {name: tensor.shape for name, tensor in tensors.items()},
-        lambda index: tower_prefix(named, index, "hf"),
-        "language_model.",
-        text_config=config.get("text_config") or {},
-        padding_rows=config.get("pad_to_multiple_of", HF_DEFAULTS["pad_to_multiple_of"]),
-        name=folder.name,
+        folder.name,
     )
     overrides = merge(config.get("model_config") or {}, overrides)
-    statistics = _statistics(folder, config.get("norm_stats") or {})
-    action = action_spec(statistics, bins=config.get("n_action_bins", HF_DEFAULTS["n_action_bins"]))
+    statistics = _statistics(folder, {} if config.get("norm_stats") is None else config["norm_stats"])
+    try:
+        action = action_spec(statistics, bins=config.get("n_action_bins", HF_DEFAULTS["n_action_bins"]))
+    except InputError as error:
+        raise ConversionError.of(folder / "config.json", f"n_action_bins: {error}") from None
     observation, preprocessing, remarks = ObservationSpec(), AS_PROCESSOR, list[str]()
     if oft is not None:
-        fields, observation, action, remarks = choose(
-            oft, tensors, statistics, folder, cameras=cameras, horizon=horizon
-        )
+        fields, observation, action, remarks = choose(oft, tensors, statistics, folder)
         overrides, preprocessing = merge(fields, overrides), serving(action)
     model = described.model(overrides)
     if config.get("pad_token_id", model.pad_token) != model.pad_token:
@@ -147,17 +153,35 @@ def open_hf(
     weights = TorchWeights(model, "hf", tensors, str(folder))
     return Source(
         "hf", folder, model, weights, statistics, tokenizer, preprocessing, origin, notes, observation, action
-    )  # fmt: skip
+    )
 
 
-def _statistics(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
+def describe_hf(
+    config: Mapping[str, Any], processor: Mapping[str, Any], shapes: Mapping[str, Shape], name: str
+) -> Description:
+    """Returns what a HuggingFace folder's config.json and preprocessor_config.json say of the model in its tensors."""
+    named = named_hf(config, processor)
+    return describe(
+        named,
+        shapes,
+        lambda index: tower_prefix(named, index, "hf"),
+        "language_model.",
+        text_config=config.get("text_config") or {},
+        padding_rows=config.get("pad_to_multiple_of", HF_DEFAULTS["pad_to_multiple_of"]),
+        name=name,
+    )
+
+
+def _statistics(folder: Path, otherwise: Any) -> Mapping[str, Any]:
     path = folder / "dataset_statistics.json"
     statistics = read_json(path) if path.exists() else otherwise
-    where = path if path.exists() else "config.json: norm_stats"
+    where = path if path.exists() else f"{folder / 'config.json'}: norm_stats"
     try:
+        if not isinstance(statistics, Mapping):
+            raise ConversionError(f"statistics are {short(statistics)}, not an object of datasets: fix them")
         check_statistics(statistics, action_spec(statistics), ObservationSpec())
-    except ValueError as error:
-        raise ConversionError(f"{where}: {error}") from None
+    except InputError as error:
+        raise ConversionError.of(where, str(error)) from None
     return statistics
 
 
@@ -184,13 +208,21 @@ def open_native(path: Path, parts: Mapping[str, str], overrides: Mapping[str, An
             f"{path}: no 'model' in it ({', '.join(map(str, list(content)[:5]))}): not a Prismatic checkpoint"
         )
     run = next((folder for folder in path.absolute().parents[:2] if (folder / "config.json").exists()), path.parent)
+    with reading(run / "config.json", "correct it, or pass --model_config", ConversionError):
+        return _open_native(path, run, content["model"], parts, overrides, tokenizer)
+
+
+def _open_native(
+    path: Path, run: Path, content: Mapping[str, Any], parts: Mapping[str, str], overrides: Mapping[str, Any],
+    tokenizer: Path | None,
+) -> Source:  # fmt: skip
     if "preset" in overrides:
         named = preset(overrides["preset"])
         config = {}
     else:
         config = read_json(run / "config.json")
         named = named_native(config)
-    tensors: dict[str, Any] = flatten(content["model"])
+    tensors: dict[str, Any] = flatten(content)
     if parts or not any(name.startswith("vision_backbone.") for name in tensors):
         prefixes = {tower.name: tower_prefix(named, i, "native") for i, tower in enumerate(named.towers)}
         tensors = {name: t for name, t in tensors.items() if not name.startswith("vision_backbone.")}

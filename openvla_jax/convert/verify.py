@@ -6,6 +6,7 @@ Also `inspect`: what a checkpoint is, without converting it.
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from openvla_jax.checkpoint import checksums
+from openvla_jax.checkpoint.reading import open_checkpoint
 from openvla_jax.config import VLAConfig
 from openvla_jax.convert.names import is_stacked, source_shapes
 from openvla_jax.convert.source import Source, TorchWeights
@@ -78,6 +81,18 @@ def verify_weights(
         difference, *found = _compare_outputs(outputs, threshold)
         lines, failures = lines + found[0], failures + found[1]
     return Report(tuple(lines), tuple(failures), difference)
+
+
+def verify_checksums(path: str | Path) -> str:
+    """Reads all files of a checkpoint and compares them with the checksums stored with it; returns a line that says so.
+
+    Raises CheckpointError that names a file that differs, or says that there are no checksums.
+    """
+    directory = open_checkpoint(path)
+    began = time.perf_counter()
+    files, nbytes = checksums.verify(directory)
+    seconds = time.perf_counter() - began
+    return f"{directory}: {files} files, {nbytes:,} bytes, are as they were written ({nbytes / 1e9 / seconds:.2f} GB/s)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class BadImageError(DataError):
 
 
 class BadActionError(DataError):
-    """An action (or state) is NaN or infinite."""
+    """An action (or state) is NaN or infinite, or a gripper is outside its declared range."""
 
 
 class StatisticsError(DataError):

@@ -87,6 +87,28 @@ def parser() -> cli.Parser:
         sub.add_argument("--name", help="of the new dataset; by default that of the source's folder")
         sub.add_argument("--instruction", help="for episodes without one")
         sub.add_argument("--val_share", type=float, default=0.0, help="share of the episodes for a split of their own")
+        sub.add_argument("--primary", metavar="CAMERA", help="the camera that policies see, if it is not obvious")
+    sub = commands.choices["from-lerobot"]
+    sub.add_argument(
+        "--leave_out", metavar="CAMERA", action="append", default=[], help="not converted; may be repeated"
+    )
+    sub.add_argument(
+        "--action", metavar="COLUMN", action="append", default=[], help="'action'; repeated ones are joined"
+    )
+    sub.add_argument(
+        "--state",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="'observation.state', else all 'observation.states.*'; repeated ones are joined",
+    )
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="SECONDS",
+        help="between a row's timestamp and its video frame, as LeRobot's tolerance_s (1e-4)",
+    )
     return parser
 
 
@@ -188,14 +210,26 @@ def _stand_ins(args: argparse.Namespace) -> int:
 def _from_lerobot(args: argparse.Namespace) -> int:
     from openvla_jax.data.ingest import lerobot
 
-    print(lerobot.convert(args.source, args.folder, args.name, args.instruction, args.val_share))
+    told = lerobot.convert(
+        args.source,
+        args.folder,
+        args.name,
+        args.instruction,
+        args.val_share,
+        primary=args.primary,
+        leave_out=args.leave_out,
+        action=args.action,
+        state=args.state,
+        tolerance=args.tolerance,
+    )
+    print(told)
     return 0
 
 
 def _from_npz(args: argparse.Namespace) -> int:
     from openvla_jax.data.ingest import npz
 
-    print(npz.convert(args.source, args.folder, args.name, args.instruction, args.val_share))
+    print(npz.convert(args.source, args.folder, args.name, args.instruction, args.val_share, args.primary))
     return 0
 
 

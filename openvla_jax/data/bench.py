@@ -70,7 +70,7 @@ def write_episodes(folder: Path, episodes: int = 24, steps: int = 60, size: int 
 
     def generate() -> Iterator[dict]:
         for episode in range(episodes):
-            walk = rng.normal(0, 0.3, (steps, 7)).clip(-1, 1).astype(np.float32)
+            walk = rng.normal(0, 0.3, (steps, 7)).clip([-1] * 6 + [0], 1).astype(np.float32)
             picks = rng.integers(len(scenes), size=(steps, 2))
             yield {
                 "steps": [

@@ -5,6 +5,7 @@ weight) pairs. Its names join those of Open X-Embodiment.
 """
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +14,18 @@ from typing import Any
 
 import tensorflow as tf
 
-from openvla_jax.data import DataError
+from openvla_jax.data import DataError, text
 from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig, Trajectory
 from openvla_jax.data.oxe.mixtures import MIXTURES, Mixture
 from openvla_jax.data.oxe.state import StateEncoding
+from openvla_jax.data.statistics import GRIPPER_TOLERANCE
 
-# How a gripper command is written, and what makes it 1 = open, 0 = closed, as everything here has it.
-GRIPPERS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
-    "1 is open": lambda x: x,
-    "0 is open": lambda x: 1 - x,
-    "1 is open, -1 closed": lambda x: (x + 1) / 2,
-    "-1 is open, 1 closed": lambda x: (1 - x) / 2,
+# How a gripper command is written: its values when closed and when open.
+GRIPPERS: dict[str, tuple[float, float]] = {
+    "1 is open": (0.0, 1.0),
+    "0 is open": (1.0, 0.0),
+    "1 is open, -1 closed": (-1.0, 1.0),
+    "-1 is open, 1 closed": (1.0, -1.0),
 }
 
 
@@ -31,9 +33,15 @@ GRIPPERS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 class Columns:
     """Columns start to stop (excluded) of a raw feature, or column start alone; a feature of shape [] has one column.
 
-    key: path in a step, "action" or "observation/joints". absolute: a target, not a change; at the end of an episode it
-    is repeated, where a change becomes 0. normalize: by the dataset's statistics. gripper: one of GRIPPERS; it is
-    absolute, clipped to [0, 1] and not normalised.
+    Args:
+        key: path in a step, "action" or "observation/joints".
+        start, stop: the columns.
+        absolute: a target, not a change; at the end of an episode it is repeated, where a change becomes 0.
+        normalize: by the dataset's statistics.
+        gripper: a gripper command, written as one of GRIPPERS. It becomes 1 = open, 0 = closed, and is absolute and not
+            normalised. Values beyond, by more than 5% of the range, end training (see `statistics.check_grippers`).
+        gripper_range: the same for other units: the command's values when (closed, open), such as (0, 100) for percent,
+            (0, 0.08) for metres, or (850, 0).
     """
 
     key: str
@@ -42,16 +50,29 @@ class Columns:
     absolute: bool = False
     normalize: bool = True
     gripper: str | None = None
+    gripper_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.gripper is not None and self.gripper not in GRIPPERS:
-            raise DataError(f"gripper {self.gripper!r} is unknown: one of {', '.join(map(repr, GRIPPERS))}")
+            raise DataError(
+                f"gripper {self.gripper!r} is unknown: one of {', '.join(map(repr, GRIPPERS))}; for other units give "
+                f"gripper_range=(closed, open)"
+            )
+        if self.gripper_range is not None:
+            if self.gripper is not None:
+                raise DataError(f"column {self.start} of {self.key!r} has gripper and gripper_range: give one of them")
+            _check_range(self.gripper_range)
         if self.start < 0 or self.width < 1:
             raise DataError(f"columns {self.start}:{self.stop} of {self.key!r} are none: count from 0, stop excluded")
 
     @property
     def width(self) -> int:
         return 1 if self.stop is None else self.stop - self.start
+
+    @property
+    def closed_open(self) -> tuple[float, float] | None:
+        """A gripper's values when closed and when open, in the data's units; None for other columns."""
+        return self.gripper_range if self.gripper is None else GRIPPERS[self.gripper]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +90,20 @@ class Columns:
                 f"columns {self.start}:{stop} of {self.key!r} do not fit its shape {values.shape.as_list()}"
             )
         values = values[:, self.start : stop]
-        return values if self.gripper is None else tf.clip_by_value(GRIPPERS[self.gripper](values), 0.0, 1.0)
+        return values if self.closed_open is None else _opening(values, *self.closed_open)
+
+
+def _check_range(ends: Any) -> None:
+    numbers = isinstance(ends, Sequence) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    if not numbers or not all(map(math.isfinite, ends)) or ends[0] == ends[1]:
+        raise DataError(f"gripper_range is {ends!r}: give two different numbers, (closed, open), in the data's units")
+
+
+def _opening(values: tf.Tensor, closed: float, opened: float) -> tf.Tensor:
+    """0 for closed to 1 for open. Values a little beyond are clipped; further ones stay, to be found."""
+    opening = (values - closed) / (opened - closed)
+    clipped = tf.clip_by_value(opening, 0.0, 1.0)
+    return tf.where(tf.abs(opening - clipped) <= GRIPPER_TOLERANCE, clipped, opening)
 
 
 def describe(
@@ -96,6 +130,8 @@ def describe(
         raise DataError(f"dataset {name!r}: no action columns")
     if not cameras:
         raise DataError(f"dataset {name!r}: no cameras: give at least one, as in cameras={{'primary': 'image'}}")
+    if fixed_instruction is not None:
+        (fixed_instruction,) = text.instructions(fixed_instruction, 1, f"dataset {name!r}: fixed_instruction")
 
     def standard(trajectory: Trajectory) -> Trajectory:
         trajectory = transform(trajectory) if transform else trajectory
@@ -105,11 +141,11 @@ def describe(
             observation["state"] = tf.concat([columns.read(trajectory) for columns in state], axis=1)
         full = tf.concat([columns.read(trajectory) for columns in action], axis=1)
         if fixed_instruction is None:
-            text = _find(trajectory, instruction)
+            language = _find(trajectory, instruction)
         else:
-            text = tf.fill(tf.shape(full)[:1], fixed_instruction)
+            language = tf.fill(tf.shape(full)[:1], fixed_instruction)
         kept = {key: trajectory[key] for key in ("_frame_index",) if key in trajectory}
-        return {"observation": observation, "action": full, "language_instruction": text, **kept}
+        return {"observation": observation, "action": full, "language_instruction": language, **kept}
 
     return DatasetConfig(
         name=name,
@@ -122,10 +158,16 @@ def describe(
         transform=standard,
         frame_filter=frame_filter,
         action_masks=(
-            _per_dimension(action, lambda columns: columns.absolute or columns.gripper is not None),
-            _per_dimension(action, lambda columns: columns.normalize and columns.gripper is None),
+            _per_dimension(action, lambda columns: columns.absolute or columns.closed_open is not None),
+            _per_dimension(action, lambda columns: columns.normalize and columns.closed_open is None),
         ),
+        grippers={"action": _grippers(action), "proprio": _grippers(state)},
     )
+
+
+def _grippers(parts: Sequence[Columns]) -> dict[int, tuple[float, float]]:
+    ends = [columns.closed_open for columns in parts for _ in range(columns.width)]
+    return {dimension: pair for dimension, pair in enumerate(ends) if pair is not None}
 
 
 def _per_dimension(action: Sequence[Columns], answer: Callable[[Columns], bool]) -> tuple[bool, ...]:
@@ -186,5 +228,5 @@ def _load(module: str) -> Any:
     except DataError as error:
         raise DataError(f"data.module {module!r}: {error}") from error
     except Exception as error:  # whatever the user's file does
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise DataError(f"data.module {module!r} cannot be loaded ({type(error).__name__}: {reason})") from error
+        cause = " ".join(str(error).split())
+        raise DataError(f"data.module {module!r} cannot be loaded ({type(error).__name__}: {cause})") from error

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from openvla_jax.data import DataError, faults
+from openvla_jax.data import DataError, faults, text
 from openvla_jax.data.mixture import Mixture
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.actions import ActionTokenizer
 from openvla_jax.tokens.prompts import encode_example
 from openvla_jax.types import Batch
@@ -26,6 +27,7 @@ class Encoder:
         self.camera_mask = mixture.camera_mask
         self.horizon = mixture.action.horizon
         self.action_dims = mixture.action_dims
+        self.grippers = mixture.grippers
         self.action_tokenizer = ActionTokenizer(tokenizer.vocab_size, mixture.action.bins)
         self.truncated_instructions = 0
         self.skipped = faults.Skipped(self.names)
@@ -34,12 +36,12 @@ class Encoder:
         # Robots are told the same things over and over: the row of an instruction is made once, with zeros for actions,
         # and the actions of each frame are written over them.
         @functools.lru_cache(maxsize=65536)
-        def template(instruction: str, action_dim: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        def template(instruction: bytes, action_dim: int) -> tuple[np.ndarray, np.ndarray, bool]:
             blank = np.zeros((self.horizon, action_dim))
-            text, places, cut = encode_example(
-                tokenizer, self.action_tokenizer, instruction, blank, text_length, prompt_family
+            tokens, places, cut = encode_example(
+                tokenizer, self.action_tokenizer, text.decode(instruction), blank, text_length, prompt_family
             )
-            return text, np.pad(places, (0, targets - len(places)), mode="edge"), cut
+            return tokens, np.pad(places, (0, targets - len(places)), mode="edge"), cut
 
         self._template = template
 
@@ -47,7 +49,7 @@ class Encoder:
         """Encodes the columns of `batches`; raises DataError for a row that cannot be trained on (see `faults`)."""
         if "skipped" in rows:
             self.skipped.note(rows["skipped"])
-        faults.check(rows, self.names, self.cameras)
+        faults.check(rows, self.names, self.cameras, self.grippers, self.horizon)
         dims = self.action_dims[rows["dataset"]]
         tokens, positions = self._templates(rows, dims)
         actions = rows["action"].reshape(len(dims), self.horizon, self.action_dims.max())
@@ -71,13 +73,13 @@ class Encoder:
 
     def _templates(self, rows: Mapping[str, np.ndarray], dims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [B, T] with zeros for actions, and target_positions int32 [B, N]."""
-        texts, places = [], []
+        tokens, places = [], []
         for row, dim in enumerate(dims):
             try:
-                text, place, cut = self._template(rows["language"][row].decode(), int(dim))
-            except ValueError as error:  # an instruction that is empty or not text
+                ids, place, cut = self._template(rows["language"][row], int(dim))
+            except InputError as error:  # an instruction that is empty or not text
                 raise DataError(f"{faults.where(rows, row, self.names)}: {error}") from error
-            texts.append(text)
+            tokens.append(ids)
             places.append(place)
             if cut and not self.truncated_instructions:
                 logging.warning(
@@ -85,4 +87,4 @@ class Encoder:
                     faults.where(rows, row, self.names),
                 )
             self.truncated_instructions += cut
-        return np.stack(texts), np.stack(places)
+        return np.stack(tokens), np.stack(places)

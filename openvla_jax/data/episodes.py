@@ -219,10 +219,16 @@ def explain_errors(sources: Sequence[Source]) -> Iterator[None]:
         named = sources if index is None else [sources[int(index[1])]]
         names = " or ".join(f"{source.name!r} ({source.directory})" for source in named)
         raise CorruptRecordError(f"dataset {names}: an episode does not fit features.json: {_gist(error)}") from error
+    except UnicodeDecodeError as error:  # TensorFlow's message quotes bytes of the record
+        names = " or ".join(f"{source.name!r} ({source.directory})" for source in sources)
+        raise CorruptRecordError(f"dataset {names}: an episode is damaged or does not fit features.json") from error
+    except tf.errors.OpError as error:  # a disk, permissions, a bucket
+        names = " or ".join(f"{source.name!r} ({source.directory})" for source in sources)
+        raise DataError(f"dataset {names} cannot be read: {_gist(error)}") from error
 
 
 def _gist(error: tf.errors.OpError) -> str:
-    text = error.message.splitlines()[0].split("}} ")[-1].split(" [Op:")[0]
+    text = " ".join(error.message.splitlines()[:1]).split("}} ")[-1].split(" [Op:")[0]
     return re.sub(r"Error in user-defined function.*Iterator::\S+: ", "", text)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from openvla_jax.data import BadImageError, DataError, images
-from openvla_jax.data.statistics import check_finite
+from openvla_jax.data.statistics import Grippers, check_finite, check_grippers
 
 NO_FRAMES = -1
 SHORT_EPISODE = -2
@@ -84,11 +84,26 @@ def where(rows: Mapping[str, np.ndarray], row: int, names: Sequence[str]) -> str
     return f"dataset {name!r}, episode {episode}, step {rows['step'][row]}"
 
 
-def check(rows: Mapping[str, np.ndarray], names: Sequence[str], cameras: Sequence[str]) -> None:
+def check(
+    rows: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    cameras: Sequence[str],
+    grippers: Sequence[Grippers] = (),
+    horizon: int = 1,
+) -> None:
     """Raises for the first row that cannot be trained on.
 
-    rows: columns of a batch, as `batches` delivers them. names: of the datasets. Raises DataError if a dataset yields
-    no frames, BadImageError for a broken image, BadActionError for an action or state that is NaN or infinite.
+    Args:
+        rows: columns of a batch, as `batches` delivers them.
+        names: of the datasets.
+        cameras: whose images a row holds.
+        grippers: of each dataset's actions.
+        horizon: actions of a row.
+
+    Raises:
+        DataError: a dataset yields no frames.
+        BadImageError: an image is broken.
+        BadActionError: an action or state is NaN or infinite, or a gripper outside its declared range.
     """
     for row in np.flatnonzero(rows["step"] == NO_FRAMES)[:1].tolist():
         raise DataError(
@@ -112,3 +127,9 @@ def check(rows: Mapping[str, np.ndarray], names: Sequence[str], cameras: Sequenc
         for row in np.flatnonzero(~np.isfinite(rows[column]).all(axis=1))[:1].tolist() if column in rows else ():
             name, one = names[rows["dataset"][row]], slice(row, row + 1)
             check_finite(rows[column][one], column, name, rows["episode"][one], rows["step"][one])
+    for index, ranges in enumerate(grippers):
+        if ranges:
+            own = np.flatnonzero(rows["dataset"] == index)
+            actions = rows["action"][own].reshape(len(own) * horizon, -1)
+            places = (np.repeat(rows[key][own], horizon) for key in ("episode", "step"))
+            check_grippers(actions, "action", ranges, names[index], *places)

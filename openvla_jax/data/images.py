@@ -1,7 +1,7 @@
 """Camera frames: decode and resize, as the reference does it in TensorFlow."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -81,14 +81,26 @@ def decode_and_resize(
     """Decodes and resizes N images without ever failing: (uint8 [N, size, size, 3], which could be decoded, bool [N]).
 
     An empty string, which stands for a camera that a dataset lacks, is black, as is an image that cannot be decoded.
-    For graphs: an exception inside tf.data would lose the frame's name, so the caller gets a flag instead. What
-    catches it takes longer to set up than an image to decode, so it is set up for many at once.
+    For graphs: an exception inside tf.data would lose the frame's name, so the caller gets a flag instead.
+    """
+    black = tf.zeros([size, size, 3], tf.uint8)
+    return _each(encoded, lambda image: resize(decode(image), size, expected), black)
+
+
+def decodable(encoded: tf.Tensor) -> tf.Tensor:
+    """Whether training can decode each of N images, bool [N]; an empty string counts as black, as above."""
+    return _each(encoded, lambda image: decode(image)[:1, :1], tf.zeros([1, 1, 3], tf.uint8))[1]
+
+
+def _each(encoded: tf.Tensor, work: Callable[[tf.Tensor], tf.Tensor], black: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Applies `work` to N encoded images; returns the results, black for those that fail, and which did not, bool [N].
+
+    What catches an error takes longer to set up than an image to decode, so it is set up for many at once.
     """
     count = tf.shape(encoded)[0]
-    black = tf.zeros([size, size, 3], tf.uint8)
 
     def one(number: tf.Tensor, encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return number, tf.cond(encoded == "", lambda: black, lambda: resize(decode(encoded), size, expected))
+        return number, tf.cond(encoded == "", lambda: black, lambda: work(encoded))
 
     numbered = tf.data.Dataset.from_tensor_slices((tf.range(count), encoded))
     good = numbered.map(one).ignore_errors().concatenate(tf.data.Dataset.from_tensors((count, black)))

@@ -20,6 +20,7 @@ from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig
 from openvla_jax.data.oxe.mixtures import resolve_mixture
 from openvla_jax.data.rlds import dataset_statistics
 from openvla_jax.data.source import EpisodeRange, Source, episode_ranges, open_source
+from openvla_jax.data.statistics import Grippers
 from openvla_jax.types import ActionSpec, ObservationSpec
 
 DEFAULT_OBSERVATION, DEFAULT_ACTION = ObservationSpec(), ActionSpec()  # one camera, no state, one action
@@ -111,6 +112,11 @@ class Mixture:
     @property
     def action_dims(self) -> np.ndarray:
         return np.array([len(source.config.action_normalization_mask) for source in self.sources])
+
+    @property
+    def grippers(self) -> list[Grippers]:
+        """Of each dataset's actions (see `statistics.check_grippers`)."""
+        return [source.config.grippers.get("action", {}) for source in self.sources]
 
     @property
     def camera_mask(self) -> np.ndarray:

@@ -36,7 +36,7 @@ def dataset_statistics(
     Raises:
       StatisticsError: the file is missing or malformed, or does not fit the dataset's actions or state.
       CorruptRecordError: records are damaged or missing.
-      BadActionError: an action or state is NaN or infinite.
+      BadActionError: an action or state is NaN or infinite, or a gripper outside its declared range.
       DataError: the dataset has no steps or no such state column, or its transform fails.
     """
     config = source.config
@@ -63,7 +63,7 @@ def dataset_statistics(
         files = episode_ranges(source, "all")
         with explain_errors([source]):
             passed = read_episodes(traced, files, seed=0, readers=8).prefetch(tf.data.AUTOTUNE)
-            result = stats.summarize(passed.as_numpy_iterator(), source.name)
+            result = stats.summarize(passed.as_numpy_iterator(), source.name, config.grippers)
         missing = sum(run.take for run in files) - result["num_trajectories"]
         if missing:
             raise CorruptRecordError(
@@ -72,7 +72,7 @@ def dataset_statistics(
             )
         return result
 
-    return prepared(stats.cached(file_name, [cache_dir or str(source.directory)], compute))
+    return stats.cached(file_name, [cache_dir or str(source.directory)], compute, prepared)
 
 
 def make_dataset(

@@ -11,10 +11,12 @@ from etils import epath
 from openvla_jax.config import nearest
 from openvla_jax.data import DataError, DatasetNotFoundError, SplitNotFoundError
 from openvla_jax.data.oxe.datasets import DATASETS, DatasetConfig
+from openvla_jax.errors import reading
 
 tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds; it must not take the accelerator's memory
 
 # Names under which people have the same data on disk. OpenVLA's documented download renames bridge_dataset.
+_FIX = "are dataset_info.json and features.json complete?"
 ALIASES = {"bridge_orig": ("bridge_dataset",), "bridge_dataset": ("bridge_orig",), "bridge_oxe": ("bridge",)}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +105,8 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def _own_name(version: epath.Path) -> str:
-    return tfds.core.dataset_info.read_proto_from_builder_dir(version).name
+    with reading(version / "dataset_info.json", _FIX, DataError):
+        return tfds.core.dataset_info.read_proto_from_builder_dir(version).name
 
 
 def _listing(folder: epath.Path) -> str:
@@ -125,14 +128,13 @@ def open_source(dataset: str | DatasetConfig, data_dir: epath.PathLike) -> Sourc
             )
         dataset = DATASETS[dataset]
     directory = find(dataset.name, data_dir)
-    try:
+    with reading(directory, _FIX, DataError):
         info = tfds.builder_from_directory(directory).info
         features, file_format = info.features, info.file_format
-    except Exception as error:  # TFDS raises whatever its many readers do
-        raise DataError(
-            f"dataset {dataset.name!r}: {directory} cannot be opened ({str(error).splitlines()[0]}): "
-            f"are dataset_info.json and features.json complete?"
-        ) from error
+        for name, split in info.splits.items():
+            _ = split.file_instructions  # raises if the names of its files make no sense
+            if min(split.shard_lengths or [0]) < 0:
+                raise DataError.of(directory, f"split {name!r} declares fewer than 0 episodes", _FIX)
     steps = dict(features).get("steps") if isinstance(features, tfds.features.FeaturesDict) else None
     if not isinstance(steps, tfds.features.Dataset) or not isinstance(steps.feature, tfds.features.FeaturesDict):
         raise DataError(f"dataset {dataset.name!r}: {directory} has no dataset of 'steps' per example: it is not RLDS")
@@ -176,11 +178,24 @@ def episode_ranges(source: Source, split: str, process_index: int = 0, process_c
             f"dataset {source.name!r} ({source.directory}) has no split {split_name!r}; it has "
             f"{', '.join(source.splits) or 'none'}"
         )
-    files = source.info.splits[spec].file_instructions if sum(source.splits.values()) else []
+    with reading(f"{source.directory}, split {spec!r}", "name a split or a part, as in train[:10]", DataError):
+        files = source.info.splits[spec].file_instructions if sum(source.splits.values()) else []
     runs = [EpisodeRange(str(file.filename), file.skip, file.take) for file in files]
     if not sum(run.take for run in runs):
-        raise SplitNotFoundError(f"dataset {source.name!r} ({source.directory}): split {spec!r} has no episodes")
+        raise SplitNotFoundError(
+            f"dataset {source.name!r} ({source.directory}): split {spec!r} has no episodes{_advice(source, split)}"
+        )
     return _part(runs, process_index, process_count)
+
+
+def _advice(source: Source, split: str) -> str:
+    """How to go on if there are too few episodes to hold any out."""
+    if split != "val" or "val" in source.splits:
+        return ""
+    return (
+        f": 5% of {source.splits.get('train', 0)} episodes are none; set train.eval_every=0 to train without "
+        f"validation, or hold some out in a split 'val' (--val_share of from-npz and from-lerobot)"
+    )
 
 
 def _part(runs: list[EpisodeRange], index: int, count: int) -> list[EpisodeRange]:

@@ -85,6 +85,14 @@ def restructure(
             raise DataError(
                 f"dataset {config.name!r}: {config.language_key!r} is {language.dtype.name}, not text: fix its entry"
             )
+        language = tf.convert_to_tensor(language)
+        if language.shape.rank == 2 and language.shape[1] == 1:  # a text as an array of one
+            language = language[:, 0]
+        if language.shape.rank != 1:
+            raise DataError(
+                f"dataset {config.name!r}: {config.language_key!r} has shape {language.shape.as_list()}, not one text "
+                f"per step: fix its entry or transform"
+            )
         result["task"]["language_instruction"] = language
     result["dataset_name"] = tf.fill([length], config.name)
     result["absolute_action_mask"] = tf.tile([config.absolute_action_mask], [length, 1])

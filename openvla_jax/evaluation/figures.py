@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from openvla_jax.data.text import literal
 from openvla_jax.errors import InputError
 from openvla_jax.evaluation.page import COLORS, new_figure, plain, png
 from openvla_jax.evaluation.rollouts import Rollouts
@@ -68,7 +69,7 @@ def action_scatter(predicted: np.ndarray, true: np.ndarray, path: Path, title: s
         axes.scatter(true[:, i], predicted[:, i], s=8, alpha=0.4, color="#c0392b", edgecolors="none")
         axes.set(xlim=ends, ylim=ends, title=f"dimension {i}", xlabel="true", ylabel="predicted")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     figure.savefig(path, dpi=110)
     return path
 

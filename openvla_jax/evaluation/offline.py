@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from openvla_jax.data import DataError, text
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions, unnormalize_actions
 from openvla_jax.types import ActionSpec
 
@@ -68,8 +70,7 @@ def held_out_frames(
     `statistics` are those of the dataset in the policy's contract, `module` the run's `data.module`. Raises
     DataError as reading does.
     """
-    from openvla_jax.data import DataError  # TensorFlow comes with these
-    from openvla_jax.data import images as image_files
+    from openvla_jax.data import images as image_files  # TensorFlow comes with these
     from openvla_jax.data.custom import catalogue
     from openvla_jax.data.rlds import make_dataset
 
@@ -100,7 +101,12 @@ def _steps(trajectory: Mapping[str, Any]) -> Iterator[tuple]:
     )
     for image, instruction, action, step in rows:
         if image and instruction.strip():
-            yield image, instruction.decode(), action, _text(trajectory["episode"]), int(step)
+            episode = _text(trajectory["episode"])
+            try:
+                told = text.decode(instruction)
+            except InputError as error:
+                raise DataError(f"episode {episode}, step {step}: {error}") from error
+            yield image, told, action, episode, int(step)
 
 
 def _text(value: Any) -> str:

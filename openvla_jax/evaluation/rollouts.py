@@ -76,6 +76,8 @@ def run_rollouts(
         seeds: The episode that each environment begins.
         record: Number of episodes whose frames are kept.
         executed: Actions of a chunk that are executed before the policy is asked again.
+
+    Raises InputError if chunks are shorter than that.
     """
     observations = [environment.reset(seed) for environment, seed in zip(environments, seeds, strict=True)]
     instructions = [observation.instruction for observation in observations[:record]]
@@ -85,6 +87,10 @@ def run_rollouts(
     for step in range(max(steps)):
         if step % executed == 0:
             chunks = policy.predict_chunks(observations)
+            if (length := min(map(len, chunks))) < executed:
+                raise InputError(
+                    f"the policy predicts {length} actions at once, of which {executed} are to be executed"
+                )
         for i in map(int, np.flatnonzero(~done)):
             observations[i], done[i], success[i] = environments[i].step(chunks[i][step % executed])
             if success[i]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openvla_jax.errors import InputError
-from openvla_jax.inference.policy import Policy, Request
+from openvla_jax.inference.policy import NonFiniteActionError, Policy, Request
 
 
 class QueueFullError(RuntimeError):
@@ -57,7 +57,10 @@ class Batcher:
         return self._queue.qsize()
 
     def submit(self, requests: Sequence[Request]) -> "list[concurrent.futures.Future[np.ndarray]]":
-        """Returns futures of their chunks [K, A]. All are taken, or none: QueueFullError or StoppedError at once."""
+        """Returns futures of their chunks [K, A]. All are taken, or none: QueueFullError or StoppedError at once.
+
+        A future raises what the policy raised for its batch, but NonFiniteActionError only for its own chunk.
+        """
         now = time.perf_counter()
         items = [_Item(request, concurrent.futures.Future(), now) for request in requests]
         with self._lock:
@@ -105,6 +108,10 @@ class Batcher:
             size = next(size for size in self.batch_sizes if size >= len(batch))
             chunks: list[Any] = self.policy.act([item.request for item in batch], size)
         except Exception as error:  # one batch fails, the server goes on
+            if isinstance(error, NonFiniteActionError) and len(batch) > 1:
+                for item in batch:  # alone, because the other rows' actions may be good
+                    self._answer([item])
+                return
             for item in batch:
                 item.future.set_exception(error)
             return

@@ -14,7 +14,7 @@ from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.load import load_weights, tensor_mesh
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.config import nearest
-from openvla_jax.errors import InputError
+from openvla_jax.errors import InputError, NonFiniteError
 from openvla_jax.models.heads import Inputs, Prediction, Sampling, make_head
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.quantize import EXCLUDE
@@ -25,6 +25,10 @@ from openvla_jax.vision.preprocess import prepare_image
 
 # Prompts are padded to the next of these, so that few programs are compiled.
 TEXT_LENGTHS = (32, 64, 128, 256, 512)
+
+
+class NonFiniteActionError(NonFiniteError):
+    """An action that is not finite, and so must not reach a robot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Policy:
         check_images: bool = True,
         base: str | os.PathLike | None = None,
         tensor: int = 1,
+        verify: bool = False,
     ) -> "Policy":
         """Loads a training run's workdir (its latest step), one of its checkpoints, or an imported checkpoint.
 
@@ -86,7 +91,8 @@ class Policy:
         `quantize` ("int8", "int4") and `exclude` are those of `load_model`. `preprocessing` replaces settings of the
         checkpoint (resize_kernel, crop_area, jpeg). `check_images` refuses a model that ignores its images. `base`
         is where an adapter's base lies now, if no longer where it was trained. `tensor` devices of this host share
-        every layer, for a model that one does not hold, or to act sooner.
+        every layer, for a model that one does not hold, or to act sooner. `verify` compares the checkpoint's files with
+        their checksums first.
 
         Raises CheckpointError for a checkpoint that is no policy, ValueError for wrong settings.
         """
@@ -100,7 +106,7 @@ class Policy:
         if not 1 <= tensor <= len(devices):
             raise InputError(f"tensor {tensor}: from 1 to the {len(devices)} devices of this host")
         mesh = tensor_mesh(contract.model, devices[:tensor])
-        model = load_weights(path, contract, dtype, quantize, exclude, base, mesh)
+        model = load_weights(path, contract, dtype, quantize, exclude, base, mesh, verify)
         if jax.default_backend() == "cpu" and tensor == 1:
             model.unstack()
         policy = cls(model, contract, constrained)
@@ -234,7 +240,10 @@ class Policy:
             name = names[int(np.flatnonzero(~np.isfinite(state))[0])]
             raise InputError(f"state column {name!r} is not finite: {state.tolist()}")
         rows = self.contract.state_statistics(key)
-        return normalize_actions(state, rows, self.contract.action.normalization).astype(np.float32)
+        normalized = normalize_actions(state, rows, self.contract.action.normalization)
+        if np.abs(normalized).max() > np.finfo(np.float32).max:
+            raise InputError(f"state {state.tolist()} is too large: give it in the units of dataset {key!r}")
+        return normalized.astype(np.float32)
 
     def blank_request(self, level: int = 0, dataset: str | None = None) -> Request:
         """Returns a request with images of one grey level, for checks and for compiling ahead of requests."""
@@ -246,7 +255,8 @@ class Policy:
     def act(self, requests: Sequence[Request], batch_size: int | None = None) -> list[np.ndarray]:
         """Returns the chunk of each request, float64 [K, action_dim], in physical units.
 
-        Rows are repeated up to `batch_size`, if there is one, so that few programs serve batches of any size.
+        Rows are repeated up to `batch_size`, if there is one, so that few programs serve batches of any size. Raises
+        NonFiniteActionError if any chunk is not finite.
         """
         contract = self.contract
         predicted = self.predict_normalized(requests, batch_size)
@@ -258,6 +268,7 @@ class Policy:
             physical = unnormalize_actions(
                 normalized, contract.statistics[key]["action"], contract.action.normalization
             )
+            check_finite(physical, key)
             for row, chunk in zip(rows, physical, strict=True):
                 chunks[row] = chunk
         return chunks
@@ -306,6 +317,17 @@ class Policy:
     def reset_counters(self) -> None:
         """Forgets the tokens that were decoded so far."""
         self.outside_tokens = self.decoded_tokens = 0
+
+
+def check_finite(actions: np.ndarray, dataset: str) -> None:
+    """Raises NonFiniteActionError, naming the dataset and the first dimension that is not finite, of [B, K, A]."""
+    bad = np.argwhere(~np.isfinite(actions))
+    if len(bad):
+        value, dimension = actions[tuple(bad[0])], bad[0][-1]
+        raise NonFiniteActionError(
+            f"dimension {dimension} of the action is {value}: dataset {dataset!r}; the checkpoint's weights or "
+            "statistics are damaged, import or train it again"
+        )
 
 
 def stacked(rows: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:

@@ -1,9 +1,10 @@
 """The policy over HTTP: `/act` as OpenVLA's clients speak it, `/act_batch`, `/health`, `/info`, `/metrics`.
 
-Errors are real status codes with {"error": reason}. See docs/serving.md.
+Errors are real status codes with {"error": reason}. See docs/serving.md. `process.py` runs it.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import hmac
@@ -20,11 +21,15 @@ import prometheus_client
 from fastapi import FastAPI, Response
 from flax import nnx
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 import openvla_jax
+from openvla_jax.checkpoint.contract import CheckpointError
+from openvla_jax.errors import InputError, NonFiniteError
 from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
-from openvla_jax.inference.policy import TEXT_LENGTHS, Policy, Request
+from openvla_jax.inference.early import EarlyResponse
+from openvla_jax.inference.policy import TEXT_LENGTHS, NonFiniteActionError, Policy, Request
 from openvla_jax.inference.wire import BadRequestError
 from openvla_jax.models.quantize import BlockedQTensor, QTensor, count_bytes
 
@@ -44,11 +49,11 @@ class Settings:
 
 
 class RefusedError(Exception):
-    """A request that is answered with a status of its own."""
+    """A request that is answered with a status of its own; `early` if its body was not read to the end."""
 
-    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None):
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None, early: bool = False):
         super().__init__(reason)
-        self.status, self.headers = status, headers or {}
+        self.status, self.headers, self.early = status, headers or {}, early
 
 
 class Metrics:
@@ -96,13 +101,10 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
     batcher = Batcher(policy, settings.max_batch, settings.wait_ms / 1000, settings.max_queue, metrics.observe)
     metrics.waiting.set_function(lambda: batcher.waiting)
     limit = int(settings.max_body_mb * 2**20)
-    stopping = False
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        nonlocal stopping
-        stopping = True
         await run_in_threadpool(batcher.stop)
 
     app = FastAPI(title="openvla_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -124,7 +126,7 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
             raise RefusedError(503, f"{error}: try again", {"Retry-After": "1"}) from None
         except StoppedError as error:
             raise RefusedError(503, str(error), {"Retry-After": "10"}) from None
-        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        return await asyncio.gather(*map(_chunk, range(len(futures)), futures))
 
     async def act(body: bytes) -> Response:
         def read() -> tuple[Request, dict[str, Any], bool]:
@@ -152,7 +154,7 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
                 try:
                     payloads.append(wire.read_payload(item)[0])
                     prepared.append(prepare(payloads[-1]))
-                except ValueError as error:
+                except InputError as error:
                     raise BadRequestError(f"request {row}: {error}") from None
             return prepared, payloads
 
@@ -160,35 +162,39 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
         chunks = await decide(requests)
         return _json({"actions": [asked_for(*row).tolist() for row in zip(payloads, chunks, strict=True)]})
 
-    def posted(path: str, handle: Callable[[bytes], Awaitable[Response]]) -> None:
-        async def endpoint(request: fastapi.Request) -> Response:
-            response = await _answer(request, handle, settings, limit, metrics)
-            metrics.requests.labels(path, str(response.status_code)).inc()
-            return response
-
-        app.add_route(path, endpoint, methods=["POST"])  # FastAPI's own kind takes longer, to find what to inject
-
-    posted("/act", act)
-    posted("/act_batch", act_batch)
-
-    @app.get("/health", response_model=None)
-    async def health() -> Response:
-        return _json({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
-
-    @app.get("/info", response_model=None)
-    async def info(request: fastapi.Request) -> Response:
-        if not _authorized(request, settings):
-            return _json({"error": "a bearer token is needed"}, 401)
+    async def info(body: bytes) -> Response:
         return _json(describe(policy, settings))
 
-    @app.get("/metrics", response_model=None)
-    async def prometheus(request: fastapi.Request) -> Response:
-        if not _authorized(request, settings):
-            return _json({"error": "a bearer token is needed"}, 401)
+    async def prometheus(body: bytes) -> Response:
         text = prometheus_client.generate_latest(metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
+    def route(method: str, path: str, handle: Callable[[bytes], Awaitable[Response]]) -> None:
+        async def endpoint(request: fastapi.Request) -> Response:
+            response = await _answer(request, handle, settings, limit, metrics)
+            if method == "POST":
+                metrics.requests.labels(path, str(response.status_code)).inc()
+            return response
+
+        app.add_route(path, endpoint, methods=[method])  # FastAPI's own kind takes longer, to find what to inject
+
+    route("POST", "/act", act)
+    route("POST", "/act_batch", act_batch)
+    route("GET", "/info", info)
+    route("GET", "/metrics", prometheus)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
     return app
+
+
+async def _chunk(row: int, future: "concurrent.futures.Future[np.ndarray]") -> np.ndarray:
+    try:
+        return await asyncio.wrap_future(future)
+    except NonFiniteActionError as error:
+        raise NonFiniteActionError(f"request {row}: {error}") from None
 
 
 async def _answer(
@@ -198,44 +204,56 @@ async def _answer(
     limit: int,
     metrics: Metrics,
 ) -> Response:
-    """The handler's response, or that of whatever is wrong."""
+    """Returns the handler's response, or an error response with the reason."""
+    posted, early, headers = request.method == "POST", False, {}
     try:
         if not _authorized(request, settings):
-            raise RefusedError(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+            raise RefusedError(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"}, early=True)
         body = await _read_body(request, limit, settings.body_seconds)
         began = time.perf_counter()
         response = await handle(body)
-        metrics.latency.observe(time.perf_counter() - began)
+        if posted:
+            metrics.latency.observe(time.perf_counter() - began)
         return response
     except RefusedError as error:
-        status, reason, headers = error.status, str(error), error.headers
+        status, reason, headers, early = error.status, str(error), error.headers, error.early
+    except ClientDisconnect:  # nobody reads this answer
+        status, reason = 400, "the connection was closed before the body had arrived"
     except BadRequestError as error:
-        status, reason, headers = 400, str(error), {}
-    except ValueError as error:  # the policy's own refusals: key, instruction, image
-        status, reason, headers = 422, str(error), {}
+        status, reason = 400, str(error)
+    except (NonFiniteError, CheckpointError) as error:  # the policy is at fault
+        logging.error("a request failed: %s", error)
+        status, reason = 500, str(error)
+    except InputError as error:  # the policy's own refusals: key, instruction, image
+        status, reason = 422, str(error)
     except Exception:
         logging.exception("a request failed")
-        status, reason, headers = 500, "internal error; the server's log has it", {}
-    if settings.reference_errors and status != 401:
+        status, reason = 500, "internal error; the server's log has it"
+    if settings.reference_errors and posted and status != 401:
         return _json("error")
-    return _json({"error": reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}..."}, status, headers)
+    content = {"error": reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}..."}
+    return EarlyResponse(wire.dumps(content), status, headers) if early else _json(content, status, headers)
 
 
 async def _read_body(request: fastapi.Request, limit: int, seconds: float) -> bytes:
     declared = request.headers.get("content-length", "")
-    too_large = RefusedError(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
+    too_large = f"the body is larger than {limit} bytes (--max_body_mb)"
     if declared.isdecimal() and int(declared[:20]) > limit:
-        raise too_large
-    parts, size = [], 0
+        raise RefusedError(413, too_large, early=True)
+    parts, size, more = [], 0, True
     try:
         async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                size += len(part)
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                more = message.get("more_body", False)
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
                 if size > limit:
-                    raise too_large
-                parts.append(part)
+                    raise RefusedError(413, too_large, early=more)
     except TimeoutError:
-        raise RefusedError(408, f"the body did not arrive within {seconds:g} s", {"Connection": "close"}) from None
+        raise RefusedError(408, f"the body did not arrive within {seconds:g} s", early=True) from None
     return b"".join(parts)
 
 
@@ -292,7 +310,8 @@ def describe(policy: Policy, settings: Settings) -> dict[str, Any]:
             key: {"action_dim": contract.action_dim(key), "action": stats["action"]}
             for key, stats in contract.statistics.items()
         },
-        "training": json.loads(json.dumps(dict(contract.training), default=str)),
+        # Settings may be infinite, and then become text.
+        "training": json.loads(json.dumps(dict(contract.training), default=str), parse_constant=str),
         "device": f"{device.platform}: {device.device_kind}",
         "devices": len(jax.tree.leaves(policy.model)[0].devices()),
         "dtype": str(policy.model.dtype),

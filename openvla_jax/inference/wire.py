@@ -5,7 +5,6 @@ json-numpy (which OpenVLA's clients use) spells an array {"__numpy__": base64 of
 """
 
 import base64
-import binascii
 import io
 import json
 import math
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from openvla_jax.config import nearest
-from openvla_jax.errors import InputError
+from openvla_jax.errors import InputError, NonFiniteError, reading
 from openvla_jax.types import Observation
 
 MAX_PIXELS = 16 * 2**20  # of one image: a few kilobytes of PNG can declare gigabytes
@@ -29,13 +28,19 @@ class BadRequestError(InputError):
 
 
 def dumps(value: Any) -> str:
-    """JSON with arrays as json-numpy writes them."""
-    return json.dumps(value, default=encode_array)
+    """JSON with arrays as json-numpy writes them. Raises NonFiniteError for a NaN or infinity anywhere in it."""
+    try:
+        return json.dumps(value, default=encode_array, allow_nan=False)
+    except ValueError as error:
+        raise NonFiniteError(f"a value has no JSON form ({error})") from None
 
 
 def encode_array(array: Any) -> dict[str, Any]:
+    """Returns the json-numpy object of an array. Raises NonFiniteError for a NaN or infinity in it."""
     if not isinstance(array, np.ndarray | np.generic):
         raise TypeError(f"{type(array).__name__} has no JSON form")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise NonFiniteError(f"an array of shape {array.shape} holds NaN or infinity")
     array = np.ascontiguousarray(array) if array.ndim else np.asarray(array)
     data = base64.b64encode(array.tobytes()).decode()
     return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
@@ -50,17 +55,21 @@ def decode_array(value: dict[str, Any], where: str) -> np.ndarray:
         )
     if not isinstance(dtype, str) or len(dtype) > 8:
         raise BadRequestError(f"{where}: dtype {_short(dtype)} is not the name of a number type, as '|u1'")
-    try:
+    with reading(f"{where}: dtype {_short(dtype)}", "send '|u1' for uint8", BadRequestError):
         kind = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError):
-        raise BadRequestError(f"{where}: dtype {_short(dtype)} is unknown; send '|u1' for uint8") from None
     if kind.kind not in "biuf" or kind.shape:
         raise BadRequestError(f"{where}: dtype {_short(dtype)} does not hold plain numbers; send '|u1' for uint8")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
         raise BadRequestError(f"{where}: shape {_short(shape)} is not a list of sizes")
-    raw = _base64(data, where)
-    if math.prod(shape) * kind.itemsize != len(raw):
-        raise BadRequestError(f"{where}: {len(raw)} bytes are not an array of shape {_short(shape)} and dtype {dtype}")
+    if not isinstance(data, str):
+        raise BadRequestError(f"{where}: its data are {_kind(data)}: send base64 text")
+    size = math.prod(shape) * kind.itemsize
+    fits = len(data) == 4 * -(-size // 3)  # before anything is decoded
+    raw = _base64(data, where) if fits else b""
+    if not fits or len(raw) != size:
+        raise BadRequestError(
+            f"{where}: {len(data)} characters of base64 are not an array of shape {_short(shape)} and dtype {dtype}"
+        )
     return np.frombuffer(raw, kind).reshape(shape)
 
 
@@ -70,14 +79,8 @@ def loads(text: bytes | str) -> Any:
     def refuse(name: str) -> None:
         raise BadRequestError(f"the body holds {name}, which is not JSON")
 
-    try:
+    with reading("the body is not JSON", kind=BadRequestError, fix=f"send {FORM}"):
         return json.loads(text, parse_constant=refuse)
-    except BadRequestError:
-        raise
-    except RecursionError:
-        raise BadRequestError("the body is nested too deeply") from None
-    except ValueError as error:
-        raise BadRequestError(f"the body is not JSON: {str(error)[:200]}") from None
 
 
 def read_payload(value: Any) -> tuple[dict[str, Any], bool]:
@@ -152,7 +155,7 @@ def read_image(value: Any, where: str = "image") -> np.ndarray:
     if isinstance(value, dict):
         image = decode_array(value, where)
     elif isinstance(value, str):
-        image = _decode_picture(_base64(value.partition("base64,")[2] or value, where), where)
+        image = decode_picture(_base64(value.partition("base64,")[2] or value, where), where)
     elif isinstance(value, list):
         image = _from_lists(value, where)
     else:
@@ -161,45 +164,38 @@ def read_image(value: Any, where: str = "image") -> np.ndarray:
         raise BadRequestError(
             f"{where} has dtype {image.dtype} and shape {image.shape}; send uint8 RGB [height, width, 3]"
         )
-    rows, columns = image.shape[:2]
-    if rows * columns > MAX_PIXELS or 100 * min(rows, columns) < max(rows, columns):
-        raise BadRequestError(f"{where} of {rows} x {columns} pixels: at most {MAX_PIXELS}, sides 1:100")
+    _check_pixels(image.shape[0], image.shape[1], where)
     return image
 
 
-def _decode_picture(data: bytes, where: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadRequestError(f"{where} of {picture.width} x {picture.height} pixels: at most {MAX_PIXELS}")
-            if picture.mode != "RGB":
-                raise BadRequestError(f"{where} has mode {picture.mode}: send RGB")
-            return np.asarray(picture)
-    except BadRequestError:
-        raise
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
-        raise BadRequestError(
-            f"{where} is no readable JPEG or PNG ({str(error)[:100] or type(error).__name__})"
-        ) from None
+def _check_pixels(rows: int, columns: int, where: str) -> None:
+    if rows * columns > MAX_PIXELS or 100 * min(rows, columns) < max(rows, columns):
+        raise BadRequestError(f"{where} of {rows} x {columns} pixels: at most {MAX_PIXELS}, sides 1:100")
+
+
+def decode_picture(data: bytes, where: str) -> np.ndarray:
+    """Returns uint8 [height, width, 3] of a JPEG or PNG. Raises BadRequestError that names `where`."""
+    with (
+        reading(f"{where} is no readable JPEG or PNG", "send it as the camera wrote it", BadRequestError),
+        Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture,
+    ):
+        _check_pixels(picture.height, picture.width, where)  # before any of them is decoded
+        if picture.mode != "RGB":
+            raise BadRequestError(f"{where} has mode {picture.mode}: send RGB")
+        return np.asarray(picture)
 
 
 def _from_lists(value: list[Any], where: str) -> np.ndarray:
-    try:
+    with reading(f"{where} lists differ in length", "send [height][width][3]", BadRequestError):
         numbers = np.asarray(value)
-    except (ValueError, OverflowError):
-        raise BadRequestError(f"{where} lists differ in length: send [height][width][3]") from None
     if numbers.dtype.kind not in "iu" or numbers.size == 0 or numbers.min() < 0 or numbers.max() > 255:
         raise BadRequestError(f"{where} lists must hold whole numbers from 0 to 255")
     return numbers.astype(np.uint8)
 
 
-def _base64(data: Any, where: str) -> bytes:
-    if not isinstance(data, str):
-        raise BadRequestError(f"{where}: its data are {_kind(data)}: send base64 text")
-    try:
+def _base64(data: str, where: str) -> bytes:
+    with reading(f"{where}: its data are not base64", "encode them again", BadRequestError):
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRequestError(f"{where}: its data are not base64 ({error})") from None
 
 
 def _kind(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from openvla_jax.data.text import literal
 from openvla_jax.evaluation.page import COLORS, image_html, new_figure, page, plain, png, table_html
 from openvla_jax.storage import atomic_write
 from openvla_jax.sweep.points import CONFIG, SweepError
@@ -217,13 +218,14 @@ def _curves(results: Sequence[Result], swept: Sequence[str], metric: str) -> byt
                 axes.plot(*zip(*points, strict=True), color=colors[label], linewidth=1.2,
                           label=None if label in seen else label, **style)  # fmt: skip
                 seen.add(label)
-        axes.set(xlabel="step", title=name)
+        axes.set(xlabel="step", title=literal(name))
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain(axes)
     if len(colors) > 1:
         handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8,
-                      title=", ".join(map(_short, axes_of)), title_fontsize=8)  # fmt: skip
+        title = literal(", ".join(map(_short, axes_of)))
+        figure.legend(handles, list(map(literal, names)), loc="outside right center", frameon=False, fontsize=8,
+                      title=title, title_fontsize=8)  # fmt: skip
     return png(figure)
 
 
@@ -235,7 +237,7 @@ def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> byte
     numbers = _numbers(values)
     x = list(range(len(values))) if numbers is None else numbers
     if numbers is None:
-        axes.set_xticks(x, [_text(value) for value in values])
+        axes.set_xticks(x, [literal(_text(value)) for value in values])
     elif min(numbers) > 0 and max(numbers) / min(numbers) > _LOG_SPAN:
         axes.set_xscale("log")
     y = [group.mean for group in groups]
@@ -245,9 +247,11 @@ def _effect(groups: Sequence[Group], key: str, metric: str, lower: bool) -> byte
                   ecolor="#9aa7b5", capsize=3)  # fmt: skip
     if any(map(math.isfinite, y)):
         best = int(np.nanargmin(y) if lower else np.nanargmax(y))
-        axes.plot([x[best]], [y[best]], "o", color=COLORS[1], markersize=9, label=f"best: {_text(values[best])}")
+        axes.plot(
+            [x[best]], [y[best]], "o", color=COLORS[1], markersize=9, label=literal(f"best: {_text(values[best])}")
+        )
         axes.legend(frameon=False)
-    axes.set(xlabel=key, title=metric)
+    axes.set(xlabel=literal(key), title=literal(metric))
     plain(axes)
     return png(figure)
 
@@ -263,13 +267,13 @@ def _heat_map(groups: Sequence[Group], axes: Sequence[str], metric: str) -> byte
     figure = new_figure(2 + 0.9 * len(columns), 1.6 + 0.6 * len(lines))
     plot = figure.subplots()
     image = plot.imshow(grid, cmap="viridis", aspect="auto")
-    plot.set_xticks(range(len(columns)), columns, rotation=30)
-    plot.set_yticks(range(len(lines)), lines)
+    plot.set_xticks(range(len(columns)), list(map(literal, columns)), rotation=30)
+    plot.set_yticks(range(len(lines)), list(map(literal, lines)))
     middle = (np.nanmax(grid) + np.nanmin(grid)) / 2 if np.isfinite(grid).any() else 0.0
     for (i, j), value in np.ndenumerate(grid):
         if math.isfinite(value):
             plot.text(j, i, f"{value:.3g}", ha="center", va="center", color="black" if value > middle else "white")
-    plot.set(xlabel=axes[0], ylabel=axes[1], title=metric)
+    plot.set(xlabel=literal(axes[0]), ylabel=literal(axes[1]), title=literal(metric))
     figure.colorbar(image)
     return png(figure)
 

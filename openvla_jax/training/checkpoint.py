@@ -9,28 +9,20 @@ from absl import logging
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from openvla_jax.checkpoint.contract import (
-    CheckpointError,
-    Contract,
-)
+from openvla_jax.checkpoint.checksums import noted, noting_context
+from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import (
     Files,
+    check_files,
     check_tree,
     is_complete,
     open_checkpoint,
+    reading_item,
     steps_in,
 )
+from openvla_jax.errors import reading
 from openvla_jax.models.tree import refill, with_shardings
 from openvla_jax.storage import ATTEMPTS, StorageError, absolute, cause, pause
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving and resuming a run
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: Any) -> Any:
@@ -39,7 +31,10 @@ def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: 
     check_tree(path, abstract.params)
     target = with_shardings(abstract, placed)
     rest = nnx.as_pure({"step": target.step, "opt_state": target.opt_state})
-    loaded = ocp.load_checkpointables(path, {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest})
+    wanted = {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest}
+    check_files(path, "optimizer")
+    with reading_item(path, "optimizer"):
+        loaded = ocp.load_checkpointables(path, wanted)
     rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
     rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
     params = refill(abstract.params, loaded["params"])
@@ -51,7 +46,8 @@ def restore_iterator(workdir: os.PathLike | str, step: int, iterator: Any) -> No
     directory = open_checkpoint(workdir, step) / "data"
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is missing: the stream's position was not saved")
-    iterator.restore(os.fspath(directory))
+    with reading(directory, "use data.resume='reseed'", CheckpointError):
+        iterator.restore(os.fspath(directory))
 
 
 def _tells_no_threads(record: Any) -> bool:
@@ -76,7 +72,7 @@ class Checkpoints:
 
     def _open(self) -> Any:
         """Leftovers of saves that did not come to their end are removed."""
-        context = ocp.Context()
+        context = noting_context()
         # Devices that hold the same array share the writing of it: pieces of some kB would cost more than they save.
         context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         return ocp.training.Checkpointer(
@@ -110,7 +106,7 @@ class Checkpoints:
             items["data"] = Files(lambda directory: iterator.save(os.fspath(directory)), every_process=True)
         self._step = step
         try:
-            self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
+            self._pending = self._checkpointer.save_checkpointables_async(step, noted(items), force=True)
         except Exception as error:  # a disk or bucket; Orbax and its libraries raise types of their own
             self._failure = error
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from openvla_jax.checkpoint.contract import CONFIG_FILE, CheckpointError
+from openvla_jax.checkpoint.contract import CONFIG_FILE, CheckpointError, read_json
 from openvla_jax.checkpoint.reading import open_checkpoint
 from openvla_jax.settings import Settings
 
@@ -25,7 +25,7 @@ LATER = ("trainable", "lora", "quantize", "frozen_dtype", "observation", "action
 
 def check_same_run(workdir: epath.Path, config: Settings) -> None:
     """Raises CheckpointError if the config differs from that of the run in `workdir` in what makes the run."""
-    saved = json.loads((open_checkpoint(workdir) / "contract" / CONFIG_FILE).read_text())["training"]
+    saved = read_json(open_checkpoint(workdir) / "contract" / CONFIG_FILE).get("training") or {}
     now = config.to_dict()
     differences = []
     for name in FIXED:

@@ -15,6 +15,7 @@ from openvla_jax.checkpoint.contract import (
     action_spec,
 )
 from openvla_jax.config import tiny
+from openvla_jax.errors import InputError
 from openvla_jax.tokens.tokenizer import load_tokenizer
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
@@ -125,13 +126,105 @@ def test_load_names_what_a_contract_of_format_1_lacks(tmp_path):
         ({"proprio": STATE | {"q01": [0.0]}}, ("x",), "proprio has rows of different length"),
         ({"proprio": {}}, ("x",), "proprio has no rows"),
         ({}, ("y",), "no state column 'y'; known: gripper, x"),
-        ({"proprio": STATE | {"names": ["x"]}}, ("x",), "proprio has 2 columns, the state is x"),
+        ({"proprio": STATE | {"names": ["x"]}}, ("x",), r"proprio has 2 columns, the state is \['x'\]"),
+        ({"proprio": STATE | {"names": "xy"}}, ("x",), "the state is 'xy': name each column"),
+        ({"proprio": STATE | {"names": 7}}, ("x",), "the state is 7: name each column"),
+        ({"proprio": STATE | {"q99": [1.0, None]}}, (), "proprio/q99 is .*not a list of finite numbers"),
+        *(
+            ({"action": ROW | {"q01": row}}, (), "action/q01 is .*not a list of finite numbers")
+            for row in (
+                [float("nan")] * 3,
+                [float("-inf")] * 3,
+                [None] * 3,
+                None,
+                [],
+                0.0,
+                "123",
+                ["1", "2", "3"],
+                [[-1.0], [-2.0], [0.0]],
+                [True, False, False],
+                {"0": 1.0},
+                [10**400, 0, 0],
+            )
+        ),
+        *(
+            ({"action": ROW | {"mask": mask}}, (), "action/mask is .*not a list of true and false")
+            for mask in (True, None, "yes", [1, 1, 0], ["true"] * 3, [[True]] * 3)
+        ),
+        ({"action": ROW | {"mask": [True, True]}}, (), "action has rows of different length"),
+        ({"action": ROW | {"mean": [0.0]}}, (), "action has rows of different length"),
+        ({"action": ROW | {"std": [0.1, -0.1, 0.1]}}, (), "dimension 1 has std -0.1, below 0"),
+        ({"action": ROW | {"min": [2.0] * 3, "max": [1.0] * 3}}, (), "dimension 0 has min 2.0 above max 1.0"),
+        ({"action": [1.0]}, (), "action has no rows q01 and q99"),
     ],
 )
 def test_contract_refuses_statistics_that_cannot_scale(changes, state, message):
     statistics = {"arm": STATISTICS["arm"] | changes}
     with pytest.raises(CheckpointError, match=f"statistics of 'arm'.*{message}"):
         Contract(sized(state), None, statistics, ObservationSpec(state=state))
+
+
+def test_contract_takes_statistics_of_dimensions_that_never_change():
+    row = {"mean": [0.0] * 7, "std": [0.0] * 7, "min": [0] * 7, "max": [0] * 7, "q01": [0.0] * 7, "q99": [0.0] * 7}
+    statistics = {"still": {"action": row, "proprio": {}}}
+    assert Contract(tiny(), None, statistics).action_dim("still") == 7
+    assert Contract(tiny(), None, statistics, action=ActionSpec(normalization="normal")).action_dim("still") == 7
+
+
+@pytest.mark.parametrize("statistics", [{"arm": None}, {"arm": 1.0}, {"arm": [ROW]}, {"arm": {"action": ROW}, "b": 3}])
+def test_contract_refuses_statistics_of_another_form(statistics):
+    with pytest.raises(CheckpointError, match=r"statistics .* object") as caught:
+        Contract(tiny(), None, statistics)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [0.5, "abc", [], [[1.0]], None])
+def test_load_of_format_1_names_statistics_of_another_form(tmp_path, row):
+    statistics = {"arm": {"action": ROW | {"q01": row, "mask": row}}}
+    with pytest.raises(CheckpointError, match="statistics of 'arm': action/q01 is"):
+        Contract.load(written(tmp_path, FORMAT_1, statistics))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (CONFIG_FILE, b""),
+        (CONFIG_FILE, b"\xff\xfe{"),
+        (CONFIG_FILE, b"[" * 100_000),
+        (CONFIG_FILE, b"[]"),
+        (CONFIG_FILE, None),
+        (STATISTICS_FILE, b"{"),
+        (STATISTICS_FILE, None),
+        ("tokenizer/tokenizer.json", b"{"),
+        ("tokenizer/tokenizer.json", b""),
+        ("tokenizer/tokenizer.json", None),
+    ],
+)
+def test_load_names_the_file_that_is_damaged(tmp_path, file, text):
+    tokenizer = load_tokenizer("tiny")
+    Contract(tiny(base_vocab_size=tokenizer.vocab_size), tokenizer, STATISTICS).save(tmp_path)
+    (tmp_path / file).unlink()
+    if text is not None:
+        (tmp_path / file).write_bytes(text)
+    with pytest.raises(InputError) as caught:
+        Contract.load(tmp_path)
+    assert str(tmp_path / file) in str(caught.value) or (text is None and "tokenizer" in str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"towers": 3}}, {"model": {"towers": [5]}}, {"observation": {"cameras": 3}}, {"format": [2]},
+        {"adapter": {"base": "b"}}, {"adapter": 3}, {"default_key": ["arm"]}, {"action": {"names": 5}},
+        {"preprocessing": {"resize_kernel": []}},
+    ],
+)  # fmt: skip
+def test_load_names_the_folder_of_a_config_of_another_form(tmp_path, change):
+    config = Contract(tiny(), None, STATISTICS).to_dict() | change
+    with pytest.raises(CheckpointError, match=str(tmp_path)) as caught:
+        Contract.load(written(tmp_path, config))
+    assert "\n" not in str(caught.value)
 
 
 def test_state_statistics_are_in_the_order_of_the_spec():

@@ -15,12 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from fabricate import write_hf, write_native
+from fabricate import STATISTICS, write_hf, write_native
 from safetensors.numpy import load_file, save_file
 
 from openvla_jax.checkpoint.load import load_model, save_model
 from openvla_jax.checkpoint.reading import load_contract
-from openvla_jax.convert import ConversionError, export_weights, import_weights, inspect_weights, verify_weights
+from openvla_jax.convert import (
+    ConversionError,
+    export_weights,
+    import_weights,
+    inspect_weights,
+    torch_io,
+    verify_weights,
+)
+from openvla_jax.convert.torch_io import read_pt
+from openvla_jax.errors import InputError
 
 
 @pytest.fixture
@@ -102,8 +111,11 @@ def test_several_files_without_an_index(hf):
     [
         (lambda entry: entry.update(shape=[entry["shape"][0] + 1, *entry["shape"][1:]]), "the header lies"),
         (lambda entry: entry.update(data_offsets=[entry["data_offsets"][0] + 4, entry["data_offsets"][1] + 4]), "lies"),
-        (lambda entry: entry.update(shape=[-1]), "the header lies"),
-        (lambda entry: entry.update(dtype="F99"), "damaged safetensors header"),
+        (lambda entry: entry.update(shape=[-1]), "damaged safetensors header"),
+        (lambda entry: entry.update(shape=["1"]), "damaged safetensors header"),
+        (lambda entry: entry.update(shape="11"), "damaged safetensors header"),
+        (lambda entry: entry.update(data_offsets=[0]), "damaged safetensors header"),
+        (lambda entry: entry.update(dtype=5), "damaged safetensors header"),
         (lambda entry: entry.pop("shape"), "damaged safetensors header"),
     ],
 )
@@ -116,6 +128,39 @@ def test_header_that_lies(single, change, text):
     encoded = json.dumps(header).encode()
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
     assert_refused(single, "model.safetensors", text)
+
+
+@pytest.mark.parametrize("dtype", ["U16", "U32", "U64", "C64", "F8_E8M0", "F4", "of_later"])
+def test_safetensors_type_that_is_not_supported_is_named(single, dtype):
+    file = single / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = sorted(header)[5]
+    header[name]["dtype"] = dtype
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
+    assert_refused(single, f"{file}: tensor {name} has type {dtype}, which is not supported; save it as float32")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["uint16", "complex64", "uint64"])
+def test_bin_type_that_is_not_supported_is_named(single, dtype):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.tensor(x) for name, x in load_file(single / "model.safetensors").items()}
+    name = "language_model.model.norm.weight"
+    tensors[name] = tensors[name].abs().to(getattr(torch, dtype))
+    (single / "model.safetensors").unlink()
+    torch.save(tensors, single / "pytorch_model.bin")
+    found = {"complex64": "ComplexFloatStorage"}.get(dtype, dtype)
+    assert_refused(single, f"pytorch_model.bin: tensor {name} has type {found}, which is not supported")
+
+
+def test_tied_output_head_is_explained(single):
+    tensors = load_file(single / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, single / "model.safetensors")
+    assert_refused(single, "lm_head.weight: missing", "tied to the embedding", lines=2)
 
 
 def test_every_misfit_is_listed(single):
@@ -144,6 +189,29 @@ def test_nan_and_infinity(tmp_path, value, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # .pt
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [25, 2000])
+def test_pickle_that_names_a_dict_in_another_very_often_is_refused(tmp_path, monkeypatch, levels):
+    monkeypatch.setattr(torch_io, "PICKLE_NODES", 1000)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickled(levels))
+    with pytest.raises(ConversionError, match=r"bomb.pt: (has more than|does not have|maximum recursion)") as caught:
+        read_pt(tmp_path / "bomb.pt")
+    assert "\n" not in str(caught.value)
+
+
+def pickled(levels: int) -> bytes:
+    """The pickle of a dict of dicts, `levels` deep, with twice as many dicts on each level."""
+    both = b"q\0}(X\1\0\0\0ah\0X\1\0\0\0bh\0u"  # keeps what was made last, and makes {"a": it, "b": it}
+    return b"\x80\2}" + both * levels + b"."
+
+
+def test_pickle_that_declares_too_much_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + bytes(torch_io.PICKLE_BYTES))
+    with pytest.raises(ConversionError, match=r"bomb\.pt: its pickle would have 100,000,002 bytes"):
+        read_pt(tmp_path / "bomb.pt")
 
 
 class Exploit:
@@ -241,6 +309,32 @@ def test_config_that_does_not_fit(hf, change, texts):
     assert_refused(hf, *texts)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"norm_stats": []}, {"norm_stats": 5}, {"norm_stats": {"a": [1]}}, {"image_sizes": "big"}, {"image_sizes": [None]},
+     {"text_config": [1]}, {"text_config": {"rope_scaling": 5}}, {"vision_backbone_id": ["x"]}, {"llm_max_length": "?"},
+     {"pad_to_multiple_of": "64"}, {"model_config": 5}, {"n_action_bins": "many"}, {"timm_override_act_layers": 7},
+     {"text_config": {"num_attention_heads": "four"}}, {"text_config": {"num_attention_heads": 0}}],
+)  # fmt: skip
+def test_config_of_another_form_is_named(hf, change):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | change))
+    assert_refused(hf, "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"q01": [float("nan")] * 7}, {"q01": [None] * 7}, {"q99": [float("inf")] * 7},
+     {"q01": [1.0] * 7, "q99": [-1.0] * 7}, {"mean": 0.0}, {"q01": [[-1.0]] * 7}, {"q99": ["1"] * 7},
+     {"q01": [], "q99": []}, {"mask": [1] * 7},
+     {"std": [-1.0] * 7}, {"q99": [True] * 7}, {"min": [1.0] * 7, "max": [0.0] * 7}, {"q01": [0.0] * 6}],
+)  # fmt: skip
+def test_statistics_that_cannot_scale_are_refused_at_import(hf, change):
+    row = STATISTICS["bridge_orig"]["action"] | change
+    (hf / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": row}}))
+    assert_refused(hf, "dataset_statistics.json", "statistics of 'mine': action")
+
+
 def test_config_that_is_no_json(hf):
     (hf / "config.json").write_text("{")
     assert_refused(hf, "config.json is not JSON")
@@ -268,7 +362,8 @@ def test_folders_that_hold_something_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "text"), [("remove", "damaged"), ("cut", "damaged"), ("metadata", "not a readable")]
+    ("change", "text"),
+    [("remove", "1.0.0: is missing"), ("cut", "1.0.0: has .* bytes, not"), ("metadata", "_METADATA: has 1 bytes, not")],
 )
 def test_damaged_checkpoint_is_not_exported(hf, tmp_path, change, text):
     import_weights(hf, tmp_path / "orbax")
@@ -279,7 +374,7 @@ def test_damaged_checkpoint_is_not_exported(hf, tmp_path, change, text):
         chunk.write_bytes(chunk.read_bytes()[:-2])
     else:
         (tmp_path / "orbax" / "params" / "_METADATA").write_text("{")
-    with pytest.raises(ConversionError, match=text) as error:
+    with pytest.raises(InputError, match=text) as error:
         export_weights(tmp_path / "orbax", tmp_path / "out")
     assert len(str(error.value).splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "orbax"]

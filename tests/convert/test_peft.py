@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import golden
+from conftest import ROOT, golden
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -14,11 +14,13 @@ from openvla_jax.checkpoint.contract import CheckpointError
 from openvla_jax.checkpoint.load import load_adapted, load_model, tensor_mesh
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.convert import ConversionError, export_adapter, import_adapter, import_weights, merge_weights
-from openvla_jax.convert.peft import CONFIG, WEIGHTS, modules
+from openvla_jax.convert.adapters import merged_leaf, open_adapter
+from openvla_jax.convert.peft import CONFIG, WEIGHTS, modules, read_settings
 from openvla_jax.convert.sources import open_source
 from openvla_jax.convert.torch_io import fill, read_safetensors
 
 BOUND = 2e-4
+ADAPTERS = ROOT / "tests" / "data" / "peft_adapters"
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +136,7 @@ def _copy(peft, folder, change=None, weights=None):
     ("change", "weights", "message"),
     [
         ({"r": 16}, None, r"shape \[8, 64\], wanted \[16, 64\]"),
-        ({"use_dora": True}, None, "use_dora is True: only False can be read"),
-        ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
+        ({"peft_type": "IA3"}, None, "peft_type is 'IA3': only \"LORA\" can be read"),
         (None, {"projector.fc2.lora_A.weight": np.nan}, "projector.fc2.lora_A.weight holds NaN"),
         (None, {"language_model.lm_head.base_layer.weight": 9.0}, "trained on another base: its copy of .*lm_head"),
     ],
@@ -146,6 +147,83 @@ def test_bad_adapters_are_told_in_one_line(folders, tmp_path, change, weights, m
         import_adapter(_copy(peft, tmp_path / "bad", change, weights), tmp_path / "dst", base)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "plain", "orthogonal", "rslora", "pissa_converted"])
+def test_merged_leaves_are_those_of_peft(folders, kind):
+    """The adapters are PEFT's own (tests/data/peft_adapters/make.py), and so are the kernels to compare with."""
+    source = open_source(folders[0])
+    adapter = open_adapter(ADAPTERS / kind, source)
+    with np.load(ADAPTERS / kind / "expected.npz", allow_pickle=False) as expected:
+        for layer, name in ((0, "q"), (1, "v")):
+            leaf = f"params/llama/blocks/attention/{name}/kernel"
+            wanted = expected[f"model.layers.{layer}.self_attn.{name}_proj.weight"].T
+            np.testing.assert_allclose(merged_leaf(source, adapter, leaf, layer), wanted, atol=2e-7)
+            assert np.abs(wanted - source.weights.read(leaf, layer)[0]).max() > 1e-3  # the adapter does something
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("pissa", "init_lora_weights is 'pissa': .*path_initial_model_for_weight_conversion"),
+        ("olora", "init_lora_weights is 'olora': .*path_initial_model_for_weight_conversion"),
+        ("dora", "use_dora is True: .*merge_and_unload"),
+        ("patterns", "(alpha|rank)_pattern is {'q_proj': (2|16)}: .*merge_and_unload"),
+        ("lora_bias", "lora_bias is True: .*merge_and_unload"),
+        ("norms_saved", r"modules_to_save is \['input_layernorm'\]: .*merge_and_unload"),
+        ("tokens", "trainable_token_indices is {'embed_tokens': .*merge_and_unload"),
+    ],
+)
+def test_adapters_of_other_methods_are_refused_by_name(folders, tmp_path, kind, message):
+    for use in (import_adapter, merge_weights):
+        arguments = (ADAPTERS / kind, tmp_path / "dst", folders[0])
+        arguments = arguments if use is import_adapter else (folders[0], ADAPTERS / kind, tmp_path / "dst")
+        with pytest.raises(ConversionError, match=message) as caught:
+            use(*arguments)
+        assert "\n" not in str(caught.value) and not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({"init_lora_weights": value}, f"init_lora_weights is '{value}'") for value in
+          ("loftq", "pissa_niter_16", "corda", "eva", "lora_ga", "something_new")),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\]"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is {'nblocks': 2}"),
+        ({"use_qalora": True}, "use_qalora is True"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\]"),
+        ({"target_parameters": ["experts"]}, "target_parameters is"),
+        ({"bias": "lora_only"}, "bias is 'lora_only': only \"none\" can be read"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"of_a_later_version": 3}, "of_a_later_version is 3: such adapters cannot be read"),
+        ({"of_a_later_version": 0.0}, None),
+        ({"of_a_later_version": None, "another": False, "a_third": {}}, None),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes', not true or false"),
+        *(({"r": value}, "r is .*, not a whole number") for value in (None, 0, -1, True, "4", 4.5, [4], 10**30 + 0.5)),
+        *(({"lora_alpha": value}, "lora_alpha is .*, not a number above 0") for value in
+          (None, 0, -8, True, "8", float("nan"), float("inf"), 10**400, [8])),
+        *(({"lora_dropout": value}, "lora_dropout is .*, not a number from 0") for value in
+          (1.0, -0.1, "0.1", float("nan"))),
+    ],
+)  # fmt: skip
+def test_read_settings_knows_what_it_accepts(tmp_path, change, message):
+    settings = json.loads((ADAPTERS / "gaussian" / CONFIG).read_text()) | change
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    if message is None:
+        assert read_settings(tmp_path / CONFIG).scale == 2.0
+        return
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_settings(tmp_path / CONFIG)
+    assert str(caught.value).startswith(f"{tmp_path / CONFIG}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_read_settings_names_what_is_missing(tmp_path, key):
+    settings = json.loads((ADAPTERS / "gaussian" / CONFIG).read_text())
+    del settings[key]
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(ConversionError, match=f"{key} is None"):
+        read_settings(tmp_path / CONFIG)
 
 
 def test_an_adapter_of_another_base_is_refused(folders, merged, tmp_path):

@@ -14,10 +14,11 @@ from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 
 from openvla_jax.checkpoint.reading import load_contract, load_unused
-from openvla_jax.convert import ConversionError, export_weights, import_weights
+from openvla_jax.convert import ConversionError, export_weights, exporter, import_weights
 from openvla_jax.convert.orbax_io import OrbaxReader, OrbaxWriter, chunk_shape
 from openvla_jax.convert.sources import flatten, open_source
 from openvla_jax.convert.torch_io import lay_out_safetensors, read_pt, read_torch_folder
+from openvla_jax.types import ActionSpec, ObservationSpec
 
 HF_VARIANTS = [variant for variant in VARIANTS if variant not in NATIVE_ONLY]
 
@@ -290,3 +291,47 @@ def test_chunks_hold_one_layer_at_most_and_few_bytes():
     assert chunk_shape("params/llama/embed/table", (32064, 4096), bf16) == (2004, 4096)
     assert chunk_shape("params/llama/norm/scale", (4096,), bf16) == (4096,)
     assert chunk_shape("params/llama/blocks/norm1/scale", (32, 4096), bf16) == (1, 4096)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_float8_is_imported_with_its_values(tmp_path, dtype, file):
+    """As PyTorch converts it: to bfloat16, or to the type of the leaf's other layers."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    write_hf(tmp_path / "hf", "siglip-letterbox")
+    tensors = load(tmp_path / "hf" / "model.safetensors")
+    head, one = "language_model.lm_head.weight", "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors |= {name: tensors[name].to(getattr(torch, dtype)) for name in (head, one)}
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (save if file == "model.safetensors" else torch.save)(tensors, tmp_path / "hf" / file)
+    import_weights(tmp_path / "hf", tmp_path / "orbax")
+    weights = OrbaxReader(tmp_path / "orbax")
+    kernel = weights.read("params/llama/head/kernel")
+    assert kernel.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(kernel.astype(np.float32).T, tensors[head].float().numpy())
+    layer = weights.read("params/llama/blocks/mlp/up/kernel", 1)[0]
+    assert layer.dtype.name == "float32"
+    np.testing.assert_array_equal(layer.T, tensors[one].float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action": ActionSpec(horizon=8, executed=4)}, r"action\.horizon is 8"),
+        ({"action": ActionSpec(normalization="bounds")}, r"action\.normalization is 'bounds'"),
+        ({"observation": ObservationSpec(state=("x",))}, r"observation\.state is 1"),
+        ({"observation": ObservationSpec(cameras=("primary", "wrist"))}, r"observation\.cameras is 2"),
+    ],
+)
+@pytest.mark.parametrize("format", ["hf", "prismatic"])
+def test_export_refuses_what_the_reference_cannot_do(tmp_path, monkeypatch, change, message, format):
+    write_hf(tmp_path / "hf", "siglip-letterbox")
+    source = dataclasses.replace(open_source(tmp_path / "hf"), **change)
+    monkeypatch.setattr(exporter, "open_source", lambda path: source)
+    with pytest.raises(ConversionError, match=message) as caught:
+        export_weights(tmp_path / "hf", tmp_path / "out", format=format)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

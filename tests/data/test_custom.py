@@ -19,7 +19,7 @@ FILE = """
 from openvla_jax.data.custom import Columns, describe
 
 def louder(trajectory):
-    trajectory["action"] = 2 * trajectory["action"]
+    trajectory["action"] = [2, 2, 2, 2, 2, 2, 1] * trajectory["action"]
     return trajectory
 
 DATASETS = [
@@ -57,8 +57,8 @@ def test_a_described_dataset_is_read_as_described(mine):
     } | {"num_transitions": 15, "num_trajectories": 3}  # fmt: skip
     read = next(iter(make_dataset(config, str(mine), statistics=statistics, split="all")))
     steps = fake_rlds.episode(0)["steps"]
-    raw = 2 * np.stack([step["action"] for step in steps])
-    expected = np.concatenate([raw[:, 1:4] / 2, raw[:, :1], np.clip((1 - raw[:, 6:]) / 2, 0, 1)], axis=1)
+    raw = np.stack([step["action"] for step in steps])
+    expected = np.concatenate([raw[:, 1:4], 2 * raw[:, :1], (1 - raw[:, 6:]) / 2], axis=1)
     np.testing.assert_allclose(read["action"], expected, atol=1e-6)
     state = np.stack([step["observation"]["state"][:3] for step in steps])
     np.testing.assert_allclose(read["observation"]["proprio"], np.clip(state / 2, -1, 1), atol=1e-6)
@@ -119,7 +119,10 @@ def test_steps_need_no_observation_of_their_own(tmp_path):
     ("1 is open", 1, 0), ("0 is open", 0, 1), ("1 is open, -1 closed", 1, -1), ("-1 is open, 1 closed", -1, 1),
 ])  # fmt: skip
 def test_grippers_become_one_for_open(kind, opened, closed):
-    assert [float(GRIPPERS[kind](tf.constant(float(x)))) for x in (opened, closed)] == [1.0, 0.0]
+    column = Columns("gripper", gripper=kind)
+    read = column.read({"gripper": tf.constant([float(opened), float(closed), (opened + closed) / 2])})
+    assert read.numpy().ravel().tolist() == [1.0, 0.0, 0.5]
+    assert set(GRIPPERS) == {"1 is open", "0 is open", "1 is open, -1 closed", "-1 is open, 1 closed"}
 
 
 def test_a_fixed_instruction_stands_in_for_missing_text(mine):
@@ -167,3 +170,36 @@ def test_descriptions_that_do_not_fit_the_data_are_told(mine, change, message):
         make_train_iterator(
             data | {"shuffle_buffer": 8, "text_length": 48}, load_tokenizer("tiny"), batch_size=2, image_size=24, seed=0
         )
+
+
+@pytest.mark.parametrize(
+    ("closed_open", "raw", "expected"),
+    [
+        ((0, 100), [0, 25, 100], [0, 0.25, 1]),
+        ((0, 0.08), [0.0, 0.02, 0.08], [0, 0.25, 1]),
+        ((0, 850), [0, 425, 850], [0, 0.5, 1]),
+        ((850, 0), [0, 425, 850], [1, 0.5, 0]),
+        ((20, 100), [20, 60, 100], [0, 0.5, 1]),
+        ((0, 100), [-4, 104, 50], [0, 1, 0.5]),  # a sensor overshoots
+        ((0, 100), [-40, 140, 50], [-0.4, 1.4, 0.5]),  # stays, to be found
+    ],
+)
+def test_gripper_ranges_are_in_the_units_of_the_data(closed_open, raw, expected):
+    column = Columns("action", 1, gripper_range=closed_open)
+    read = column.read({"action": tf.constant([[9.0, value] for value in raw])})
+    np.testing.assert_allclose(read[:, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ends", [(1, 1), (0,), 5, (0, float("nan")), ("0", "1"), "01"])
+def test_gripper_ranges_that_are_none_are_refused(ends):
+    with pytest.raises(DataError, match="give two different numbers"):
+        Columns("action", 6, gripper_range=ends)
+    with pytest.raises(DataError, match="gripper and gripper_range: give one of them"):
+        Columns("action", 6, gripper="1 is open", gripper_range=(0, 100))
+
+
+@pytest.mark.parametrize("text", ["", b"prends l'\xe9pingle", 3, ["a", "b"]])
+def test_fixed_instructions_that_are_no_text_are_refused(text):
+    described = {"cameras": {"primary": "image"}, "action": [Columns("action", 0, 7)]}
+    with pytest.raises(DataError, match="dataset 'mine': fixed_instruction"):
+        describe("mine", **described, fixed_instruction=text)

@@ -185,12 +185,13 @@ def _change_info(folder, **changes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "meta/info.json").unlink(), r"info.json cannot be read .*: give the folder"),
-        (lambda f: _change_info(f, codebase_version="v1.6"), r"format v1.6 is not read here, only v2 and v3"),
-        (lambda f: next(f.rglob("*.mp4")).write_bytes(b"no video"), r"video .*\.mp4 cannot be read"),
-        (lambda f: _video(sorted(f.rglob("*.mp4"))[0], [0, 0]), r"has only 2 of 4 frames from 0.000 s on"),
-        (lambda f: sorted(f.glob("data/*/*"))[-1].unlink(), r"\.parquet cannot be read .*is the download complete"),
-        (lambda f: next(f.glob("meta/tasks.*")).unlink(), r"row 0 has no task: give --instruction"),
+        (lambda f: (f / "meta/info.json").unlink(), r"info.json: there is no such file; give the folder"),
+        (lambda f: _change_info(f, codebase_version="v1.6"), r"format 'v1.6' is not read here, only v2 and v3"),
+        (lambda f: next(f.rglob("*.mp4")).write_bytes(b"no video"), r"\.mp4: .*Invalid data found.*; download"),
+        (lambda f: _video(sorted(f.rglob("*.mp4"))[0], [0, 0]),
+         r"frame_index 2, camera top: no frame of .*\.mp4 is within 0.0001.. s of 0.2000 s"),
+        (lambda f: sorted(f.glob("data/*/*"))[-1].unlink(), r"\.parquet: there is no such file; download it again"),
+        (lambda f: next(f.glob("meta/tasks.*")).unlink(), r"frame_index 0: has no task.* 2 tasks; give --instr"),
         (lambda f: _change_info(f, features={"action": {"dtype": "float32"}}), r"has no camera among its features"),
     ],
 )  # fmt: skip
@@ -252,7 +253,7 @@ def test_npz_episodes_are_converted(tmp_path):
         ({"language_instruction": None}, r"episode_1.npz has no language_instruction: give one with --instruction"),
         (
             {"action": np.array([{"a": 1}] * 6, object)},
-            r"episode_1.npz cannot be read \(Object arrays cannot be loaded",
+            r"episode_1.npz: action.npy holds Python objects, which are not read; store plain arrays",
         ),
     ],
 )

@@ -25,6 +25,7 @@ from openvla_jax.data import __main__ as commands
 from openvla_jax.data.episodes import explain_errors, read_episodes, trace
 from openvla_jax.data.rlds import dataset_statistics, make_dataset
 from openvla_jax.data.source import EpisodeRange, _part, episode_ranges, find, open_source
+from openvla_jax.data.trajectory import restructure
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_what_is_no_rlds_dataset_is_refused(tmp_path):
     with pytest.raises(DataError, match="no dataset of 'steps' per example: it is not RLDS"):
         open_source(fake_rlds.config(), str(tmp_path))
     (folder / "features.json").write_text("{")
-    with pytest.raises(DataError, match=r"cannot be opened .*features.json complete\?") as caught:
+    with pytest.raises(DataError, match=r"fake/1.0.0: .*features.json complete\?") as caught:
         open_source(fake_rlds.config(), str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -367,3 +368,34 @@ def test_the_command_line_inspects_and_writes_statistics(shared, tmp_path, capsy
         commands.main(["stats", "bridge_orig", *arguments, str(tmp_path)])
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: dataset 'bridge_orig' is not in")
+
+
+def test_episode_ranges_refuses_a_split_that_is_no_slice(fake):
+    source = open_source(fake_rlds.config(), str(fake))
+    with pytest.raises(DataError, match=r"fake/1.0.0, split 'train\[a:b\]': .*; name a split or a part") as caught:
+        episode_ranges(source, "train[a:b]")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("{SHARD_X_OF_Y}", "{SHARD}"), ('"train"', "3"), ("1.0.0", "one"), ('"splits": [', '"splits": [[')],
+)
+def test_open_source_names_a_damaged_description(tmp_path, old, new):
+    path = fake_rlds.write(tmp_path, {"train": [[fake_rlds.episode(0)]]}) / "dataset_info.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(
+        DataError, match=r"fake/1.0.0: .*; are dataset_info.json and features.json complete\?"
+    ) as caught:
+        open_source(fake_rlds.config(), str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_restructure_takes_text_as_an_array_of_one_and_refuses_other_shapes():
+    raw = {"action": tf.zeros([3, 7]), "observation": {"image": tf.fill([3], ""), "state": tf.zeros([3, 6])}}
+    texts = tf.constant([["a"], ["b"], ["c"]])
+    full = restructure(fake_rlds.config(), raw | {"language_instruction": texts})
+    assert full["task"]["language_instruction"].numpy().tolist() == [b"a", b"b", b"c"]
+    with pytest.raises(DataError, match=r"'language_instruction' has shape \[3, 2\], not one text per step"):
+        restructure(fake_rlds.config(), raw | {"language_instruction": tf.tile(texts, [1, 2])})

@@ -146,9 +146,9 @@ def test_a_folder_that_takes_no_file_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "_FALLBACK", str(tmp_path / "home"))
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder should be")
-    assert statistics.cached("s.json", [str(blocked)], lambda: {"a": 1}) == {"a": 1}
+    assert statistics.cached("s.json", [str(blocked)], lambda: {"a": 1}, dict) == {"a": 1}
     assert json.loads((tmp_path / "home" / "s.json").read_text()) == {"a": 1}
-    assert statistics.cached("s.json", [str(blocked)], lambda: {"a": 2}) == {"a": 1}
+    assert statistics.cached("s.json", [str(blocked)], lambda: {"a": 2}, dict) == {"a": 1}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -162,7 +162,7 @@ def test_read_only_data_keep_their_statistics_elsewhere(source, tmp_path, monkey
 def test_writers_at_the_same_time_leave_one_whole_file(tmp_path):
     value = {"numbers": list(range(20_000))}
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: statistics.cached("s.json", [str(tmp_path)], lambda: value), range(32)))
+        results = list(pool.map(lambda _: statistics.cached("s.json", [str(tmp_path)], lambda: value, dict), range(32)))
     assert all(result == value for result in results)
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
@@ -176,7 +176,7 @@ def test_files_of_the_reference_are_read(source, tmp_path):
         StatisticsError, match=r"no dataset 'bridge_org'; did you mean 'bridge_orig'\? known: bridge_orig;"
     ):
         statistics.load(str(golden("pipeline/run_dir/dataset_statistics.json")), "bridge_org")
-    with pytest.raises(StatisticsError, match=r"statistics file .*nowhere.json cannot be read"):
+    with pytest.raises(StatisticsError, match=r"statistics file .*nowhere.json: cannot be read"):
         dataset_statistics(source, path=str(tmp_path / "nowhere.json"))
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(StatisticsError, match="holds a list, not an object"):

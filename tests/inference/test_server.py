@@ -422,13 +422,14 @@ def test_a_real_server_answers_the_client_and_finishes_what_it_took(policy, tmp_
 
 
 def test_the_command_line_decides_what_is_served(policy, tmp_path, monkeypatch):
-    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn")
+    from openvla_jax.inference.process import Process
     from openvla_jax.serve import main
 
     checkpoint = tmp_path / "checkpoint"
     save_model(policy.model, policy.contract, checkpoint)
     served = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: served.append((server.config.app, sockets)))
+    monkeypatch.setattr(Process, "run", lambda process, sockets: served.append((process._load()[0], sockets)))
     options = ["--checkpoint", str(checkpoint), "--port", "0", "--max_batch", "1", "--compilation_cache", ""]
     main([*options, "--quantize", "int8", "--exclude", "vision", "--tensor", "2"])
     ((app, (listener,)),) = served

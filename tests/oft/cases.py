@@ -13,7 +13,7 @@ from conftest import goldens_dir, shared_dir
 
 from openvla_jax.convert.exporter import export_weights
 from openvla_jax.convert.importer import import_weights
-from openvla_jax.convert.oft import PLATFORMS
+from openvla_jax.convert.oft import PLATFORMS, OftOptions
 
 FOLDER = goldens_dir() / "oft_tiny"
 
@@ -81,8 +81,7 @@ def imported(name: str) -> Path:
         name,
         reference_folder(name, folder / "reference"),
         folder / "imported",
-        oft=options["platform"],
-        cameras=PLATFORMS[options["platform"]].cameras[: options["num_images_in_input"]],
+        oft=OftOptions(options["platform"], PLATFORMS[options["platform"]].cameras[: options["num_images_in_input"]]),
     )
 
 

@@ -12,7 +12,7 @@ from training.batches import ONE_TOWER as MODEL
 from training.batches import random_batch
 from training.test_step import SETTINGS
 
-from openvla_jax.checkpoint import reading
+from openvla_jax.checkpoint import checksums, reading
 from openvla_jax.checkpoint.contract import CONFIG_FILE, CheckpointError, Contract
 from openvla_jax.checkpoint.load import load_model
 from openvla_jax.config import tiny
@@ -135,6 +135,29 @@ def test_only_the_latest_are_kept_and_every_nth_for_good(tmp_path, contract):
     assert reading.steps_in(tmp_path / "checkpoints") == [4, 8]
 
 
+def test_checksums_of_a_run_cover_all_its_items(saved):
+    noted = json.loads((saved[0] / "checkpoints" / "2" / "checksums.json").read_text())["files"]
+    assert {name.partition("/")[0] for name in noted} == {"params", "optimizer", "unused", "contract"}
+    checksums.verify(saved[0] / "checkpoints" / "2")
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_restore_state_names_the_damaged_file(saved, tmp_path, item, damage):
+    shutil.copytree(saved[0], tmp_path / "run")
+    place = tmp_path / "run" / "checkpoints" / "2" / item / "manifest.ocdbt"
+    content = bytearray(place.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    place.unlink()
+    if damage == "flipped":
+        place.write_bytes(content)
+    mesh, optimizer = make_mesh({"fsdp": -1}), make_optimizer(SETTINGS, make_schedule(SETTINGS, 10))
+    abstract, placed = abstract_state(MODEL, jnp.float32, optimizer, mesh)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.restore_state(tmp_path / "run", 2, abstract, placed)
+    assert str(place) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_checkpoint_of_another_model_names_the_differences(saved):
     other = dataclasses.replace(tiny(base_vocab_size=900), towers=MODEL.towers)
     mesh, optimizer = make_mesh({"fsdp": -1}), make_optimizer(SETTINGS, make_schedule(SETTINGS, 10))
@@ -229,7 +252,7 @@ def test_a_save_that_fails_is_known_at_the_next_step_tried_again_and_then_an_err
 def test_a_damaged_contract_says_so(tmp_path, contract):
     contract.save(tmp_path)
     (tmp_path / CONFIG_FILE).write_text('{"format": 1, "model": {')
-    with pytest.raises(CheckpointError, match=r"config.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is not JSON"):
         Contract.load(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):

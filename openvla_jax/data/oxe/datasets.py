@@ -1,7 +1,7 @@
 """The datasets of Open X-Embodiment that OpenVLA knows: which keys hold cameras and state, what the action means."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import tensorflow as tf
@@ -39,6 +39,8 @@ class DatasetConfig:
     transform: raw trajectory -> standardised trajectory, in TensorFlow operations (no Python branches on tensors: it is
     traced as it stands). frame_filter: frame with normalised actions [..., action dim] -> scalar bool, False drops it.
     action_masks: (is it absolute?, is it normalised?) per action dimension, if no ActionEncoding describes it.
+    grippers: "action" or "proprio" -> dimension -> (closed, open) in the data's units, for gripper commands whose
+    values are to be checked (see `statistics.check_grippers`).
     """
 
     name: str
@@ -52,6 +54,7 @@ class DatasetConfig:
     frame_filter: Callable[[Trajectory], tf.Tensor] | None = None
     action_masks: tuple[tuple[bool, ...], tuple[bool, ...]] | None = None
     state_columns: tuple[str, ...] | None = None
+    grippers: Mapping[str, Mapping[int, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def state_names(self) -> tuple[str, ...]:

@@ -130,11 +130,13 @@ class TokenHead:
         return choose
 
     def decode(self, predicted: np.ndarray, dim: int) -> np.ndarray:
-        """Returns the bin centres of the first K * dim tokens of each row, float64 [B, K, dim]."""
-        return self.tokenizer.decode(predicted[:, : self.horizon * dim]).reshape(-1, self.horizon, dim)
+        """Returns the bin centres of each row's first K * dim tokens, float64 [B, K, dim]; NaN for the token -1."""
+        tokens = predicted[:, : self.horizon * dim]
+        return np.where(tokens < 0, np.nan, self.tokenizer.decode(tokens)).reshape(-1, self.horizon, dim)
 
 
 def first_largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """`argmax` as two passes that CPUs vectorise, which over a vocabulary is several times faster; of NaNs the last."""
-    last = logits.shape[-1] - 1
-    return jnp.where(logits == logits.max(axis=-1, keepdims=True), jnp.arange(last + 1), last).min(axis=-1)
+    """`argmax` as two passes that CPUs vectorise, which over a vocabulary is several times faster; -1 if any is NaN."""
+    size = logits.shape[-1]
+    first = jnp.where(logits == logits.max(axis=-1, keepdims=True), jnp.arange(size), size).min(axis=-1)
+    return jnp.where(first < size, first, -1)
