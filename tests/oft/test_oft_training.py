@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from oft.cases import FOLDER, imported, names
-from oft.training import batch_of, batches, specs_of, start_of
+from oft.runs import batch_of, batches, specs_of, start_of
 
 from openvla_jax.checkpoint.load import load_model
 from openvla_jax.models.heads import make_head, summarize
