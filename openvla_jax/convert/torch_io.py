@@ -282,7 +282,7 @@ def _unpickle(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfil
         # Before the unpickler makes room for what an opcode declares: for bytes that are not there, or a place in
         # its memo beyond any that a pickle of this size can have filled.
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ("LONG_BINPUT", "PUT") and argument > len(data):
+            if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(data):
                 raise ValueError(f"place {argument} of the memo")
         return _Unpickler(io.BytesIO(data)).load()
     except ConversionError as error:

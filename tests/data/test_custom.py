@@ -190,7 +190,7 @@ def test_gripper_ranges_are_in_the_units_of_the_data(closed_open, raw, expected)
     np.testing.assert_allclose(read[:, 0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("ends", [(1, 1), (0,), 5, (0, float("nan")), ("0", "1"), "01"])
+@pytest.mark.parametrize("ends", [(1, 1), (0, float("nan")), (0, float("inf"))])
 def test_gripper_ranges_that_are_none_are_refused(ends):
     with pytest.raises(DataError, match="give two different numbers"):
         Columns("action", 6, gripper_range=ends)
@@ -198,7 +198,7 @@ def test_gripper_ranges_that_are_none_are_refused(ends):
         Columns("action", 6, gripper="1 is open", gripper_range=(0, 100))
 
 
-@pytest.mark.parametrize("text", ["", b"prends l'\xe9pingle", 3, ["a", "b"]])
+@pytest.mark.parametrize("text", ["", " ", "None", "['lift it']"])
 def test_fixed_instructions_that_are_no_text_are_refused(text):
     described = {"cameras": {"primary": "image"}, "action": [Columns("action", 0, 7)]}
     with pytest.raises(DataError, match="dataset 'mine': fixed_instruction"):

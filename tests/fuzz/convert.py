@@ -132,24 +132,52 @@ TARGETS = {
     target.name: target
     for target in (
         Target(
-            "safetensors", safetensors, through("x.safetensors", read_safetensors),
+            "safetensors",
+            safetensors,
+            through("x.safetensors", read_safetensors),
             tokens=(*JSON, b'"F8_E4M3"', b'"C64"', b'"dtype"', b'"shape"', b'"data_offsets"', struct.pack("<Q", 2**40)),
         ),
         Target(
-            "pt", archives, through("x.pt", read_pt),
-            tokens=(b"PK\3\4", b"PK\1\2", b"PK\5\6", b"r\xff\xff\xff\x7f", b"\x8e\0\0\0\0\1\0\0\0", b"cos\nsystem\n", b"R",
-                    b"h\0", b"b", b"Q", b"2", b"tR", b"ctorch\nfloat8_e5m2\n"),
+            "pt",
+            archives,
+            through("x.pt", read_pt),
+            tokens=(
+                b"PK\3\4",
+                b"PK\1\2",
+                b"PK\5\6",
+                b"r\xff\xff\xff\x7f",
+                b"\x8e\0\0\0\0\1\0\0\0",
+                b"cos\nsystem\n",
+                b"R",
+                b"h\0",
+                b"b",
+                b"Q",
+                b"2",
+                b"tR",
+                b"ctorch\nfloat8_e5m2\n",
+            ),
         ),
         Target("adapter_config", adapters, through(CONFIG, read_settings), tokens=(*JSON, b'"r"', b'"lora_alpha"')),
         Target(
-            "contract", contracts, through(CONFIG_FILE, load, dataset_statistics__json=STATISTICS_BYTES),
+            "contract",
+            contracts,
+            through(CONFIG_FILE, load, dataset_statistics__json=STATISTICS_BYTES),
             tokens=(*JSON, b'"format"', b'"adapter"', b'"towers"'),
         ),
         Target(
-            "statistics", lambda: [STATISTICS_BYTES],
-            through(STATISTICS_FILE, load, config__json=contracts()[0]), tokens=(*JSON, b'"mask"', b'"proprio"'),
+            "statistics",
+            lambda: [STATISTICS_BYTES],
+            through(STATISTICS_FILE, load, config__json=contracts()[0]),
+            tokens=(*JSON, b'"mask"', b'"proprio"'),
         ),
-        Target("checksums", noted, through(checksums.FILE, lambda path: checksums.stored(epath.Path(path.parent))), tokens=JSON),
-        Target("hf_config", configs, through("config.json", read_config), tokens=(*JSON, b'"llama"', b'"heads"', b"4.5")),
+        Target(
+            "checksums",
+            noted,
+            through(checksums.FILE, lambda path: checksums.stored(epath.Path(path.parent))),
+            tokens=JSON,
+        ),
+        Target(
+            "hf_config", configs, through("config.json", read_config), tokens=(*JSON, b'"llama"', b'"heads"', b"4.5")
+        ),
     )
-}  # fmt: skip
+}

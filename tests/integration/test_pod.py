@@ -9,7 +9,9 @@ import time
 
 import pytest
 from conftest import ROOT, xla_flags
+from etils import epath
 
+from openvla_jax.checkpoint import checksums
 from openvla_jax.checkpoint.reading import steps_in
 from openvla_jax.sim.dataset import write_dataset
 from openvla_jax.training.hosts import LOST
@@ -118,6 +120,13 @@ def test_two_processes_resume_each_its_own_data(tmp_path):
     states = {path.name: path.read_bytes() for path in (parted / "checkpoints" / "4" / "data").glob("*.data-*")}
     assert len(states) == len(set(states.values())) == 2
     assert "resumed from step 4" in train(parted, tmp_path / "data")
+    for step in (4, 8):  # each process notes what it wrote
+        saved = parted / "checkpoints" / str(step)
+        written = {
+            str(p.relative_to(saved)) for p in saved.glob("*/**/*") if p.is_file() and p.name != "commit_success.txt"
+        }
+        assert set(checksums.stored(epath.Path(saved))) == written
+        checksums.verify(saved)
     assert curve(parted) == curve(straight)
     assert sorted(step for step, key in curve(straight) if key == "train/loss") == list(range(1, 9))
 
