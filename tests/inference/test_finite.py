@@ -16,7 +16,7 @@ from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher
 from openvla_jax.inference.policy import NonFiniteActionError
 from openvla_jax.inference.server import Settings, make_app
-from openvla_jax.models.heads import first_largest
+from openvla_jax.models.heads.tokens import first_largest
 
 IMAGE = np.zeros((56, 56, 3), np.uint8)
 

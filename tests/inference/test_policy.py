@@ -88,7 +88,7 @@ def test_datasets_of_different_action_size_share_a_batch(policy):
 
 
 def test_actions_are_in_the_units_of_the_dataset(policy):
-    tokens = policy.predict_tokens([prepared(policy, images(1)[0], INSTRUCTIONS[0], "arm")])
+    tokens = policy.predict_normalized([prepared(policy, images(1)[0], INSTRUCTIONS[0], "arm")])
     edges = np.linspace(-1, 1, 256)
     centers = (edges[1:] + edges[:-1]) / 2
     normalised = centers[np.clip(policy.model.config.base_vocab_size - tokens[0] - 1, 0, 254)]
@@ -144,17 +144,17 @@ def test_rows_must_agree_in_number(policy):
 def test_sampling_is_by_row_and_seed_and_cold_rows_stay_greedy(policy):
     pixels, text = images(1)[0], INSTRUCTIONS[0]
     rows = [prepared(policy, pixels, text, "arm", temperature, seed) for temperature, seed in ((2, 1), (2, 2), (0, 3))]
-    together = policy.predict_tokens(rows)
+    together = policy.predict_normalized(rows)
     for row, tokens in zip(rows, together, strict=True):
-        np.testing.assert_array_equal(policy.predict_tokens([row])[0], tokens)
-    np.testing.assert_array_equal(together[2], policy.predict_tokens([prepared(policy, pixels, text, "arm")])[0])
+        np.testing.assert_array_equal(policy.predict_normalized([row])[0], tokens)
+    np.testing.assert_array_equal(together[2], policy.predict_normalized([prepared(policy, pixels, text, "arm")])[0])
     assert (together[0] != together[1]).any() and (together[0] != together[2]).any()
     # Drawn in proportion to exp(logits / temperature), among action tokens: first tokens of many seeds.
     logits = np.asarray(policy.run_model(rows[2:]).logits)[0, policy.head.tokenizer.first_token :][:256]
     chances = np.exp((logits - logits.max()) / 2)
     chances /= chances.sum()
     many = [prepared(policy, pixels, text, "arm", 2.0, seed) for seed in range(512)]
-    drawn = np.concatenate([policy.predict_tokens(many[i : i + 128])[:, 0] for i in range(0, 512, 128)])
+    drawn = np.concatenate([policy.predict_normalized(many[i : i + 128])[:, 0] for i in range(0, 512, 128)])
     got = np.bincount(drawn - policy.head.tokenizer.first_token, minlength=256) / 512
     assert 0.5 * np.abs(got - chances).sum() < 0.5 * np.abs(np.roll(chances, 7) - chances).sum()
     top = np.argsort(-chances)[:64]  # Hoeffding: off by more than 0.1 once in 50,000 times
@@ -191,7 +191,7 @@ def test_a_loaded_policy_acts_alike_with_its_layers_apart(policy, tmp_path):
     rows = [
         prepared(policy, pixels, text, "arm") for pixels, text in zip(images(2, seed=5), INSTRUCTIONS, strict=False)
     ]
-    np.testing.assert_array_equal(loaded.predict_tokens(rows), policy.predict_tokens(rows))
+    np.testing.assert_array_equal(loaded.predict_normalized(rows), policy.predict_normalized(rows))
     with pytest.raises(ValueError, match="did you mean 'lanczos3'"):
         Policy.from_checkpoint(tmp_path / "checkpoint", preprocessing={"resize_kernel": "lanczos"})
 
@@ -239,7 +239,7 @@ def test_a_chunk_begins_with_the_action_of_a_policy_without_chunks(policy, chunk
         # The token head writes one token after the other, so that later actions do not change the first.
         np.testing.assert_array_equal(policy.predict_action(*row), chunk[0])
         np.testing.assert_array_equal(chunked.predict_action(*row), chunk[0])
-        tokens = chunked.predict_tokens([chunked.prepare(observation)])[0]
+        tokens = chunked.predict_normalized([chunked.prepare(observation)])[0]
         normalised = chunked.head.decode(tokens[None], 3)[0]
         np.testing.assert_array_equal(unnormalize_actions(normalised, ROW), chunk)
 
@@ -340,7 +340,7 @@ def test_a_policy_with_128_bins_does_what_it_was_trained_to_do(policy):
     assert (np.abs(action - expected) <= np.array([0.2, 2.0, 1.0]) / 127 + 1e-9).all(), (action, expected)
     free = prepared(Policy(policy.model, contract), images(1, seed=1)[0], INSTRUCTIONS[1], "arm")
     assert codec.first_token == tokenizer.vocab_size - 128
-    assert (Policy(policy.model, contract).predict_tokens([free]) >= codec.first_token).all()
+    assert (Policy(policy.model, contract).predict_normalized([free]) >= codec.first_token).all()
 
 
 def test_a_vlm_is_refused_in_one_line(policy, tmp_path, capsys):
@@ -370,7 +370,7 @@ def test_several_devices_that_share_every_layer_act_as_one(policy, tmp_path, qua
     assert held(four) < 0.28 * held(one), "only norms and scales of groups are whole on each"
     rows = [prepared(one, pixels, text, "arm") for pixels, text in zip(images(3, seed=6), INSTRUCTIONS, strict=True)]
     np.testing.assert_allclose(four.run_model(rows).logits, one.run_model(rows).logits, atol=1e-4)
-    np.testing.assert_array_equal(four.predict_tokens(rows), one.predict_tokens(rows))
+    np.testing.assert_array_equal(four.predict_normalized(rows), one.predict_normalized(rows))
     wrong = {3: "3 chips do not divide the 4 heads", 99: "from 1 to the 8 devices", 0: "from 1"}
     for number, message in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -397,9 +397,9 @@ def test_200_mixed_batches_of_the_golden_equal_single_calls(tmp_path, shared, mo
 
     pool = [request() for _ in range(40)]
     assert len({-(-len(r.prompt) // 32) for r in pool}) == 2, "both text lengths occur"
-    single = [policy.predict_tokens([r])[0] for r in pool]
+    single = [policy.predict_normalized([r])[0] for r in pool]
     for _ in range(200):
         chosen = rng.choice(len(pool), rng.integers(1, 5), replace=False)
-        tokens = policy.predict_tokens([pool[i] for i in chosen], batch_size=4)
+        tokens = policy.predict_normalized([pool[i] for i in chosen], batch_size=4)
         np.testing.assert_array_equal(tokens, np.stack([single[i] for i in chosen]))
     assert len({tuple(tokens) for tokens in single}) > 10
