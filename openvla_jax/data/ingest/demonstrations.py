@@ -4,7 +4,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ class Episode:
 
     cameras: view -> uint8 [H, W, 3] for each step, drawn one after the other.
     action, state: float32 [T, D]; state may have no columns.
-    instructions: of each step, or one for all.
+    instructions: a text of each step, or one for all; what readers take from files is checked (`text.instructions`).
     """
 
     cameras: Mapping[str, Iterable[np.ndarray]]
     action: np.ndarray
     state: np.ndarray
-    instructions: Sequence[str]
+    instructions: Any
 
 
 def write(
