@@ -14,6 +14,9 @@ from openvla_jax.data.episodes import Traced, explain_errors, read_episodes
 from openvla_jax.data.source import Source, episode_ranges
 from openvla_jax.errors import InputError
 
+_NONE_HELD_OUT = (
+    "no episodes are held out: hold some out in a split 'val' (--val_share at conversion), or set train.eval_every=0"
+)
 _REACHED = 0.9  # of its range: a gripper that never comes so far may have another range
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +162,8 @@ def validate(source: Source, episodes: int) -> list[Finding]:
     episodes held out errors alone are reported.
     """
     read = _Reader(source, episodes)
-    sample = read("train")
+    sample, whole_val = read("train"), _count(source, "val")
+    held_out = read("val") if whole_val else []
     actions = [episode["action"] for episode in sample]
     stacked = np.concatenate(actions)
     whole = _count(source, "train")
@@ -167,31 +171,23 @@ def validate(source: Source, episodes: int) -> list[Finding]:
         _complete("episodes", sample, min(episodes, whole), f" of {whole:,}" if len(sample) < whole else ""),
         *_lengths(sample),
         *_strict(source, sample),
+        *_grippers(source, [*sample, *held_out]),
     ]
     if len(stacked):
         findings += [*_variance(stacked), *_idle(actions), *_gripper_polarity(source, actions)]
-    return findings + _held_out(source, read)
+    if not whole_val:
+        return [*findings, Finding("validation", "warning", _NONE_HELD_OUT)]
+    errors = [finding for finding in _strict(source, held_out) if finding.level == "error"]
+    return [
+        *findings,
+        _complete("validation", held_out, min(episodes, whole_val), f" of {whole_val:,} held out"),
+        *(dataclasses.replace(finding, check=f"validation: {finding.check}") for finding in errors),
+    ]
 
 
 def _strict(source: Source, sample: Sequence[Mapping]) -> list[Finding]:
-    """The checks of what training stops at."""
-    return [*_numbers(sample), *_grippers(source, sample), *_language(source, sample), *_pictures(sample)]
-
-
-def _held_out(source: Source, read: "_Reader") -> list[Finding]:
-    whole = _count(source, "val")
-    if not whole:
-        detail = (
-            "no episodes are held out: hold some out in a split 'val' (--val_share at conversion), or set "
-            "train.eval_every=0"
-        )
-        return [Finding("validation", "warning", detail)]
-    sample = read("val")
-    errors = [finding for finding in _strict(source, sample) if finding.level == "error"]
-    return [
-        _complete("validation", sample, min(read.episodes, whole), f" of {whole:,} held out"),
-        *(dataclasses.replace(finding, check=f"validation: {finding.check}") for finding in errors),
-    ]
+    """What training stops at, but for grippers."""
+    return [*_numbers(sample), *_language(source, sample), *_pictures(sample)]
 
 
 def _complete(check: str, sample: Sequence[Mapping], expected: int, of: str) -> Finding:
@@ -243,7 +239,7 @@ def _idle(actions: Sequence[np.ndarray]) -> list[Finding]:
 
 
 def _grippers(source: Source, sample: Sequence[Mapping]) -> list[Finding]:
-    """Gripper commands that a description declares: in their range, and opening and closing."""
+    """Gripper commands that a description declares: in their range, and opening and closing at some time."""
     findings = []
     for what, name in (("action", "gripper"), ("proprio", "gripper in the state")):
         for dimension, (closed, opened) in source.config.grippers.get(what, {}).items():

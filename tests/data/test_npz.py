@@ -4,12 +4,15 @@ import io
 import json
 import re
 import resource
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 
 from openvla_jax.data import DataError, SplitNotFoundError
 from openvla_jax.data.__main__ import main
@@ -282,6 +285,36 @@ def test_writer_holds_a_bounded_amount(tmp_path, monkeypatch):
     assert {k: v.num_examples for k, v in tfds.builder_from_directory(directory).info.splits.items()} == {
         "train": 30, "val": 10,
     }  # fmt: skip
+
+
+_PEAK = """
+import io, resource, sys
+from pathlib import Path
+import numpy as np
+import tensorflow_datasets as tfds
+from openvla_jax.data.ingest import writer
+
+features = {"steps": tfds.features.Dataset({"image": tfds.features.Image(shape=(None, None, 3)), **writer.FLAGS})}
+frame, length = bytes(100_000), 2000
+episode = lambda: {"steps": [{"image": io.BytesIO(frame + b"."), **writer.flags(t, length)} for t in range(length)]}
+small = {"steps": [{"image": io.BytesIO(frame), **writer.flags(0, 1)}]}
+writer.write_dataset(Path(sys.argv[1]) / "small" / "1.0.0", features, {"train": [small]}, description="")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pairs = (episode() for _ in range(3))
+writer.write_dataset(Path(sys.argv[1]) / "mine" / "1.0.0", features, {"train": pairs}, description="")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (length * len(frame)))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units")
+def test_writer_needs_six_times_the_longest_episode(tmp_path):
+    """Three episodes of 200 MB, of which two are held at once."""
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300, cwd=ROOT
+    )
+    held = writer.HELD_BYTES / 200e6
+    assert 2 < float(run.stdout) < 6 + held
 
 
 @pytest.mark.parametrize(

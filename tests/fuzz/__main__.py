@@ -1,7 +1,14 @@
 """python -m tests.fuzz [--targets NAME ...] [--inputs 100000] [--seed 0]: fuzzes the parsers of foreign bytes."""
 
 import argparse
+import os
+import sys
 import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # as pytest has them
 
 from tests.fuzz.harness import fuzz
 from tests.fuzz.targets import TARGETS

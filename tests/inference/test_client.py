@@ -23,11 +23,18 @@ def http(body: str | bytes, status: str = "200 OK", *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-@contextlib.contextmanager
-def answering(*answers: bytes, read: int = 2**16):
-    """A server that gives one answer per connection, the last one again and again, after `read` bytes of the request.
+def read_request(connection: socket.socket) -> None:
+    with connection.makefile("rb") as file:
+        lines = list(iter(lambda: file.readline().strip().lower(), b""))
+        file.read(sum(int(line.split()[1]) for line in lines if line.startswith(b"content-length")))
 
-    Yields (URL, list of connections). It closes at once, so that unread bytes reset the connection.
+
+@contextlib.contextmanager
+def answering(*answers: bytes, early: bool = False):
+    """A server that gives one answer per connection, the last one again and again, and closes.
+
+    Yields (URL, list of connections). `early`: it reads no more than the first bytes, so that closing resets the
+    connection.
     """
     listener, taken = socket.create_server(("127.0.0.1", 0)), []
 
@@ -37,8 +44,7 @@ def answering(*answers: bytes, read: int = 2**16):
                 connection = listener.accept()[0]
                 taken.append(connection)
                 with connection, contextlib.suppress(OSError):
-                    if read:
-                        connection.recv(read)
+                    connection.recv(2**16) if early else read_request(connection)
                     connection.sendall(answers[min(len(taken), len(answers)) - 1])
 
     thread = threading.Thread(target=run, daemon=True)
@@ -63,7 +69,7 @@ def refusal(url: str, image: np.ndarray = PIXELS, **settings) -> str:
     [("413 Too Large", "17 MB"), ("413 Too Large", "60 MB"), ("401 Unauthorized", "17 MB"), ("408 Timeout", "17 MB")],
 )
 def test_client_shows_a_reason_given_before_the_body_was_read(status, size):
-    with answering(http('{"error": "because"}', status, "Connection: close")) as (url, taken):
+    with answering(http('{"error": "because"}', status, "Connection: close"), early=True) as (url, taken):
         message = refusal(url, np.zeros(LARGE[size], np.uint8))
     assert message.endswith(f"/act: status {status[:3]}: because")
     assert len(taken) == 1, "the body is not sent twice"

@@ -29,13 +29,13 @@ class Episode:
     cameras: view -> uint8 [H, W, 3] for each step, drawn one after the other.
     depth: view -> uint16 [H, W] for each step, likewise.
     action, state: float32 [T, D]; state may have no columns.
-    instructions: of each step, or one for all.
+    instructions: a text of each step, or one for all; what readers take from files is checked (`text.instructions`).
     """
 
     cameras: Mapping[str, Iterable[np.ndarray]]
     action: np.ndarray
     state: np.ndarray
-    instructions: Sequence[str]
+    instructions: Any
     depth: Mapping[str, Iterable[np.ndarray]] = dataclasses.field(default_factory=dict)
 
 

@@ -105,8 +105,8 @@ def write_interleaved(
 ) -> Path:
     """As `write_dataset`, from pairs (split, episode) in any order.
 
-    Memory: at most HELD_BYTES of encoded episodes wait to be written, and one more episode. While TFDS writes an
-    episode it copies it: five times the longest one is needed in all (0.50 GB: 2.48 GB measured), if that is more.
+    Memory: at most HELD_BYTES and six times the longest episode, encoded. Episodes of HELD_BYTES wait to be written,
+    and one more; while TFDS writes an episode it holds several copies.
     """
     name, version = directory.parent.name, directory.name
     with all_or_nothing(directory):
@@ -220,8 +220,7 @@ def too_long(where: str, steps: int, size: float) -> str:
     fit = int(0.95 * steps * MAX_EPISODE_BYTES / size)  # numbers and names of fields may not be counted yet
     return (
         f"{where} takes {size / 1e9:.3g} GB in {steps:,} steps, more than the {MAX_EPISODE_BYTES / 1e9:.3g} GB of a "
-        f"record: split it into episodes of at most {fit:,} steps, or shrink its "
-        f"frames"
+        f"record: split it into episodes of at most {fit:,} steps, or shrink its frames"
     )
 
 
