@@ -56,9 +56,12 @@ class Process(uvicorn.Server):
     """
 
     def __init__(self, load: Callable[[], tuple[ASGIApp, str]]):
-        # The process ends without the events of a lifespan: what was taken is answered before.
+        # The process ends without the events of a lifespan: what was taken is answered before. uvicorn's own logging
+        # configuration would close the handlers that exist, absl's among them, and their streams.
         super().__init__(
-            uvicorn.Config(self._respond, interface="asgi3", lifespan="off", ws="none", log_level="warning")
+            uvicorn.Config(
+                self._respond, interface="asgi3", lifespan="off", ws="none", log_level="warning", log_config=None
+            )
         )
         self._load = load
         self._app: ASGIApp | None = None

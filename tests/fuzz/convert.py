@@ -11,7 +11,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from convert.fabricate import STATISTICS, hf_config, shrunken
 from etils import epath
 
 from openvla_jax.checkpoint import checksums
@@ -23,6 +22,7 @@ from openvla_jax.convert.peft import CONFIG, read_settings
 from openvla_jax.convert.sources import describe_hf
 from openvla_jax.convert.torch_io import PtWriter, fill, lay_out_safetensors, read_pt, read_safetensors
 from openvla_jax.errors import reading
+from tests.convert.fabricate import STATISTICS, hf_config, shrunken
 from tests.fuzz.harness import Target
 
 ADAPTERS = Path(__file__).parents[1] / "data" / "peft_adapters"
