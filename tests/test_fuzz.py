@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz.harness import fuzz
 from tests.fuzz.targets import TARGETS
 
-INPUTS = 200
+INPUTS = 100
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
