@@ -56,6 +56,9 @@ def parse_module(module, arguments):
     name = module.removeprefix("openvla_jax.")
     if name == "pytest":
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
+    elif name == "tests.fuzz":
+        source = (ROOT / "tests" / "fuzz" / "__main__.py").read_text()
+        assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
     elif name in ("train", "finetune"):
         if "--config" not in arguments:  # the page leaves the rest out
             arguments = ["--config", "debug", "--workdir", "W", *arguments]

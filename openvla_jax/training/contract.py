@@ -7,6 +7,7 @@ from openvla_jax.checkpoint.contract import Contract, action_spec
 from openvla_jax.config import VLAConfig
 from openvla_jax.errors import InputError
 from openvla_jax.settings import Settings
+from openvla_jax.tokens.actions import NORMALIZATIONS
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
 
@@ -34,7 +35,8 @@ def build_contract(
     observation, action = choose_specs(config, base)
     statistics = (base.statistics if base and config.statistics == "join" else {}) | iterator.statistics
     conventions = action_spec(statistics)
-    widths = {len(entry["action"]["mean"]) for entry in iterator.statistics.values()}
+    rows = NORMALIZATIONS[action.normalization]
+    widths = {len(entry["action"][rows[0]]) for entry in iterator.statistics.values()}
     if model.action_dim and widths != {model.action_dim}:
         raise InputError(
             f"action.dim is {model.action_dim}, the head's, but the data have {', '.join(map(str, sorted(widths)))} "

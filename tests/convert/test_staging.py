@@ -95,7 +95,7 @@ def test_export_that_fails_leaves_no_copy(weights, tmp_path, temporary, run, buc
     chunk = next((bucket / "b/run/checkpoints/7/params").glob("projector.fc1.kernel/0.0"))
     chunk.write_bytes(b"")
     code, _, err = run("export", RUN, tmp_path / "back")
-    assert code == 2 and f"error: {RUN}/checkpoints/7: params/projector/fc1/kernel is damaged" in err
+    assert code == 2 and "projector.fc1.kernel/0.0: has 0 bytes" in err
     assert not list(temporary.iterdir())
 
 
@@ -124,6 +124,7 @@ def test_convert_tells_what_a_bucket_cannot_give(bucket, run, arguments, message
     assert message in err
 
 
+@pytest.mark.long
 def test_adapters_know_their_base_by_its_place_in_the_bucket(bucket, tmp_path, temporary, run, shared):
     peft, adapter = golden("openvla_tiny") / "lora", tmp_path / "adapter"
     tokenizer = shared / "data" / "llama2_tokenizer"

@@ -360,7 +360,7 @@ def test_a_vlm_is_refused_in_one_line(policy, tmp_path, capsys):
         assert caught.value.code == 2 and "this checkpoint is a VLM" in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize("quantize", [None, "int4", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.parametrize("quantize", [None, *(pytest.param(kind, marks=pytest.mark.long) for kind in ("int8", "int4"))])
 def test_several_devices_that_share_every_layer_act_as_one(policy, tmp_path, quantize):
     save_model(policy.model, policy.contract, tmp_path / "checkpoint")
     load = functools.partial(Policy.from_checkpoint, tmp_path / "checkpoint", quantize=quantize, exclude=())

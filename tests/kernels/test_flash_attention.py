@@ -100,7 +100,9 @@ def with_gradients(function, arrays, causal):
     return [np.asarray(x, np.float64) for x in run(q, k, v, gradient)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case == "siglip" else case for case in CASES]
+)
 def test_results_and_gradients_are_as_near_to_float64_as_the_compilers(case):
     length, heads, dim, causal = CASES[case]
     arrays = inputs(length, heads, dim)
@@ -197,6 +199,7 @@ def test_a_towers_projections_are_the_same_merged(stored, adapted):
         assert np.linalg.norm(one - other) <= 0.05 * np.linalg.norm(other)
 
 
+@pytest.mark.long
 def test_a_training_step_with_kernels_is_one_without(monkeypatch):
     """The tower and the language model both run as kernels, over eight devices, recomputing what is not kept."""
     tower, llama = ONE_TOWER.towers[0], ONE_TOWER.llama

@@ -33,9 +33,7 @@ STATE = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 4)), jnp.float32
 
 def test_layout_counts_bos_patches_state_and_text():
     layout = SequenceLayout(patches=4, cameras=2, state=True)
-    marks = layout.join(
-        jnp.arange(3.0).reshape(1, 3, 1), 10 + jnp.arange(8.0).reshape(1, 8, 1), jnp.full((1, 1, 1), 99.0)
-    )
+    marks = layout.join(jnp.arange(3.0).reshape(1, 3, 1), 10 + jnp.arange(8.0).reshape(1, 8, 1), jnp.full((1, 1), 99.0))
     assert marks[0, :, 0].tolist() == [0, *range(10, 18), 99, 1, 2]
     assert (layout.prefix, layout.length(3)) == (9, 12)
     for index in (1, 2):
@@ -56,8 +54,13 @@ def test_layout_hides_patches_of_missing_cameras():
 
 def test_layout_refuses_other_parts():
     layout = SequenceLayout(patches=2, cameras=2)
-    with pytest.raises(ValueError, match="3 patches and no state token: the layout has 2 cameras of 2 patches"):
-        layout.join(jnp.zeros((1, 2, 1)), jnp.zeros((1, 3, 1)), None)
+    text, patches, token = jnp.zeros((1, 2, 1)), jnp.zeros((1, 4, 1)), jnp.zeros((1, 1))
+    with pytest.raises(ValueError, match="3 patches: the layout has 2 cameras of 2"):
+        layout.join(text, patches[:, 1:])
+    with pytest.raises(ValueError, match="a state token: the layout differs"):
+        layout.join(text, patches, token)
+    with pytest.raises(ValueError, match="no timestep token: the layout differs"):
+        dataclasses.replace(layout, timestep=True).join(text, patches)
 
 
 def test_take_positions_is_a_gather_in_any_dtype():

@@ -281,6 +281,7 @@ print(json.dumps({remat: kernel_seconds(remat) for remat in sys.argv[2:]}))
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
+@pytest.mark.long
 def test_plans_count_a_recomputed_kernel_under_every_remat_policy(tmp_path):
     pytest.importorskip("libtpu")
     policies = [*REMAT_POLICIES, *(name for name in planner.SEARCHED if name not in REMAT_POLICIES)]
