@@ -92,7 +92,8 @@ class Progress:
 
 def describe(values: Mapping[str, float], prefix: str, metrics: Sequence[Metric]) -> str:
     """Returns a head's metrics for a progress line; `values` has them as PREFIX/NAME."""
-    return "  ".join(f"{one.label} {values[f'{prefix}/{one.name}']:{one.format}}" for one in metrics)
+    shown = [(one, values.get(f"{prefix}/{one.name}")) for one in metrics]  # some are for validation only
+    return "  ".join(f"{one.label} {value:{one.format}}" for one, value in shown if value is not None)
 
 
 def duration(seconds: float) -> str:

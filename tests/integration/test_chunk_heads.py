@@ -61,6 +61,7 @@ def test_run_with_a_chunk_head_trains_and_acts(folder, tmp_path, monkeypatch, he
         np.testing.assert_allclose(policy.predict_chunk(observation), chunk, atol=1e-5)
 
 
+@pytest.mark.long
 def test_run_refuses_a_head_of_another_size_than_the_actions(folder, tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     with pytest.raises(InputError, match=r"action.dim is 6, the head's, but the data have 7 action dimensions"):
