@@ -31,14 +31,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from openvla_jax.config import VLAConfig, preset  # noqa: E402
 from openvla_jax.convert.names import source_shapes, table  # noqa: E402
 from openvla_jax.convert.sources import flatten  # noqa: E402
-from openvla_jax.convert.torch_io import (  # noqa: E402
-    BFLOAT16,
-    Tensor,
-    fill,
-    lay_out_safetensors,
-    read_pt,
-    read_torch_folder,
-)
+from openvla_jax.convert.torch_io import BFLOAT16, Tensor, read_pt, read_torch_folder  # noqa: E402
+from openvla_jax.convert.torch_write import fill, lay_out_safetensors  # noqa: E402
 
 MAX_MEMORY, MAX_RATIO = 6 * 2**30, 3.0
 STATISTICS = {

@@ -28,7 +28,8 @@ from openvla_jax.convert.progress import run_with_progress
 from openvla_jax.convert.reference_files import hf_files, native_files
 from openvla_jax.convert.source import Source
 from openvla_jax.convert.sources import open_source
-from openvla_jax.convert.torch_io import PtWriter, Tensor, fill, lay_out_safetensors
+from openvla_jax.convert.torch_io import Tensor
+from openvla_jax.convert.torch_write import PtWriter, fill, lay_out_safetensors
 from openvla_jax.tokens.tokenizer import save_tokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

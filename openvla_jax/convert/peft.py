@@ -18,7 +18,8 @@ from openvla_jax.config import LoRAConfig, VLAConfig, nearest
 from openvla_jax.convert.describe import read_json
 from openvla_jax.convert.importer import require_finite
 from openvla_jax.convert.names import TRANSFORMS, ConversionError, Shape, is_stacked, table
-from openvla_jax.convert.torch_io import Tensor, fill, lay_out_safetensors, read_safetensors
+from openvla_jax.convert.torch_io import Tensor, read_safetensors
+from openvla_jax.convert.torch_write import fill, lay_out_safetensors
 from openvla_jax.models.tuning import MODES, Tuning, abstract_prepared, sites_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,8 @@ from openvla_jax.convert import ConversionError, export_adapter, import_adapter,
 from openvla_jax.convert.adapters import merged_leaf, open_adapter
 from openvla_jax.convert.peft import CONFIG, WEIGHTS, modules, read_settings
 from openvla_jax.convert.sources import open_source
-from openvla_jax.convert.torch_io import fill, read_safetensors
+from openvla_jax.convert.torch_io import read_safetensors
+from openvla_jax.convert.torch_write import fill
 
 BOUND = 2e-4
 ADAPTERS = ROOT / "tests" / "data" / "peft_adapters"

@@ -17,7 +17,8 @@ from openvla_jax.checkpoint.reading import load_contract, load_unused
 from openvla_jax.convert import ConversionError, export_weights, exporter, import_weights
 from openvla_jax.convert.orbax_io import OrbaxReader, OrbaxWriter, chunk_shape
 from openvla_jax.convert.sources import flatten, open_source
-from openvla_jax.convert.torch_io import lay_out_safetensors, read_pt, read_torch_folder
+from openvla_jax.convert.torch_io import read_pt, read_torch_folder
+from openvla_jax.convert.torch_write import lay_out_safetensors
 from openvla_jax.types import ActionSpec, ObservationSpec
 
 HF_VARIANTS = [variant for variant in VARIANTS if variant not in NATIVE_ONLY]
@@ -217,11 +218,11 @@ def test_the_hf_code_has_no_linear_projector(tmp_path):
 def test_shards_split_where_the_reference_splits_them(tmp_path, monkeypatch):
     """Sizes and first tensors of the three files of openvla-7b, laid out without making them."""
     from openvla_jax.config import preset
-    from openvla_jax.convert import torch_io
+    from openvla_jax.convert import torch_write
     from openvla_jax.convert.names import source_shapes, table
 
     sizes = []
-    monkeypatch.setattr(torch_io, "_create", lambda path, size: (path.touch(), sizes.append(size)))
+    monkeypatch.setattr(torch_write, "_create", lambda path, size: (path.touch(), sizes.append(size)))
     dtype = np.dtype(jnp.bfloat16)
     tensors = lay_out_safetensors(
         tmp_path, {n: (dtype, s) for n, s in source_shapes(table(preset("openvla-7b"), "hf")).items()}

@@ -20,7 +20,8 @@ from openvla_jax.convert.describe import read_json
 from openvla_jax.convert.names import ConversionError, source_shapes, table
 from openvla_jax.convert.peft import CONFIG, read_settings
 from openvla_jax.convert.sources import describe_hf
-from openvla_jax.convert.torch_io import PtWriter, fill, lay_out_safetensors, read_pt, read_safetensors
+from openvla_jax.convert.torch_io import read_pt, read_safetensors
+from openvla_jax.convert.torch_write import PtWriter, fill, lay_out_safetensors
 from openvla_jax.errors import reading
 from tests.convert.fabricate import STATISTICS, hf_config, shrunken
 from tests.fuzz.harness import Target
