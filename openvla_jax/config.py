@@ -419,7 +419,7 @@ def model_config(settings: Mapping[str, Any]) -> VLAConfig:
     Overrides are nested by section (`llama`, `projector`, `towers` by tower name, and the top-level fields), for
     example `{"preset": "tiny", "llama": {"depth": 3}, "towers": {"dino": {"width": 96}}}`. A tower that is None is left
     out. Unknown keys raise. A
-    `base_vocab_size` of its own (another tokenizer) pads the language model's vocabulary again, to a multiple of 64.
+    new `base_vocab_size` (another tokenizer) pads the language model's vocabulary again, to a multiple of 64.
     """
     settings = dict(settings)
     base = preset(settings.pop("preset", "openvla-7b"))

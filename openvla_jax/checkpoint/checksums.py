@@ -63,7 +63,7 @@ def digest_folder(folder: epath.Path, process: int = 0, known: Mapping[str, Any]
     """Returns what is noted of the files of an item that a process wrote, by their path in the checkpoint.
 
     Args:
-        folder: the item's folder, directly in that of the checkpoint.
+        folder: the item's folder, directly in the checkpoint's.
         process: the index of the process.
         known: files that were noted while they were written.
     """

@@ -278,9 +278,9 @@ def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observat
     """Checks statistics at every door: import, export, loading, saving, serving.
 
     Rows must be lists of finite numbers of one length, of at most `action.dim` for actions. Lower bounds must not be
-    above upper ones, and no `std` below 0; equal bounds and a `std` of 0 are those of a dimension that never changes.
+    above upper ones, and no `std` below 0; equal bounds and a `std` of 0 mean that a dimension never changes.
     A mask is a list of booleans. With `observation.state` every dataset needs statistics of all its columns; without,
-    those of a state are checked as far as there are any.
+    a state's statistics are checked if there are any.
 
     Raises:
         CheckpointError: names dataset, row and value.

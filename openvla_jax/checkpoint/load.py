@@ -54,7 +54,7 @@ def load_model(
     quantised after the other, largest first, so that the full-precision model is never in memory. A checkpoint that
     was saved quantised is loaded as it is. An adapter is merged into its base, which is read from `base`, or from where
     it was when the adapter was trained. `verify` reads all files once more before, and compares them with their
-    checksums, those of the base included. Raises CheckpointError if `path` holds no complete checkpoint, its tensors
+    checksums, the base's files too. Raises CheckpointError if `path` holds no complete checkpoint, its tensors
     do not fit its own config, or it is quantised otherwise.
     """
     contract = load_contract(path)

@@ -199,7 +199,7 @@ def stored_params(path: os.PathLike | str) -> Any:
     check_files(path, "params")
     with reading_item(path):
         stored = ocp.metadata(path, "params").metadata
-        if not stored:  # Orbax logs why, and goes on
+        if not stored:  # Orbax logs why, and continues
             raise ValueError("Orbax cannot read its metadata")
         return stored
 

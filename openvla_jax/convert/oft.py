@@ -75,7 +75,7 @@ def find_components(folder: Path) -> dict[str, Path]:
         files = sorted(folder.glob(f"{name}--*.pt"))
         if len(files) > 1:
             listed = ", ".join(file.name for file in files)
-            raise ConversionError(f"{folder}: several files of {name}: {listed}; keep those of one step")
+            raise ConversionError(f"{folder}: several files of {name}: {listed}; keep the files of one step")
         if files:
             found[name] = files[0]
     return found
