@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -28,7 +29,16 @@ from openvla_jax.types import Batch
 STATISTICS = {"toy": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3}}
 
 
+saved: Path  # the first checkpoint, which must be whole before the disk is full
 accidents: dict[str, int] = {}  # what is to happen to this process, before which batch
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.is_dir():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} did not appear within {seconds} s")
+        time.sleep(0.05)
 
 
 class Stream:
@@ -47,6 +57,7 @@ class Stream:
         if self._position == accidents.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._position == accidents.get("full"):  # from now on no file grows, as on a full disk
+            wait_for(saved)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         index, count = self._shard
@@ -111,6 +122,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     processes, index, port = options.place
+    global saved
+    saved = Path(options.workdir) / "checkpoints" / "4"
     accidents.update({"die": options.die, "full": options.full})
     install()
     if options.kill:

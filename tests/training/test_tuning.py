@@ -173,7 +173,7 @@ def test_accumulation_draws_dropout_for_each_part():
     head = make_head(ONE_TOWER, ActionSpec())
     forward = make_forward(ONE_TOWER, head, execution, dtype=jnp.float32, datasets=2, tuning=tuning)
     part = jax.tree.map(lambda rows: rows[::2], batch)
-    loss = jax.jit(jax.value_and_grad(lambda params, key: forward(params, state.frozen, part, key)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda params, key: forward(params, state.frozen, part, dropout_key=key)[0]))
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 1), 2)
     (first, gradient), (second, other) = (loss(state.params, key) for key in keys)
     assert abs(first - second) > 1e-3 * first
