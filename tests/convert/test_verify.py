@@ -71,6 +71,7 @@ def test_wrong_weights_fail_by_tensors_logits_tokens_and_actions(pair, tmp_path)
         assert text in failures
 
 
+@pytest.mark.long
 def test_rounding_passes_as_tensors_and_is_judged_by_logits(pair, tmp_path):
     write_hf(tmp_path / "exact", "dinosiglip", "float32")
     fine = verify_weights(tmp_path / "exact", pair / "hf", threshold=10.0)

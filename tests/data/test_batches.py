@@ -367,6 +367,7 @@ def test_the_buffer_shrinks_to_the_memory_and_to_the_data(fakes, caplog):
 BOTH = (("fake", 1.0), ("wide", 1.0))
 
 
+@pytest.mark.long
 def test_the_mixture_changes_at_the_steps_of_the_schedule(fakes, tmp_path):
     data = _data("fake", fakes, schedule=(("wide", 2), (BOTH, 5)), shuffle_buffer=64)
     whole = _iterator(data)

@@ -152,6 +152,7 @@ def test_tokens_hold_the_chunk_and_decode_with_the_same_bins(drawn):
         assert row["target_positions"][0] == len(prompt)
 
 
+@pytest.mark.long
 def test_short_episodes_are_skipped_counted_and_logged(data, drawn, caplog):
     iterator, _, _ = drawn
     assert iterator.skipped_episodes > 0 and iterator.skipped_images == 0
@@ -179,6 +180,7 @@ def test_evaluation_batches_follow_the_specs(data, drawn):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_restored_stream_with_cameras_state_and_chunks_continues_exactly(data, drawn):
     iterator, batches, (folder, skipped) = drawn
     resumed = _iterator(data)
@@ -190,6 +192,7 @@ def test_restored_stream_with_cameras_state_and_chunks_continues_exactly(data, d
     assert resumed.skipped_episodes == iterator.skipped_episodes
 
 
+@pytest.mark.long
 def test_identity_names_only_specs_that_are_not_the_default(data, drawn):
     _, _, (folder, _) = drawn
     plain = _iterator(data, ObservationSpec(rotation=180), ActionSpec(dim=14)).identity

@@ -46,6 +46,7 @@ def check_small_run(out: Path, stages: list[str]) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gpu_script_runs_its_main_stages_small(tmp_path):
     check_small_run(tmp_path, ["bf16", "torch", "torch-compiled", "lora-16", "peft-16"])
 

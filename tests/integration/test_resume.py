@@ -49,8 +49,8 @@ def curve(workdir):
     return [{"step": line["step"]} | {key: line[key] for key in keep if key in line} for line in lines]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 8])
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [1, 8])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data_dir, devices):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, data_dir, devices))
@@ -75,6 +75,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data_dir, devices
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_another_config_is_refused(tmp_path, data_dir):
     workdir = tmp_path / "run"
     process = start(workdir, data_dir, 1, "--config.train.steps=100000", "--config.train.checkpoint_every=50000")

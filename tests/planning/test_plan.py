@@ -119,6 +119,7 @@ def plan(*arguments):
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_run_is_planned_by_the_tpu_compiler(tmp_path):
     pytest.importorskip("libtpu")
     out = tmp_path / "plan.json"
@@ -227,6 +228,7 @@ print(len(cycles), compiled.cost.kernel_seconds * tpu.facts.clock, sum(cycles))
 @pytest.mark.tpu_aot
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_kernels_cost_what_the_compiler_says_of_them_alone(tmp_path, topology):
     """It says so of small programs only: of a whole step that takes more memory than a laptop has."""
     pytest.importorskip("libtpu")
@@ -375,6 +377,7 @@ jax.jit(lambda qkv, gradient: jax.vjp(mixed, qkv)[1](gradient)).lower(qkv, gradi
 @pytest.mark.tpu_aot
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_tpus_compile_the_kernel_of_merged_projections(tmp_path, topology):
     """SigLIP's: its heads of 72 begin where no register does."""
     pytest.importorskip("libtpu")

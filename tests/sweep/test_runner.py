@@ -91,7 +91,14 @@ def quiet(runs):
     pass
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_sweep_goes_on(tmp_path, stand_in, how):
     """No point is run twice from the start, none is lost, and what they write equals an uninterrupted sweep's."""
     seeds = list(range(1, 7))

@@ -72,7 +72,11 @@ def reference(single):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
-    [{"data": 8}, pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.long), {"data": 2, "fsdp": 2, "tensor": 2}],
+    [
+        {"data": 8},
+        pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.long),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.long),
+    ],
 )
 def test_any_mesh_gives_the_losses_and_gradients_of_one_device(sizes, single, reference):
     mesh = make_mesh(sizes)

@@ -98,6 +98,7 @@ def stepped():
     return found
 
 
+@pytest.mark.long
 def test_only_what_is_trained_moves(stepped):
     for name, (_, before, after, losses) in stepped.items():
         assert losses[2] < losses[0], name
@@ -124,6 +125,7 @@ def test_only_what_is_trained_moves(stepped):
     assert dead and all(not np.asarray(leaf[...]).any() for leaf in dead if leaf.shape[0] == 4)
 
 
+@pytest.mark.long
 def test_merged_weights_compute_what_the_parts_did(stepped):
     batch = random_batch(4, 1)
     for name in ("lora", "sandwich"):
