@@ -247,7 +247,9 @@ def _forward_kernel(*refs, shape: _Shape, projections: int):
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
-            scores = add_biases(shape.product(k[head, keys], q[head, queries], _TRANSPOSED), keys, biases)  # [S, T]
+            scores = add_biases(
+                shape.product(k[head, keys], q[head, queries], _TRANSPOSED), keys, biases, shape
+            )  # [S, T]
             scores = jnp.concatenate([mask_scores(scores[part], part, queries, shape, _LOWEST) for part in seen])
             largest = scores.max(axis=0, keepdims=True)
             weights = jnp.exp2((scores - largest) * shape.log2_scale)
@@ -292,7 +294,9 @@ def _backward_kernel(*refs, shape: _Shape, projections: int):
             to_weights_buffer = to_weights_ref.at[head % _BUFFERS]
             through_sum = jnp.zeros_like(sums)
             for part in seen:
-                scores = add_biases(shape.product(k[head, part], q[head, queries], _TRANSPOSED), part, biases)  # [S, T]
+                scores = add_biases(
+                    shape.product(k[head, part], q[head, queries], _TRANSPOSED), part, biases, shape
+                )  # [S, T]
                 weights = mask_scores(jnp.exp2(scores * shape.log2_scale - sums), part, queries, shape, 0.0)
                 to_weights = shape.product(v[head, part], gradient[head, queries], _TRANSPOSED)
                 through_sum += (weights * to_weights).sum(axis=0, keepdims=True)
@@ -344,10 +348,10 @@ def zero_padding(x: Array, first: int, length: int) -> Array:
     return jnp.where(row < length - first, x, jnp.zeros_like(x))
 
 
-def add_biases(x: Array, keys: slice, biases: Sequence[Any]) -> Array:
+def add_biases(x: Array, keys: slice, biases: Sequence[Any], shape: _Shape) -> Array:
     """Adds to scores [S, T] what hides keys from all queries, if anything does."""
     for ref in biases:
-        x = x + ref[0, keys]
+        x = x + zero_padding(ref[0, keys], keys.start, shape.length)
     return x
 
 
