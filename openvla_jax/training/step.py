@@ -21,7 +21,7 @@ from openvla_jax.models.tuning import FULL, Tuning, make_graph
 from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import BATCH
 from openvla_jax.settings import AugmentConfig, Settings
-from openvla_jax.training.optimizer import make_optimizer, make_schedule
+from openvla_jax.training.optimizer import average, make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
 from openvla_jax.types import ActionSpec, Batch
 from openvla_jax.vision.augment import augment
@@ -112,6 +112,7 @@ def make_train_step(
     seed: int = 0,
     tuning: Tuning = FULL,
     action: ActionSpec = DEFAULT_ACTION,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Makes `(state, batch) -> (state, metrics)` on the global batch.
 
@@ -119,7 +120,8 @@ def make_train_step(
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
     hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. `execution`
-    needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number.
+    needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number. `ema` is the decay of
+    the state's average (`optimizer.average`), None for a state without one.
     """
     head = make_head(model, action)
     forward = make_forward(model, head, execution, dtype=dtype, datasets=datasets, tuning=tuning)
@@ -162,7 +164,10 @@ def make_train_step(
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             keep = lambda new, old: jnp.where(finite, new, old)
             params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics | {"skipped": ~finite}
+            averaged = None
+            if ema is not None:
+                averaged = jax.tree.map(keep, average(state.ema, params, state.step, ema), state.ema)
+        return TrainState(state.step + 1, params, opt_state, state.frozen, averaged), metrics | {"skipped": ~finite}
 
     return train_step
 
@@ -221,12 +226,13 @@ def make_job(
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
     schedule = make_schedule(config.optimizer, train.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
+    ema = config.optimizer.ema
+    abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning, averaged=ema is not None)
     kernels = train.kernels and mesh.devices.flat[0].platform == "tpu"
     execution = Execution(mesh, kernels, train.remat)
     step = make_train_step(
         model, optimizer, schedule, execution, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, action=action,
+        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, action=action, ema=ema,
     )  # fmt: skip
     evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, action=action)
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())  # every host reads the metrics

@@ -29,11 +29,12 @@ class ParallelTokenHead(TokenHead):
         Metric("next_actions_l1", "next L1", ".4f", ("next_l1", "next")),
     )
     sequential = False
+    average_pads = False  # FiLM's mean takes pads of a training row too, as the reference's; for comparisons
 
     def loss(
         self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
     ) -> tuple[Array, Sums]:
-        hidden = chunk_states(model, pixels, batch, execution)
+        hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
         return self.token_loss(model, hidden, batch, execution)
 
     def token_sums(self, correct: Float[Array, "B N"], l1: Float[Array, "B N"], is_action: Float[Array, "B N"]) -> Sums:
@@ -75,8 +76,7 @@ class L1Head:
     )
 
     sequential = False
-
-    average_pads = False  # FiLM's mean takes pads of a training row too, as the reference's; for comparisons
+    average_pads = False  # as `ParallelTokenHead`'s
 
     def __init__(self, config: VLAConfig, action: ActionSpec):
         self.horizon, self.steps = action.horizon, action.denoising_steps
@@ -153,7 +153,7 @@ class DiffusionHead(L1Head):
     ) -> tuple[Array, Sums]:
         """`loss` for given draws."""
         noisy = add_noise(jnp.asarray(batch.actions), jnp.asarray(noise), jnp.asarray(timestep))
-        hidden = chunk_states(model, pixels, batch, execution, noisy, jnp.asarray(timestep))
+        hidden = chunk_states(model, pixels, batch, execution, noisy, jnp.asarray(timestep), self.average_pads)
         predicted = self.read(model, hidden, chunk_positions(batch), execution)
         mask = batch.action_mask.astype(jnp.float32)
         loss = (jnp.square(predicted - noise) * mask).sum(axis=(1, 2))
