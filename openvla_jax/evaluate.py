@@ -118,6 +118,7 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     contract = policy.contract
     return policy, {
         "action": dataclasses.asdict(contract.action),
+        "observation": dataclasses.asdict(contract.observation),
         "statistics": contract.statistics,
         "training": contract.training,
     }
@@ -136,8 +137,10 @@ def read_frames(args: argparse.Namespace, info: Mapping[str, Any]) -> dict[str, 
         if name not in info["statistics"]:
             raise InputError(f"the checkpoint has no statistics of {name!r}; {nearest(name, info['statistics'])}")
     names = args.datasets or list(info["statistics"])
+    observation, action = ObservationSpec.from_dict(info["observation"]), ActionSpec.from_dict(info["action"])
+    shown = {"module": module, "observation": observation, "normalization": action.normalization}
     return {
-        name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split, module)
+        name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split, **shown)
         for name in names
     }
 
@@ -256,7 +259,8 @@ def run_quantization(args: argparse.Namespace) -> None:
     exclude = EXCLUDE if args.exclude is None else tuple(args.exclude)
     contract = load_contract(args.checkpoint)
     contract.check_is_policy()
-    frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training})
+    specs = {name: dataclasses.asdict(getattr(contract, name)) for name in ("observation", "action")}
+    frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training, **specs})
     rows = quantization.measure(
         args.checkpoint, frames, args.kinds, dtype=args.dtype, exclude=exclude, episodes=args.episodes
     )

@@ -93,7 +93,10 @@ class Progress:
 def describe(values: Mapping[str, float], prefix: str, metrics: Sequence[Metric]) -> str:
     """Returns a head's metrics for a progress line; `values` has them as PREFIX/NAME."""
     shown = [(one, values.get(f"{prefix}/{one.name}")) for one in metrics]  # some are for validation only
-    return "  ".join(f"{one.label} {value:{one.format}}" for one, value in shown if value is not None)
+    # A chunk of one action has no next ones.
+    return "  ".join(
+        f"{one.label} {value:{one.format}}" for one, value in shown if value is not None and value == value
+    )
 
 
 def duration(seconds: float) -> str:

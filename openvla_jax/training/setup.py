@@ -100,6 +100,8 @@ def open_run(config: Settings, directory: os.PathLike | str) -> Run:
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     job = make_job(config, model, mesh, len(iterator.dataset_names), action=action)
+    if train.stop_at_action_accuracy is not None and "action_accuracy" not in [one.name for one in job.head.metrics]:
+        raise InputError(f"train.stop_at_action_accuracy: the head {action.head!r} has no tokens; leave it out")
     log(f"model: {model.name}; {describe_training(model, job.tuning)}")
     state, adapter = make_state(config, workdir, start, model, mesh, job)
     unused = load_unused(config.init_from) if config.init_from and job.tuning.full else None

@@ -137,8 +137,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
             with jax.named_scope("augment"):
-                images = rearrange(batch.images, "B C H W c -> (B C) H W c")  # each camera gets its own draws
-                batch = batch._replace(images=augment(key, images).reshape(batch.images.shape))
+                batch = batch._replace(images=augment_cameras(augment, key, batch.images))
         keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
         total = head.targets(batch)
         gradient = jax.grad(part_loss, has_aux=True)
@@ -170,6 +169,11 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.frozen, averaged), metrics | {"skipped": ~finite}
 
     return train_step
+
+
+def augment_cameras(augment: Callable[[Array, Array], Array], key: Array, images: Array) -> Array:
+    """Augments images [B, C, H, W, 3]; every camera of a row gets its own draws."""
+    return augment(key, rearrange(images, "B C H W c -> (B C) H W c")).reshape(images.shape)
 
 
 def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:

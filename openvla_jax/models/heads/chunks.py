@@ -23,9 +23,10 @@ class ParallelTokenHead(TokenHead):
     """
 
     metrics: tuple[Metric, ...] = (
-        Metric("first_action_accuracy", "accuracy", ".1%", ("first_correct", "first")),
+        *TokenHead.metrics,
+        Metric("first_action_accuracy", "first", ".1%", ("first_correct", "first")),
         Metric("next_actions_accuracy", "next", ".1%", ("next_correct", "next")),
-        Metric("first_action_l1", "L1", ".4f", ("first_l1", "first")),
+        Metric("first_action_l1", "first L1", ".4f", ("first_l1", "first")),
         Metric("next_actions_l1", "next L1", ".4f", ("next_l1", "next")),
     )
     sequential = False
@@ -39,7 +40,7 @@ class ParallelTokenHead(TokenHead):
 
     def token_sums(self, correct: Float[Array, "B N"], l1: Float[Array, "B N"], is_action: Float[Array, "B N"]) -> Sums:
         first = (is_action.cumsum(axis=1) <= is_action.sum(axis=1, keepdims=True) / self.horizon).astype(jnp.float32)
-        return {
+        return super().token_sums(correct, l1, is_action) | {
             f"{name}{suffix}": (values * part).sum(axis=1)
             for name, part in (("first", first), ("next", 1 - first))
             for suffix, values in (("_correct", correct), ("_l1", l1), ("", is_action))
@@ -71,8 +72,9 @@ class L1Head:
     """
 
     metrics: tuple[Metric, ...] = (
-        Metric("first_action_l1", "L1", ".4f", ("first_l1", "first")),
-        Metric("next_actions_l1", "next L1", ".4f", ("next_l1", "next")),
+        Metric("action_l1", "L1", ".4f", ("l1", "actions")),
+        Metric("first_action_l1", "first", ".4f", ("first_l1", "first")),
+        Metric("next_actions_l1", "next", ".4f", ("next_l1", "next")),
     )
 
     sequential = False
@@ -88,8 +90,7 @@ class L1Head:
         hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
         predicted = self.read(model, hidden, chunk_positions(batch), execution)
         sums = error_sums(predicted, batch)
-        loss = sums["first_l1"] + sums["next_l1"]
-        return loss.sum(), {"loss": loss, "targets": sums["first"] + sums["next"]} | sums
+        return sums["l1"].sum(), {"loss": sums["l1"], "targets": sums["actions"]} | sums
 
     def evaluate(
         self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
@@ -273,10 +274,12 @@ def language_of(
 
 
 def error_sums(predicted: Float[Array, "B K A"], batch: Any) -> Sums:
-    """Returns the absolute errors of normalised chunks and how many there are, of the first action and the others."""
+    """Returns the absolute errors of normalised chunks and how many there are: of all actions, the first, the others."""
     mask = batch.action_mask.astype(jnp.float32)
     errors = jnp.abs(predicted - batch.actions) * mask
     return {
+        "l1": errors.sum(axis=(1, 2)),
+        "actions": mask.sum(axis=(1, 2)),
         "first_l1": errors[:, 0].sum(axis=1),
         "first": mask[:, 0].sum(axis=1),
         "next_l1": errors[:, 1:].sum(axis=(1, 2)),
