@@ -35,9 +35,8 @@ def curves_figure(metrics: Sequence[Mapping[str, float]]) -> Any:
     if not any("train/loss" in row for row in metrics):
         raise InputError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw")
     figure = new_figure(12, 3.4)
-    there = [
-        panel for panel in _PANELS if any(f"{part}/{panel[0]}" in row for part in ("train", "val") for row in metrics)
-    ]
+    known = {name.partition("/")[2] for row in metrics for name in row}
+    there = [panel for panel in _PANELS if panel[0] in known]
     for axes, (name, label) in zip(figure.subplots(1, len(there), squeeze=False)[0], there, strict=True):
         for split, style in (
             ("train", {"color": "#9aa7b5", "linewidth": 1}),

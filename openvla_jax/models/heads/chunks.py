@@ -274,7 +274,7 @@ def language_of(
 
 
 def error_sums(predicted: Float[Array, "B K A"], batch: Any) -> Sums:
-    """Returns the absolute errors of normalised chunks and how many there are: of all actions, the first, the others."""
+    """Returns the absolute errors of normalised chunks and their counts: of all actions, the first, the others."""
     mask = batch.action_mask.astype(jnp.float32)
     errors = jnp.abs(predicted - batch.actions) * mask
     return {
