@@ -41,7 +41,7 @@ def test_heads_give_the_losses_of_the_reference(name):
             if f"step{number}/noise" in expected:
                 noise, timestep = expected[f"step{number}/noise"], expected[f"step{number}/timesteps"]
                 return head.noise_loss(model, pixels, batch, PLAIN, noise, timestep.astype(np.int32))[1]
-            return head.loss(model, pixels, batch, PLAIN, jax.random.key(0))[1]
+            return head.loss(model, pixels, batch, PLAIN, jax.random.split(jax.random.key(0), len(batch.tokens)))[1]
 
         means = summarize(head, jax.tree.map(lambda row: row.sum()[None], run(batch.images)))
         np.testing.assert_allclose(means["loss"], expected[f"step{number}/metric/loss_value"], rtol=1e-4)
@@ -55,12 +55,12 @@ def test_diffusion_head_is_evaluated_by_sampling():
     """What validation measures is the error of sampled chunks, beside the loss."""
     (name, *_) = names(use_diffusion=True, float32=True) or [pytest.skip("needs reference files: a diffusion case")]
     model, batch = load_model(imported(name))[0], batch_of(name, 0)
-    head, key = make_head(model.config, specs_of(name)[1]), jax.random.key(3)
+    head, keys = make_head(model.config, specs_of(name)[1]), jax.random.split(jax.random.key(3), len(batch.tokens))
     head.steps = 2
     sums, loss = jax.jit(
         lambda images: (
-            head.evaluate(model, model.normalize(images), batch, PLAIN, key),
-            head.loss(model, model.normalize(images), batch, PLAIN, key)[1],
+            head.evaluate(model, model.normalize(images), batch, PLAIN, keys),
+            head.loss(model, model.normalize(images), batch, PLAIN, keys)[1],
         )
     )(batch.images)
     np.testing.assert_allclose(sums["loss"], loss["loss"], rtol=1e-6)

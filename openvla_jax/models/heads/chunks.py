@@ -33,7 +33,7 @@ class ParallelTokenHead(TokenHead):
     average_pads = False  # FiLM's mean takes pads of a training row too, as the reference's; for comparisons
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
         return self.token_loss(model, hidden, batch, execution)
@@ -84,7 +84,7 @@ class L1Head:
         self.horizon, self.steps = action.horizon, action.denoising_steps
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         """The absolute error of normalised actions, summed over chunk and dimensions."""
         hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
@@ -93,9 +93,9 @@ class L1Head:
         return sums["l1"].sum(), {"loss": sums["l1"], "targets": sums["actions"]} | sums
 
     def evaluate(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> Sums:
-        return self.loss(model, pixels, batch, execution, key)[1]
+        return self.loss(model, pixels, batch, execution, keys)[1]
 
     def targets(self, batch: Any) -> Float[Array, ""]:
         """Returns the numbers of a batch's chunks."""
@@ -135,12 +135,12 @@ class DiffusionHead(L1Head):
     """
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         """The squared error of the predicted noise, at a timestep drawn per row."""
-        noise_key, step_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, batch.actions.shape)
-        timestep = jax.random.randint(step_key, batch.actions.shape[:1], 0, NOISE_STEPS)
+        keys = jax.vmap(jax.random.split)(keys)
+        noise = draw_noise(keys[:, 0], *batch.actions.shape[1:])
+        timestep = jax.vmap(lambda key: jax.random.randint(key, (), 0, NOISE_STEPS))(keys[:, 1])
         return self.noise_loss(model, pixels, batch, execution, noise, timestep)
 
     def noise_loss(
@@ -161,13 +161,13 @@ class DiffusionHead(L1Head):
         return loss.sum(), {"loss": loss, "targets": mask.sum(axis=(1, 2))}
 
     def evaluate(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> Sums:
         """The loss, and the error of chunks that are sampled as a policy does."""
-        sums = self.loss(model, pixels, batch, execution, key)[1]
+        sums = self.loss(model, pixels, batch, execution, keys)[1]
         slots = batch_slots(model, batch)
         patches = model.project(pixels, execution, language_of(model, batch.tokens, slots, execution))
-        noise = jax.random.normal(jax.random.fold_in(key, 1), batch.actions.shape)
+        noise = draw_noise(jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys), *batch.actions.shape[1:])
         mask = camera_mask(model, batch)
         sampled = self.sample(model, patches, batch.tokens, slots, batch.state, noise, execution, mask)
         return sums | error_sums(sampled, batch)
@@ -185,7 +185,7 @@ class DiffusionHead(L1Head):
         text, slots = chunk_text(model, inputs, self.horizon * dim)
         patches = see(model, inputs.images, text, slots, execution)
         seeds = jnp.zeros(text.shape[0], jnp.int32) if sampling is None else sampling.seed
-        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (self.horizon, dim)))(seeds)
+        noise = draw_noise(jax.vmap(jax.random.key)(seeds), self.horizon, dim)
         return Prediction(actions=self.sample(model, patches, text, slots, inputs.state, noise, execution))
 
     def sample(
@@ -209,6 +209,11 @@ class DiffusionHead(L1Head):
             return denoise(noisy, predicted, timestep, self.steps), None
 
         return jax.lax.scan(step, noise, jnp.asarray(sampling_timesteps(self.steps)))[0]
+
+
+def draw_noise(keys: Array, horizon: int, dim: int) -> Float[Array, "B K A"]:
+    """Returns a noisy chunk for each of the keys [B], which does not depend on the other rows."""
+    return jax.vmap(lambda key: jax.random.normal(key, (horizon, dim)))(keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
