@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +190,7 @@ def test_step_keeps_the_average_of_its_weights():
     leaves = lambda tree: jax.tree.leaves(jax.device_get(tree))
     for expected, params in zip(leaves(states[0].ema), leaves(states[0].params), strict=True):
         np.testing.assert_array_equal(expected, params)
-    for step, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+    for step, (before, after) in enumerate(itertools.pairwise(states)):
         decay = min(DECAY, (1 + step) / (10 + step))
         for old, new, kept in zip(leaves(before.ema), leaves(after.params), leaves(after.ema), strict=True):
             np.testing.assert_allclose(kept, decay * old + (1 - decay) * new, rtol=1e-5, atol=1e-7)
