@@ -37,7 +37,7 @@ def test_recipe_has_the_settings_of_the_reference(platform):
 def test_recipe_names_cameras_and_columns_that_its_data_have(platform):
     config = oft.get_config(platform)
     names = [config.data.dataset] + (["libero_4_task_suites_no_noops"] if platform == "libero" else [])
-    for name, _ in (pair for name in names for pair in resolve_mixture(name)):
+    for name, _ in sum((resolve_mixture(name) for name in names), ()):
         dataset = DATASETS[name]
         assert all(dataset.image_keys[camera] for camera in config.observation.cameras)
         assert set(config.observation.state) <= set(dataset.state_names)
