@@ -18,15 +18,14 @@ from openvla_jax.config import LoRAConfig
 from openvla_jax.models.heads import Inputs, make_head, summarize
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.tree import flat
-from openvla_jax.models.tuning import MODES, Tuning
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.sharding import global_batch, make_mesh
-from openvla_jax.settings import AugmentConfig, OptimizerSettings
+from openvla_jax.settings import AugmentConfig, OptimizerSettings, Settings
 from openvla_jax.tokens.tokenizer import load_tokenizer
 from openvla_jax.training.checkpoint import Checkpoints, restore_state
 from openvla_jax.training.optimizer import average, make_optimizer, make_schedule
 from openvla_jax.training.state import abstract_state, init_state
-from openvla_jax.training.step import augment_cameras, loss_and_sums, make_augment, make_train_step
+from openvla_jax.training.step import augment_cameras, loss_and_sums, make_augment, make_job, make_train_step
 from openvla_jax.types import ActionSpec, ObservationSpec
 
 HORIZON, DIM, DECAY = 2, 3, 0.6
@@ -173,10 +172,10 @@ def test_ema_out_of_range_is_refused(decay):
 
 
 def test_state_without_an_average_has_no_leaf_more():
-    mesh, optimizer = make_mesh({}, jax.devices()[:1]), make_optimizer(OPTIMIZER, make_schedule(OPTIMIZER, 10))
-    tuning = Tuning(MODES["lora"], LoRAConfig(2), "float32")
-    plain, _ = abstract_state(ONE_TOWER, jnp.float32, optimizer, mesh, tuning)
-    averaged, placed = abstract_state(ONE_TOWER, jnp.float32, optimizer, mesh, tuning, averaged=True)
+    settings, mesh = Settings(trainable="*/lora", lora=LoRAConfig(2)), make_mesh({}, jax.devices()[:1])
+    plain = make_job(settings, ONE_TOWER, mesh, datasets=1).abstract
+    job = make_job(dataclasses.replace(settings, optimizer=OPTIMIZER), ONE_TOWER, mesh, datasets=1)
+    averaged, placed = job.abstract, job.placed
     trained = len(jax.tree.leaves(plain.params))
     assert len(jax.tree.leaves(averaged)) == len(jax.tree.leaves(plain)) + trained
     assert jax.tree.structure(averaged.ema) == jax.tree.structure(plain.params), "of adapters alone"
