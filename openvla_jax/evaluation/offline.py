@@ -6,25 +6,19 @@ Of a chunk the first action is compared.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from openvla_jax.data import DataError, text
 from openvla_jax.errors import InputError
+from openvla_jax.evaluation.rollouts import PredictsChunks
 from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions, unnormalize_actions
 from openvla_jax.types import ActionSpec, Observation, ObservationSpec
 
 DEFAULT_OBSERVATION = ObservationSpec()
 BATCH = 16
 POOL = 32  # frames are picked evenly from at most this many times as many
-
-
-@runtime_checkable
-class PredictsChunks(Protocol):
-    """What evaluation needs of a policy: `openvla_jax.Policy` and `inference.client.Client` have it."""
-
-    def predict_chunks(self, observations: Sequence[Observation]) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
