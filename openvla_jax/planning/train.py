@@ -61,16 +61,17 @@ def plan_evaluation(config: Settings, topology: str, dump: Path) -> dict[str, An
     """Compiles the config's eval step; it depends on neither `train.remat` nor `train.accumulation`.
 
     Keys: eval_fits, eval_hbm_peak_bytes, eval_temp_bytes (None if the program does not fit), eval_compile_seconds. The
-    peak counts the optimiser state, which stays on the chip meanwhile. All are None if the config never evaluates.
+    peak counts the optimiser state and the weights beside an average, which stay on the chip. All are None if the
+    config never evaluates.
     """
     if not (config.train.eval_every and config.train.eval_batches):
         return dict.fromkeys(("eval_fits", "eval_hbm_peak_bytes", "eval_temp_bytes", "eval_compile_seconds"))
     tpu = parse_slice(topology)
     job, state, batch, options, _ = _programs(config, tpu)
-    lowered = job.evaluate.lower(state.params, state.frozen, batch)
+    lowered = job.evaluate.lower(state.acting, state.frozen, batch)
     compiled = compile_for(lowered, "eval_step", tpu, dump, options)
     moments = [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-               for leaf in jax.tree.leaves(state.opt_state)]  # fmt: skip
+               for leaf in jax.tree.leaves((state.opt_state, state.ema))]  # fmt: skip
     peak, memory = compiled.peak_bytes + count_bytes(moments), compiled.memory
     return {
         "eval_fits": bool(memory is not None and peak <= tpu.facts.hbm_bytes),
