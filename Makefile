@@ -6,7 +6,7 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 RUN := $(VENV)/bin/python
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-finetune test test-long bench lint clean
+.PHONY: help demo demo-finetune demo-chunks test test-long bench lint clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -29,6 +29,14 @@ demo-finetune: $(VENV)/demo.stamp ## 25 demonstrations in a world that the demo'
 	$(RUN) -m openvla_jax.evaluate compare before=runs/demo scratch=runs/demo-finetune/scratch full=runs/demo-finetune/full \
 	    lora=runs/demo-finetune/lora --world changed --first_seed 10000 --out runs/demo-finetune/report
 
+demo-chunks: export JAX_PLATFORMS ?= cpu
+demo-chunks: $(VENV)/demo.stamp ## two cameras and a state: eight actions in one forward pass beside one, token by token
+	$(RUN) -m openvla_jax.sim.dataset --world wrist --out runs/demo-chunks/data
+	$(RUN) train.py --config configs/tabletop_oft.py:tokens --workdir runs/demo-chunks/tokens
+	$(RUN) train.py --config configs/tabletop_oft.py:l1 --workdir runs/demo-chunks/l1
+	$(RUN) -m openvla_jax.evaluate compare tokens=runs/demo-chunks/tokens l1=runs/demo-chunks/l1 --world wrist --controls --pace \
+	    --out runs/demo-chunks/report
+
 test: $(VENV)/dev.stamp ## the tests, on the CPU (PYTEST_ARGS=... replaces the options)
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not long" $(PYTEST_ARGS)
 
@@ -44,7 +52,7 @@ lint: $(VENV)/dev.stamp ## style, formatting and types
 	$(RUN) -m mypy
 
 clean: ## remove environments, caches and the demo's output
-	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-finetune
+	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-finetune runs/demo-chunks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments: a stamp is written only after its whole installation, so what was cut short is done again ---

@@ -46,7 +46,9 @@ def parser() -> cli.Parser:
     rollout.add_argument(
         "--controls", action="store_true", help="also with another object named, without image, at random"
     )
-    rollout.add_argument("--world", choices=WORLDS, default="tabletop", help="changed: the fine-tuning demo's")
+    rollout.add_argument(
+        "--world", choices=WORLDS, default="tabletop", help="changed: for fine-tuning; wrist: for chunks"
+    )
     rollout.add_argument("--out", type=Path, required=True, help="folder for report.md and figures")
     rollout.set_defaults(run=run_rollout)
 
@@ -55,6 +57,8 @@ def parser() -> cli.Parser:
     compare.add_argument("--episodes", type=int, default=200, help="scenes, the same for all")
     compare.add_argument("--first_seed", type=int, default=FIRST_SEED, help="as for rollout")
     compare.add_argument("--world", choices=WORLDS, default="tabletop", help="in which world")
+    compare.add_argument("--controls", action="store_true", help="as for rollout, of each checkpoint")
+    compare.add_argument("--pace", action="store_true", help="also the time of an action, one scene at a time")
     compare.add_argument("--out", type=Path, required=True, help="folder for report.md and success.json")
     compare.set_defaults(run=run_compare)
 
@@ -114,6 +118,7 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     contract = policy.contract
     return policy, {
         "action": dataclasses.asdict(contract.action),
+        "observation": dataclasses.asdict(contract.observation),
         "statistics": contract.statistics,
         "training": contract.training,
     }
@@ -132,8 +137,10 @@ def read_frames(args: argparse.Namespace, info: Mapping[str, Any]) -> dict[str, 
         if name not in info["statistics"]:
             raise InputError(f"the checkpoint has no statistics of {name!r}; {nearest(name, info['statistics'])}")
     names = args.datasets or list(info["statistics"])
+    observation, action = ObservationSpec.from_dict(info["observation"]), ActionSpec.from_dict(info["action"])
+    shown = {"module": module, "observation": observation, "normalization": action.normalization}
     return {
-        name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split, module)
+        name: held_out_frames(name, data_dir, info["statistics"][name], args.frames, args.split, **shown)
         for name in names
     }
 
@@ -165,8 +172,9 @@ def run_rollout(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """Prints the table, and writes out/report.md, success.json and a strip of the last checkpoint's rollouts."""
-    from openvla_jax.evaluation import figures
+    """Prints the tables, and writes out/report.md, success.json and a strip of the last checkpoint's rollouts."""
+    from openvla_jax.evaluation import figures, pace
+    from openvla_jax.evaluation.environments.tabletop import TabletopEnvironment
     from openvla_jax.evaluation.rollouts import evaluate
     from openvla_jax.inference.policy import Policy
 
@@ -174,17 +182,25 @@ def run_compare(args: argparse.Namespace) -> None:
     for name, path in named:
         if not name or not path:
             raise InputError(f"checkpoint {name or path!r}: give NAME=CHECKPOINT, as lora=runs/lora")
-    results = {}
+    results, paces = {}, {}
     for name, path in named:
         policy = Policy.from_checkpoint(path, check_images=False)
-        results[name] = evaluate(policy, args.episodes, first_seed=args.first_seed, world=args.world)["policy"]
-    table = figures.success_table(results)
-    print(table)
+        found = evaluate(policy, args.episodes, controls=args.controls, first_seed=args.first_seed, world=args.world)
+        results |= {name if condition == "policy" else f"{name}, {condition}": one for condition, one in found.items()}
+        if args.pace:
+            paces[name] = pace.measure(policy, TabletopEnvironment(args.world).reset(args.first_seed))
+    print(figures.success_table(results))
+    if paces:
+        print(f"\n{pace.table(paces)}")
     args.out.mkdir(parents=True, exist_ok=True)
     strip = figures.rollout_strip(results[named[-1][0]], args.out / f"{named[-1][0]}.png")
     title = f"World {args.world!r}: {args.episodes} unseen scenes"
     report = figures.write_report(results, args.out / "report.md", title, [strip])
-    summary = {name: {"rate": found.rate, "interval": found.interval} for name, found in results.items()}
+    summary: dict[str, Any] = {
+        name: {"rate": found.rate, "interval": found.interval} for name, found in results.items()
+    }
+    for name, found in paces.items():
+        summary[name] |= dataclasses.asdict(found)
     (args.out / "success.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(report)
 
@@ -243,7 +259,8 @@ def run_quantization(args: argparse.Namespace) -> None:
     exclude = EXCLUDE if args.exclude is None else tuple(args.exclude)
     contract = load_contract(args.checkpoint)
     contract.check_is_policy()
-    frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training})
+    specs = {name: dataclasses.asdict(getattr(contract, name)) for name in ("observation", "action")}
+    frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training, **specs})
     rows = quantization.measure(
         args.checkpoint, frames, args.kinds, dtype=args.dtype, exclude=exclude, episodes=args.episodes
     )

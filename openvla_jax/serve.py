@@ -68,6 +68,7 @@ def parser() -> cli.Parser:
     planning = parser.add_argument_group("planning (the serving program compiled for TPU slices, without one)")
     planning.add_argument("--plan", metavar="SLICES", help="plan instead of serving: v5e:2x2,v5e:2x4")
     planning.add_argument("--plan_model", default="openvla-7b", help="preset, where there is no --checkpoint")
+    planning.add_argument("--plan_config", help="plan the policy that a training config makes: configs/debug.py:ARG")
     planning.add_argument("--plan_batch", type=int, default=1)
     planning.add_argument("--plan_out", help="JSON file for the report")
     return parser
@@ -139,13 +140,11 @@ def run_plan(args: argparse.Namespace) -> int:
         raise InputError(f"--plan_batch {args.plan_batch}: 1 at least")
     with tempfile.TemporaryDirectory() as dump:
         os.environ.update(planning_environment(os.environ, Path(dump)))
-        from openvla_jax.checkpoint.reading import load_contract
-        from openvla_jax.config import preset
         from openvla_jax.models.quantize import EXCLUDE
         from openvla_jax.planning.serve import run_plans
 
         fits = run_plans(
-            load_contract(args.checkpoint).model if args.checkpoint else preset(args.plan_model),
+            *planned(args),
             args.plan.split(","),
             Path(dump),
             args.plan_out,
@@ -154,6 +153,28 @@ def run_plan(args: argparse.Namespace) -> int:
             exclude=EXCLUDE if args.exclude is None else args.exclude,
         )
     return 0 if fits else 1
+
+
+def planned(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the model and the `ActionSpec` to plan: of a checkpoint, a training config or a preset."""
+    from openvla_jax.checkpoint.reading import load_contract
+    from openvla_jax.config import preset
+    from openvla_jax.types import ActionSpec
+
+    if args.checkpoint:
+        contract = load_contract(args.checkpoint)
+        return contract.model, contract.action
+    if not args.plan_config:
+        return preset(args.plan_model), ActionSpec()
+    from openvla_jax import config_files
+    from openvla_jax.planning.train import planned_model
+    from openvla_jax.settings import Settings
+
+    file, _, argument = config_files.find(args.plan_config).partition(":")
+    config = config_files.call(file, "get_config", *([argument] if argument else [])).to_dict()
+    if not config.get("init_from") and not config.setdefault("model", {}).get("preset"):
+        config["model"]["preset"] = args.plan_model
+    return planned_model(Settings.from_dict(config))
 
 
 def read_token(path: Path | None) -> str | None:

@@ -154,8 +154,11 @@ class OptimizerSettings:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient; 0: no clipping
+    ema: float | None = None  # decay of a moving average of the trained weights, which then is what acts; None: none
 
     def __post_init__(self) -> None:
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"optimizer.ema is {self.ema!r}: give a decay above 0 and below 1, as 0.999, or None")
         _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "step"))
         for name in ("learning_rate", "warmup_steps", "decay_at", "weight_decay", "clip_norm"):
             _at_least(f"optimizer.{name}", getattr(self, name), 0)

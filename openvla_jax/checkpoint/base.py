@@ -23,7 +23,7 @@ from openvla_jax.config import VLAConfig
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import quantize_array
 from openvla_jax.models.tree import flat, nested, refill, with_shardings
-from openvla_jax.models.tuning import LAST, Tuning
+from openvla_jax.models.tuning import ADDED, ALL_ADDED, LAST, Tuning, matches
 from openvla_jax.parallel.sharding import parameter_spec, shardings
 
 BLOCKS = "llama/blocks"
@@ -107,8 +107,9 @@ def read_base(
 
     Every leaf is read in its final dtype onto the devices that hold it. One that is quantised, or that gives up its
     last layer, is read as it is stored and converted at once, one after the other. Adapters, and parts that
-    the checkpoint does not have, are drawn from `seed`. If that is None, what is trained comes from elsewhere, and is
-    None here. Raises CheckpointError for a part that the checkpoint does not have and that would be frozen.
+    the checkpoint does not have, are drawn from `seed`; parts that only the checkpoint has are left out. If `seed` is
+    None, what is trained comes from elsewhere, and is None here. Raises CheckpointError for a part of another shape,
+    and for one that the checkpoint does not have and that would be frozen.
     """
     path = open_checkpoint(path)
     contract = load_contract(path)
@@ -122,6 +123,13 @@ def read_base(
         for part, sharding in ((abstract.params, placed.params), (abstract.frozen, placed.frozen))
         for name, leaf in flat(nnx.to_pure_dict(nnx.as_pure(with_shardings(part, sharding)))).items()
     }
+    for name in axes:
+        whole = name in target and not {f"{name}/values", _last(name)} & {*target}
+        if whole and target[name].shape != stored[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {stored[name].shape}, but the run's model {target[name].shape}: leave out "
+                "what of config.observation and config.action differs from the checkpoint's"
+            )
     everywhere = NamedSharding(mesh, P())
     direct = {name: target[name] for name in axes if name in target and target[name].shape == stored[name].shape}
     arrays = read_leaves(path, direct)
@@ -143,9 +151,9 @@ def read_base(
     fresh = {name: leaf.sharding for name, leaf in target.items() if name not in arrays}
     lost = [name for name in flat(nnx.to_pure_dict(nnx.as_pure(abstract.frozen))) if name in fresh]
     if lost:
+        part = ALL_ADDED if matches(lost[0], ADDED) else lost[0].partition("/")[0]
         raise CheckpointError(
-            f"{path} has no {lost[0]}, which the model needs and would freeze as it is drawn: add "
-            f"{lost[0].partition('/')[0]} to trainable"
+            f"{path} has no {lost[0]}, which the model needs and would freeze as it is drawn: add {part!r} to trainable"
         )
     if fresh and seed is not None:
         arrays |= jax.jit(_adapters, static_argnums=(0, 1, 2), out_shardings=fresh)(
@@ -157,7 +165,7 @@ def read_base(
 
 
 def _parts(name: str, target: Mapping[str, Any]) -> list[str]:
-    """What becomes of a leaf: itself, its integers and scale, its last layer apart."""
+    """What becomes of a leaf: itself, its integers and scale, its last layer apart; nothing if the model has none."""
     return [key for key in (name, f"{name}/values", f"{name}/scale", _last(name)) if key in target]
 
 
@@ -173,7 +181,7 @@ def _convert(x: Any, name: str, parts: Mapping[str, Any], tuning: Tuning) -> dic
         made[f"{name}/values"], made[f"{name}/scale"] = quantize_array(x, str(tuning.quantize))
     else:
         made[name] = x
-    return {key: value.astype(parts[key].dtype) for key, value in made.items()}
+    return {key: value.astype(parts[key].dtype) for key, value in made.items() if key in parts}
 
 
 def _adapters(model: VLAConfig, tuning: Tuning, names: tuple[str, ...], key: Any) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 A checkpoint is a directory written by Orbax (v1) with these items:
 
     params/      nested dict of arrays, paths as in the model (`llama/blocks/attention/q/kernel`); of a run that froze
-                 some, only what it trained: such a checkpoint, an adapter, is used together with its base
+                 some, only what it trained: such a checkpoint, an adapter, is used together with its base. It is these
+                 weights that act: the average, if the run keeps one (optimizer.ema)
     unused/      reference tensors that are never run, by tower (only in imported weights; copied along)
-    optimizer/   optimiser state and step (only while training)
+    optimizer/   optimiser state and step (only while training); beside an average also the weights that are trained
     data/        position in the data stream, per process (only where `data.resume` is exact)
     contract/    config.json, dataset_statistics.json, tokenizer files: everything that `Contract` holds
 

@@ -16,7 +16,7 @@ from openvla_jax.evaluation.rollouts import Rollouts
 SUCCESS, FAILURE = (46, 139, 87), (192, 57, 43)
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 _PANELS = (
-    ("loss", "loss (cross entropy, nats)"),
+    ("loss", "loss"),
     ("action_accuracy", "action token accuracy"),
     ("action_l1", "L1 of normalised actions"),
 )
@@ -29,12 +29,15 @@ def training_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> Path:
 
 
 def curves_figure(metrics: Sequence[Mapping[str, float]]) -> Any:
-    """Loss, token accuracy and action L1 against the step, training and validation; `metrics` as read from
-    metrics.jsonl, keys `train/...` and `val/...`. Raises InputError if it holds no training loss."""
+    """Loss, token accuracy (of heads that predict tokens) and action L1 against the step, training and validation;
+    `metrics` as read from metrics.jsonl, keys `train/...` and `val/...`. Raises InputError if it holds no training
+    loss."""
     if not any("train/loss" in row for row in metrics):
         raise InputError(f"no train/loss in {len(metrics)} lines of metrics: nothing to draw")
     figure = new_figure(12, 3.4)
-    for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    known = {name.partition("/")[2] for row in metrics for name in row}
+    there = [panel for panel in _PANELS if panel[0] in known]
+    for axes, (name, label) in zip(figure.subplots(1, len(there), squeeze=False)[0], there, strict=True):
         for split, style in (
             ("train", {"color": "#9aa7b5", "linewidth": 1}),
             ("val", {"color": COLORS[1], "marker": "o"}),

@@ -1,41 +1,45 @@
 """Held-out episodes through the serving path: what the policy does with the frames that a robot saw.
 
 Unlike the trainer's validation nothing is teacher-forced, and images enter at the camera's size, as a robot sends them.
+Of a chunk the first action is compared.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from openvla_jax.data import DataError, text
 from openvla_jax.errors import InputError
+from openvla_jax.evaluation.rollouts import PredictsChunks
 from openvla_jax.tokens.actions import ActionTokenizer, normalize_actions, unnormalize_actions
-from openvla_jax.types import ActionSpec
+from openvla_jax.types import ActionSpec, Observation, ObservationSpec
 
+DEFAULT_OBSERVATION = ObservationSpec()
 BATCH = 16
 POOL = 32  # frames are picked evenly from at most this many times as many
 
 
-@runtime_checkable
-class PredictsActions(Protocol):
-    """What evaluation needs of a policy: `openvla_jax.Policy` and `inference.client.Client` have it."""
-
-    def predict_actions(
-        self, images: Sequence[np.ndarray], instructions: Sequence[str], unnorm_keys: Sequence[str | None] | None = None
-    ) -> Any: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One step of an episode: image uint8 [H, W, 3] of the camera's size, normalised action float32 [A]."""
+    """One step of an episode: what a policy is shown, images of the cameras' sizes, and the normalised action, float32
+    [A].
+    """
 
-    image: np.ndarray
-    instruction: str
+    observation: Observation
     action: np.ndarray
     episode: str
     step: int
+
+    @property
+    def image(self) -> np.ndarray:
+        """uint8 [H, W, 3], of the first camera."""
+        return next(iter(self.observation.images.values()))
+
+    @property
+    def instruction(self) -> str:
+        return self.observation.instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +67,19 @@ class Comparison:
 
 
 def held_out_frames(
-    dataset: str, data_dir: str, statistics: Mapping[str, Any], count: int, split: str = "val", module: str = ""
+    dataset: str,
+    data_dir: str,
+    statistics: Mapping[str, Any],
+    count: int,
+    split: str = "val",
+    module: str = "",
+    observation: ObservationSpec = DEFAULT_OBSERVATION,
+    normalization: str = ActionSpec.normalization,
 ) -> list[Frame]:
     """`count` labelled frames, spread evenly over the split's episodes (over the first POOL * count frames of them).
 
-    `statistics` are those of the dataset in the policy's contract, `module` the run's `data.module`. Raises
-    DataError as reading does.
+    `statistics` are those of the dataset in the policy's contract, `module` the run's `data.module`; `observation` and
+    `normalization` are the policy's. Raises DataError as reading does.
     """
     from openvla_jax.data import images as image_files  # TensorFlow comes with these
     from openvla_jax.data.custom import catalogue
@@ -77,36 +88,52 @@ def held_out_frames(
     if count < 1:
         raise DataError(f"frames {count}: evaluate at least 1")
     trajectories = make_dataset(
-        catalogue(module)[0].get(dataset, dataset), data_dir, split, statistics=statistics, load_proprio=False,
-        skip_unlabeled=True, num_parallel_reads=1,
+        catalogue(module)[0].get(dataset, dataset), data_dir, split, statistics=statistics,
+        normalization=normalization, views=observation.cameras, load_proprio=bool(observation.state),
+        state=observation.state, skip_unlabeled=True, num_parallel_reads=1,
     )  # fmt: skip
     pool: list[tuple] = []
     for trajectory in trajectories.as_numpy_iterator():
-        pool.extend(_steps(trajectory))
+        pool.extend(_steps(trajectory, observation.cameras))
         if len(pool) >= POOL * count:
             break
     if not pool:
         raise DataError(f"dataset {dataset!r}, split {split!r}: no labelled frame; evaluate another split")
     chosen = np.unique(np.linspace(0, len(pool) - 1, min(count, len(pool))).round().astype(int))
-    return [Frame(image_files.decode(encoded).numpy(), *rest) for encoded, *rest in (pool[i] for i in chosen)]
+    frames = []
+    for encoded, told, state, *rest in (pool[i] for i in chosen):
+        images = {name: image_files.decode(image).numpy() for name, image in encoded.items()}
+        if state is not None:
+            state = _raw_state(state, statistics["proprio"], observation.state, normalization)
+        frames.append(Frame(Observation(images, told, state, dataset), *rest))
+    return frames
 
 
-def _steps(trajectory: Mapping[str, Any]) -> Iterator[tuple]:
+def _raw_state(state: np.ndarray, rows: Mapping[str, Any], columns: Sequence[str], normalization: str) -> np.ndarray:
+    """Returns a normalised state in raw units, float64 [S]; clipped, as training clips it."""
+    order = [list(rows["names"]).index(name) for name in columns] if "names" in rows else list(range(len(columns)))
+    own = {name: [values[i] for i in order] for name, values in rows.items() if name not in ("names", "mask")}
+    return unnormalize_actions(state, own, normalization)
+
+
+def _steps(trajectory: Mapping[str, Any], cameras: Sequence[str]) -> Iterator[tuple]:
+    seen, length = trajectory["observation"], len(trajectory["step"])
     rows = zip(
-        trajectory["observation"]["image_primary"],
+        zip(*(seen[f"image_{camera}"] for camera in cameras), strict=True),
         trajectory["task"]["language_instruction"],
+        seen.get("proprio", [None] * length),
         trajectory["action"],
         trajectory["step"],
         strict=True,
     )
-    for image, instruction, action, step in rows:
-        if image and instruction.strip():
+    for images, instruction, state, action, step in rows:
+        if all(images) and instruction.strip():
             episode = _text(trajectory["episode"])
             try:
                 told = text.decode(instruction)
             except InputError as error:
                 raise DataError(f"episode {episode}, step {step}: {error}") from error
-            yield image, told, action, episode, int(step)
+            yield dict(zip(cameras, images, strict=True)), told, state, action, episode, int(step)
 
 
 def _text(value: Any) -> str:
@@ -114,15 +141,15 @@ def _text(value: Any) -> str:
     return first.decode() if isinstance(first, bytes) else str(first)
 
 
-def predict(policy: PredictsActions, frames: Sequence[Frame], unnorm_key: str) -> np.ndarray:
-    """float64 [N, A] in physical units, in batches of one size."""
-    actions = []
+def predict(policy: PredictsChunks, frames: Sequence[Frame], unnorm_key: str) -> np.ndarray:
+    """float64 [N, A] in physical units of the dataset `unnorm_key`, in batches of one size."""
+    actions: list[np.ndarray] = []
     for start in range(0, len(frames), BATCH):
         part = list(frames[start : start + BATCH])
         padded = part + [part[0]] * (BATCH - len(part) if start else 0)
-        images, instructions = [frame.image for frame in padded], [frame.instruction for frame in padded]
-        actions.append(np.stack(policy.predict_actions(images, instructions, [unnorm_key] * len(padded)))[: len(part)])
-    return np.concatenate(actions)
+        seen = [dataclasses.replace(frame.observation, unnorm_key=unnorm_key) for frame in padded]
+        actions += [np.asarray(chunk)[0] for chunk in policy.predict_chunks(seen)[: len(part)]]
+    return np.stack(actions)
 
 
 def compare(

@@ -123,15 +123,27 @@ class RandomPolicy:
 
 
 class BlankedPolicy:
-    """The given policy with every image black: what it can do from the instruction alone."""
+    """The given policy with images black, of one camera or of all: what it can do without them."""
+
+    def __init__(self, policy: PredictsChunks, camera: str | None = None):
+        self.policy, self.camera = policy, camera
+
+    def predict_chunks(self, observations: Sequence[Observation]) -> Any:
+        """Returns what the policy answers to black images."""
+        hidden = lambda name: self.camera in (None, name)
+        blank = lambda images: {name: np.zeros_like(x) if hidden(name) else x for name, x in images.items()}
+        return self.policy.predict_chunks([dataclasses.replace(o, images=blank(o.images)) for o in observations])
+
+
+class StatelessPolicy:
+    """The given policy with a state of zeros: what it can do from the images alone."""
 
     def __init__(self, policy: PredictsChunks):
         self.policy = policy
 
     def predict_chunks(self, observations: Sequence[Observation]) -> Any:
-        """Returns what the policy answers to black images."""
-        blank = lambda images: {name: np.zeros_like(image) for name, image in images.items()}
-        return self.policy.predict_chunks([dataclasses.replace(o, images=blank(o.images)) for o in observations])
+        """Returns what the policy answers to a state of zeros."""
+        return self.policy.predict_chunks([dataclasses.replace(o, state=np.zeros_like(o.state)) for o in observations])
 
 
 def evaluate(
@@ -147,9 +159,10 @@ def evaluate(
 ) -> dict[str, Rollouts]:
     """Rolls `policy` out, by condition, on the scenes first_seed ... first_seed + episodes - 1 of the tabletop.
 
-    Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions". The
-    last draws from `action_statistics`. These and `executed` default to what `policy.contract` says, of one dataset.
-    Raises InputError for less than one episode.
+    Conditions: "policy", and with `controls` also "another object named", "image blanked" and "random actions"; in the
+    world "wrist" also "camera on the wrist blanked" and "state zeroed". Random actions are drawn from
+    `action_statistics`. These and `executed` default to what `policy.contract` says, of one dataset. Raises InputError
+    for less than one episode.
     """
     if episodes < 1:
         raise InputError(f"episodes {episodes}: evaluate at least 1")
@@ -168,5 +181,8 @@ def evaluate(
             action_statistics = statistics["action"]
         results["another object named"] = run(policy, instruct=misnamed)
         results["image blanked"] = run(BlankedPolicy(policy))
+        if TabletopEnvironment(world).spec.state:
+            results["camera on the wrist blanked"] = run(BlankedPolicy(policy, "wrist"))
+            results["state zeroed"] = run(StatelessPolicy(policy))
         results["random actions"] = run(RandomPolicy(action_statistics, executed))
     return results

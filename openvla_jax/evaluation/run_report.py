@@ -82,6 +82,8 @@ def summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], c
     rows.append(("learning rate", f"{config['optimizer']['learning_rate']:g}, {config['optimizer']['schedule']}"))
     rows.append(("step", f"{step:,} of {train['steps']:,}, {duration(seconds)} between first and last line"))
     for name, what in (("loss", "loss"), ("action_accuracy", "action token accuracy"), ("action_l1", "L1")):
+        if not any(f"{split}/{name}" in row for split in ("train", "val") for row in metrics):
+            continue  # of another head
         values = [
             f"{split} {_latest(metrics, f'{split}/{name}'):.4g}" for split in ("train", "val") if
             np.isfinite(_latest(metrics, f"{split}/{name}"))
@@ -179,7 +181,10 @@ def _predictions(workdir: epath.Path, contract: Contract, count: int) -> Iterabl
         "units.</p>"
     )
     for name, statistics in contract.statistics.items():
-        frames = offline.held_out_frames(name, data["data_dir"], statistics, count, module=data.get("module", ""))
+        frames = offline.held_out_frames(
+            name, data["data_dir"], statistics, count, module=data.get("module", ""),
+            observation=contract.observation, normalization=contract.action.normalization,
+        )  # fmt: skip
         result = offline.compare(offline.predict(policy, frames, name), frames, statistics["action"], contract.action)
         yield f"<h3>{html.escape(name)}: {result.accuracy:.0%} of the tokens</h3>"
         for i, frame in enumerate(frames):

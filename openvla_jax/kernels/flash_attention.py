@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from openvla_jax.parallel.placement import ROWS
 
@@ -35,6 +35,7 @@ _VMEM = {"TPU v4": 13 * 2**20}  # bytes that a program may take; elsewhere:
 _VMEM_ELSEWHERE = 40 * 2**20
 _SPILLS = 3 * 2**20  # what the compiler needs beside
 _LOWEST = float(np.finfo(np.float32).min)
+_HIDDEN = -1e30  # added to the score of a hidden key, whose weight is zero then
 _TRANSPOSED = (((1,), (1,)), ((), ()))  # dimensions of a product with the second operand transposed
 
 Angles = tuple[Array, Array]
@@ -47,6 +48,7 @@ class _Shape(NamedTuple):
     heads: int
     dim: int
     causal: bool
+    masked: bool  # whether some keys are hidden from all queries
     interpreted: bool
 
     @property
@@ -112,8 +114,8 @@ class _Shape(NamedTuple):
 
     @property
     def vmem_bytes(self) -> int:
-        """Of the backward pass: two buffers for each of seven operands and results, and the scratch."""
-        operands = 2 * 7 * self.queries * self.heads * self.dim * 2
+        """Of the backward pass: two buffers for each operand and result, and the scratch."""
+        operands = 2 * 7 * self.queries * self.heads * self.dim * 2 + 2 * self.masked * self.keys * LANES * 4
         # Lanes are filled up to whole registers.
         return operands + sum(
             math.prod(x.shape[:-1]) * _round_up(x.shape[-1], LANES) * jnp.dtype(x.dtype).itemsize
@@ -125,10 +127,10 @@ def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def _program(x: Array, heads: int, dim: int, causal: bool, device: jax.Device) -> _Shape | None:
+def _program(x: Array, heads: int, dim: int, causal: bool, masked: bool, device: jax.Device) -> _Shape | None:
     """What one program works on; None if no whole number of heads fills lanes and fits the memory."""
     shapes = [
-        _Shape(x.shape[1], n, dim, causal, device.platform != "tpu")
+        _Shape(x.shape[1], n, dim, causal, masked, device.platform != "tpu")
         for n in range(1, heads + 1)
         if heads % n == 0 and n * dim % LANES == 0
     ]
@@ -137,55 +139,65 @@ def _program(x: Array, heads: int, dim: int, causal: bool, device: jax.Device) -
     return max((s for s in fitting if s.heads * dim <= 8 * LANES), default=min(fitting, default=None))
 
 
-def fits(x: Float[Array, "B T D"], heads: int, rotated: bool, mesh: Mesh) -> bool:
+def fits(x: Float[Array, "B T D"], heads: int, rotated: bool, masked: bool, mesh: Mesh) -> bool:
     """Whether `flash_attention` takes projections of this shape and dtype on the chips of `mesh`."""
     dim = x.shape[-1] // heads
     if x.dtype != jnp.bfloat16 or (rotated and dim != LANES):
         return False
-    return _program(x, heads, dim, False, mesh.devices.flat[0]) is not None
+    return _program(x, heads, dim, False, masked, mesh.devices.flat[0]) is not None
 
 
 def takes_merged(x: Float[Array, "B T D"], heads: int, mesh: Mesh) -> bool:
     """Whether `flash_attention` takes queries, keys and values of this shape side by side: with all heads at once."""
-    shape = _program(x, heads, x.shape[-1] // heads, False, mesh.devices.flat[0])
+    shape = _program(x, heads, x.shape[-1] // heads, False, False, mesh.devices.flat[0])
     return shape is not None and shape.heads == heads
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def flash_attention(
-    qkv: tuple[Array, ...], angles: Angles | None, heads: int, causal: bool, mesh: Mesh
+    qkv: tuple[Array, ...],
+    angles: Angles | None,
+    keys: Bool[Array, "B T"] | None,
+    heads: int,
+    causal: bool,
+    mesh: Mesh,
 ) -> Float[Array, "B T D"]:
     """Attention of projections D = N H of a whole sequence, each row of the batch on the chip that holds it.
 
     `qkv`: queries, keys and values [B, T, D]; or, if `takes_merged` returns true, one array [B, T, 3 D] of them.
     `angles`: cosine and sine [T, H] by which queries and keys are rotated, the sine negative in its first half; None
-    for none. Softmax and sums are float32. A remat policy may keep the result, named "attention", and the logarithms of
-    the sums, "statistics". Only where `fits` says so.
+    for none. `keys`: which positions may be attended to; None for all. Softmax and sums are float32. A remat policy may
+    keep the result, named "attention", and the logarithms of the sums, "statistics". Only if `fits` says so.
     """
-    return _forward(qkv, angles, heads, causal, mesh)[0]
+    return _forward(qkv, angles, keys, heads, causal, mesh)[0]
 
 
-def _forward(qkv, angles, heads, causal, mesh):
-    run = _call(_forward_kernel, "flash_attention", qkv, heads, causal, mesh)
-    mixed, sums = run(qkv, (), angles or ())
-    return checkpoint_name(mixed, "attention"), (qkv, angles, checkpoint_name(sums, "statistics"))
+def _forward(qkv, angles, keys, heads, causal, mesh):
+    run = _call(_forward_kernel, "flash_attention", qkv, heads, causal, keys is not None, mesh)
+    mixed, sums = run(qkv, _biases(keys), angles or ())
+    return checkpoint_name(mixed, "attention"), (qkv, angles, keys, checkpoint_name(sums, "statistics"))
 
 
 def _backward(heads, causal, mesh, residuals, gradient):
-    qkv, angles, sums = residuals
-    run = _call(_backward_kernel, "flash_attention_backward", qkv, heads, causal, mesh)
-    return run(qkv, (gradient, sums), angles or ()), None
+    qkv, angles, keys, sums = residuals
+    run = _call(_backward_kernel, "flash_attention_backward", qkv, heads, causal, keys is not None, mesh)
+    return run(qkv, (*_biases(keys), gradient, sums), angles or ()), None, None
+
+
+def _biases(keys: Bool[Array, "B T"] | None) -> tuple[Array, ...]:
+    """What is added to the scores [B, T, 1] of keys; nothing without hidden ones."""
+    return () if keys is None else (jnp.where(keys, 0.0, _HIDDEN)[..., None],)
 
 
 flash_attention.defvjp(_forward, _backward)
 
 
-def _call(kernel, name: str, qkv: Sequence[Array], heads: int, causal: bool, mesh: Mesh) -> Callable:
+def _call(kernel, name: str, qkv: Sequence[Array], heads: int, causal: bool, masked: bool, mesh: Mesh) -> Callable:
     """The kernel as a function of (qkv, what else has rows, angles), run by each chip on its own rows."""
     device = mesh.devices.flat[0]
     width = qkv[0].shape[-1] * len(qkv) // 3
     dim = width // heads
-    shape = _program(qkv[0], heads, dim, causal, device)
+    shape = _program(qkv[0], heads, dim, causal, masked, device)
     assert shape is not None, "ask `fits` first"
     backward = kernel is _backward_kernel
     row = pl.BlockSpec((1, shape.queries, shape.heads * dim), lambda b, n: (b, 0, n))
@@ -193,6 +205,7 @@ def _call(kernel, name: str, qkv: Sequence[Array], heads: int, causal: bool, mes
     if len(qkv) == 1:
         projections = [pl.BlockSpec((1, shape.queries, 3 * width), lambda b, n: (b, 0, 0))]
     sums = pl.BlockSpec((1, shape.heads, 1, shape.queries), lambda b, n: (b, n, 0, 0))
+    biases = [pl.BlockSpec((1, shape.keys, 1), lambda b, n: (b, 0, 0))] * masked
     angle = pl.BlockSpec((shape.keys, dim), lambda b, n: (0, 0))
     limit = _VMEM.get(device.device_kind, _VMEM_ELSEWHERE) + _SPILLS
 
@@ -205,7 +218,7 @@ def _call(kernel, name: str, qkv: Sequence[Array], heads: int, causal: bool, mes
         return pl.pallas_call(
             partial(kernel, shape=shape, projections=len(qkv)),
             grid=grid,
-            in_specs=[*projections, *[row, sums][: len(given)], *[angle] * len(angles)],
+            in_specs=[*projections, *biases, *[row, sums] * backward, *[angle] * len(angles)],
             out_specs=tuple(projections) if backward else [row, sums],
             out_shape=like if backward else [mixed, logarithms],
             scratch_shapes=shape.scratch(qkv[0].dtype, backward),
@@ -226,6 +239,7 @@ def _call(kernel, name: str, qkv: Sequence[Array], heads: int, causal: bool, mes
 
 def _forward_kernel(*refs, shape: _Shape, projections: int):
     qkv, refs = refs[:projections], refs[projections:]
+    biases, refs = refs[: shape.masked], refs[shape.masked :]
     *angles, out_ref, sums_ref, q, k, v_across, weights_ref, inverse_ref = refs
     _load_rotated(qkv, angles, q, k, shape)
     for head in range(shape.heads):
@@ -233,7 +247,9 @@ def _forward_kernel(*refs, shape: _Shape, projections: int):
     for queries, seen in shape.blocks():
         keys = slice(0, seen[-1].stop)
         for head in range(shape.heads):
-            scores = shape.product(k[head, keys], q[head, queries], _TRANSPOSED)  # [S, T]
+            scores = add_biases(
+                shape.product(k[head, keys], q[head, queries], _TRANSPOSED), keys, biases, shape
+            )  # [S, T]
             scores = jnp.concatenate([mask_scores(scores[part], part, queries, shape, _LOWEST) for part in seen])
             largest = scores.max(axis=0, keepdims=True)
             weights = jnp.exp2((scores - largest) * shape.log2_scale)
@@ -250,7 +266,8 @@ def _forward_kernel(*refs, shape: _Shape, projections: int):
 
 
 def _backward_kernel(*refs, shape: _Shape, projections: int):
-    qkv, (gradient_ref, sums_ref, *angles) = refs[:projections], refs[projections : -8 - projections]
+    qkv, given = refs[:projections], refs[projections : -8 - projections]
+    biases, (gradient_ref, sums_ref, *angles) = given[: shape.masked], given[shape.masked :]
     to_qkv = refs[-8 - projections : -8]
     q, k, v, gradient, k_across, weights_ref, to_scores_ref, to_weights_ref = refs[-8:]
     dtype = q.dtype
@@ -277,7 +294,9 @@ def _backward_kernel(*refs, shape: _Shape, projections: int):
             to_weights_buffer = to_weights_ref.at[head % _BUFFERS]
             through_sum = jnp.zeros_like(sums)
             for part in seen:
-                scores = shape.product(k[head, part], q[head, queries], _TRANSPOSED)  # [S, T]
+                scores = add_biases(
+                    shape.product(k[head, part], q[head, queries], _TRANSPOSED), part, biases, shape
+                )  # [S, T]
                 weights = mask_scores(jnp.exp2(scores * shape.log2_scale - sums), part, queries, shape, 0.0)
                 to_weights = shape.product(v[head, part], gradient[head, queries], _TRANSPOSED)
                 through_sum += (weights * to_weights).sum(axis=0, keepdims=True)
@@ -327,6 +346,13 @@ def zero_padding(x: Array, first: int, length: int) -> Array:
         return x
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     return jnp.where(row < length - first, x, jnp.zeros_like(x))
+
+
+def add_biases(x: Array, keys: slice, biases: Sequence[Any], shape: _Shape) -> Array:
+    """Adds to scores [S, T] what hides keys from all queries, if anything does."""
+    for ref in biases:
+        x = x + zero_padding(ref[0, keys], keys.start, shape.length)
+    return x
 
 
 def mask_scores(x: Array, keys: slice, queries: slice, shape: _Shape, value: float) -> Array:

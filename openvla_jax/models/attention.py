@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from openvla_jax.kernels import flash_attention
 from openvla_jax.models.linear import matmul_precision
@@ -76,21 +76,28 @@ class AttentionKernel(NamedTuple):
 
 
 def attention_kernel(
-    x: Float[Array, "B T D"], heads: int, execution: Execution, *, causal: bool, theta: float | None = None
+    x: Float[Array, "B T D"],
+    heads: int,
+    execution: Execution,
+    *,
+    causal: bool,
+    theta: float | None = None,
+    keys: Bool[Array, "B T"] | None = None,
 ) -> AttentionKernel | None:
     """Returns the Pallas attention for projections like `x`, or None if disabled or unsupported.
 
-    `theta` is the base of the rotary embedding of queries and keys; None leaves them as they are.
+    `theta` is the base of the rotary embedding of queries and keys; None leaves them as they are. `keys` are the
+    positions that may be attended to; None for all.
     """
     mesh = execution.kernel_mesh
-    if mesh is None or not flash_attention.fits(x, heads, theta is not None, mesh):
+    if mesh is None or not flash_attention.fits(x, heads, theta is not None, keys is not None, mesh):
         return None
     angles = None
     if theta is not None:
         cos, sin = rope_angles(jnp.arange(x.shape[1]), x.shape[-1] // heads, theta, x.dtype)
         angles = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    run = lambda qkv: flash_attention.flash_attention(qkv, angles, heads, causal, mesh)
-    return AttentionKernel(run, flash_attention.takes_merged(x, heads, mesh))
+    run = lambda qkv: flash_attention.flash_attention(qkv, angles, keys, heads, causal, mesh)
+    return AttentionKernel(run, keys is None and flash_attention.takes_merged(x, heads, mesh))
 
 
 def attention(

@@ -57,16 +57,22 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def self_attention(
-        self, x: Float[Array, "B T D"], mask: Array, causal: bool, execution: Execution
+        self,
+        x: Float[Array, "B T D"],
+        execution: Execution,
+        mask: Bool[Array, "#B #T T"],
+        causal: bool | None,
+        keys: Bool[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """Self-attention over the full sequence.
 
-        `causal=True` asserts that `mask` is exactly causal, so that the kernel may be used.
+        The kernel may be used if `mask` follows from `causal` and `keys` (positions that no query sees are false); a
+        mask that does not has `causal` None.
         """
         config = self.config
         kernel = None
-        if causal and config.heads == config.kv_heads:
-            kernel = attention_kernel(x, config.heads, execution, causal=True, theta=config.rope_theta)
+        if causal is not None and config.heads == config.kv_heads:
+            kernel = attention_kernel(x, config.heads, execution, causal=causal, theta=config.rope_theta, keys=keys)
         if kernel is None:
             return self.attend(*self.project(x, _positions(x), execution), mask, execution)
         mixed = kernel(*(layer(x, execution) for layer in (self.q, self.k, self.v)))
@@ -145,16 +151,17 @@ class Llama(nnx.Module):
         queries.
         """
         positions, window = _positions(x), self.config.sliding_window
+        causal: bool | None = not bidirectional
         if bidirectional:
             mask = jnp.ones((1, 1, x.shape[1]), bool)
         else:
             mask = self._visible(positions, positions[0])
-        causal = not bidirectional and keys is None and (window is None or window >= x.shape[1])
+            causal = True if window is None or window >= x.shape[1] else None
         if keys is not None:
             mask = mask & keys[:, None]
 
         def body(block: LlamaBlock, x: Array, execution: Execution) -> Array:
-            x = x + block.attention.self_attention(block.norm1(x), mask, causal, execution)
+            x = x + block.attention.self_attention(block.norm1(x), execution, mask, causal, keys)
             return x + block.mlp(block.norm2(x), execution)
 
         x = scan_layers(body, x, self.blocks, execution)

@@ -2,7 +2,8 @@
 
 A path names a parameter in the tree (`llama/blocks/attention/q/kernel`, adapters `.../q/lora/a`). A pattern is one
 of a path, or of any folder above it, in the shell's notation (`*` matches slashes too): `vision`, `llama/embed`,
-`*/lora`. `llama/last` is the last decoder layer, which is then split off the stack.
+`*/lora`. `llama/last` is the last decoder layer, which is then split off the stack. `added` stands for the parts that a
+policy has beside a pretrained model: its head's, the projectors of state and noise, and FiLM, as far as it has them.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ LAST = "llama/last"
 ADAPTERS = TRAINABLE["lora"]
 # Parts that a policy adds to a pretrained model: trained themselves, they carry no adapters.
 ADDED = ("action_head", "state_projector", "noisy_projector", "*/film")
+ALL_ADDED = "added"  # the pattern that stands for those that a model has
 MODES: dict[str, tuple[str, ...]] = {name: tuple(patterns.split(",")) for name, patterns in TRAINABLE.items()}
 
 
@@ -59,9 +61,14 @@ class Tuning:
     def splits_last(self) -> bool:
         return any(pattern == LAST or pattern.startswith(f"{LAST}/") for pattern in self.trainable)
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`trainable`, with `added` replaced by what it stands for."""
+        return tuple(one for pattern in self.trainable for one in (ADDED if pattern == ALL_ADDED else (pattern,)))
+
     def is_trainable(self, path: Iterable[Any], _: Any = None) -> bool:
         """An nnx filter."""
-        return matches("/".join(map(str, path)), self.trainable)
+        return matches("/".join(map(str, path)), self.patterns)
 
     def prepare(self, model: OpenVLA, key: Array) -> OpenVLA:
         """The model as it is trained: last layer apart, frozen kernels quantised, adapters added; in place.
@@ -77,7 +84,7 @@ class Tuning:
             add_lora(model, self.lora, key)
         paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
         for pattern in self.trainable:
-            if not any(matches(path, [pattern]) for path in paths):
+            if pattern != ALL_ADDED and not any(matches(path, [pattern]) for path in paths):
                 known = nearest(pattern, folders(paths))
                 raise InputError(f"trainable pattern {pattern!r} matches no parameter; {known}")
         return model

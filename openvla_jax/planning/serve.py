@@ -1,7 +1,7 @@
-"""Plans serving on TPUs before any is rented: one action, tensor-parallel over a slice, compiled ahead of time.
+"""Plans serving on TPUs before any is rented: one prediction, tensor-parallel over a slice, compiled ahead of time.
 
-The programs are those of `models/heads.py`. What is reported are estimates, made as `planning/train.py` makes them,
-and beside them the time in which the chips read their weights once, below which no stage that touches them all can be.
+The programs are those of `models/heads`. What is reported are estimates, made as `planning/train.py` makes them. Beside
+them stand the time in which the chips read their weights once, and that of one pass's products at the published peak.
 """
 
 import json
@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from openvla_jax.checkpoint.load import abstract_quantized, placed, tensor_mesh
 from openvla_jax.config import VLAConfig
-from openvla_jax.models.heads import Inputs, TokenHead
+from openvla_jax.models.heads import Inputs, make_head
+from openvla_jax.models.heads.chunks import chunk_text
 from openvla_jax.models.llama import Cache
 from openvla_jax.models.openvla import OpenVLA, abstract_model
 from openvla_jax.models.quantize import EXCLUDE, choose_paths, count_bytes
@@ -25,7 +26,7 @@ from openvla_jax.models.sequence import SequenceLayout
 from openvla_jax.parallel.execution import Execution
 from openvla_jax.parallel.tpu import Slice, parse_slice
 from openvla_jax.planning.compile import PlanError, compile_for, topology_devices
-from openvla_jax.planning.train import ACTION_DIM
+from openvla_jax.planning.train import model_flops
 from openvla_jax.storage import atomic_write
 from openvla_jax.types import ActionSpec
 
@@ -38,23 +39,29 @@ ASSUMPTIONS = (
 
 class Stage(NamedTuple):
     name: str
-    times: int  # in one action
+    times: int  # in one prediction
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
 
 
 def plan(
-    model: VLAConfig, topology: str, dump: Path, batch: int = 1, quantize: str | None = None,
+    model: VLAConfig, action: ActionSpec, topology: str, dump: Path, batch: int = 1, quantize: str | None = None,
     exclude: Sequence[str] = EXCLUDE,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compiles one action of `batch` requests for `v5e:2x2` and the like, all chips sharing every layer.
+    """Compiles one prediction of `batch` requests for `v5e:2x2` and the like, all chips sharing every layer.
 
-    `dump` is the folder into which the compiler writes (`tpu.planning_environment`). Keys: topology, chips, batch,
-    weights, weight_bytes (a chip's), hbm_capacity_bytes, fits, hbm_peak_bytes (of the whole action on a chip),
-    floor_seconds (to read the weights once), stages {name: {times, seconds, waiting_seconds, peak_bytes}} and
-    action_seconds, both None where the program does not fit. InputError for a slice that does not exist or that does
-    not divide the model's heads.
+    A prediction is a chunk of `action.horizon` actions. `dump` is the folder into which the compiler writes
+    (`planning_environment`).
+
+    Returns:
+        The report's entry: topology, chips, batch, horizon, weights, weight_bytes (a chip's), hbm_capacity_bytes, fits,
+        hbm_peak_bytes (of the whole prediction on a chip), read_seconds (to read the weights once), products_seconds
+        (of one forward pass at the published peak), stages {name: {times, seconds, waiting_seconds, peak_bytes}} and
+        seconds. The last two are None if the program does not fit.
+
+    Raises:
+        InputError: There is no such slice, or it does not divide the model's heads.
     """
     tpu = parse_slice(topology)
     if tpu.slices > 1:
@@ -70,55 +77,81 @@ def plan(
     params = placed(params, mesh, jnp.bfloat16)
     weights = sum(count_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
                   for leaf in jax.tree.leaves(params))  # fmt: skip
+    numbers = action.horizon * action.dim
+    text = TEXT_LENGTH + (numbers + 1 if model.is_parallel else 0)
+    flops = batch * model_flops(model, text, None, targets=numbers + 1)
     entry: dict[str, Any] = {
         "topology": str(tpu),
         "chips": tpu.chips,
         "batch": batch,
+        "horizon": action.horizon,
         "weights": quantize or "bfloat16",
         "weight_bytes": weights,
         "hbm_capacity_bytes": int(tpu.facts.hbm_bytes),
-        "floor_seconds": weights / tpu.facts.hbm_bytes_per_second,
+        "read_seconds": weights / tpu.facts.hbm_bytes_per_second,
+        "products_seconds": flops / (tpu.chips * tpu.facts.flops),
         "stages": {},
     }
-    for stage in stages(model, graph, params, mesh, batch):
+    for stage in stages(model, action, graph, params, mesh, batch):
         found = _compile(stage, tpu, dump)
         if not found["fits"]:
             return entry | {
                 "fits": False,
                 "hbm_peak_bytes": found["peak_bytes"],
                 "stages": None,
-                "action_seconds": None,
+                "seconds": None,
             }
         entry["stages"][stage.name] = found | {"times": stage.times}
-    whole = entry["stages"].pop("action")
-    return entry | {"fits": True, "hbm_peak_bytes": whole["peak_bytes"], "action_seconds": whole["seconds"]}
+    whole = entry["stages"].pop("prediction")
+    return entry | {"fits": True, "hbm_peak_bytes": whole["peak_bytes"], "seconds": whole["seconds"]}
 
 
-def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: int) -> list[Stage]:
-    """The whole action, and its parts as programs of their own."""
+def stages(model: VLAConfig, action: ActionSpec, graph: Any, params: nnx.State, mesh: Mesh, batch: int) -> list[Stage]:
+    """Returns the whole prediction, and its parts as programs of their own."""
     replicated = NamedSharding(mesh, P())
     by_heads = NamedSharding(mesh, P(None, None, None, "tensor", None))
     made = lambda shape, dtype, sharding=replicated: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     llama, size, layout = model.llama, model.image_size, SequenceLayout.of(model)
-    head = TokenHead(model, ActionSpec(ACTION_DIM))
+    head, numbers = make_head(model, action), action.horizon * action.dim
     images = made((batch, model.cameras, size, size, 3), jnp.uint8)
     ids, row = made((batch, TEXT_LENGTH), jnp.int32), made((batch,), jnp.int32)
     patches = made((batch, model.cameras * model.patches, llama.width), jnp.bfloat16)
-    slots = (llama.depth, batch, layout.length(TEXT_LENGTH) + ACTION_DIM, llama.kv_heads, llama.head_dim)
-    cache = Cache(*[made(slots, jnp.bfloat16, by_heads)] * 2)
+    language = made((batch, llama.width), jnp.bfloat16) if model.film else None
+    state = made((batch, model.state_dim), jnp.float32) if model.state_dim else None
     execution = Execution(mesh)
     merged: Callable[[Any], OpenVLA] = lambda params: nnx.merge(graph, params)
 
-    def action(params, images, ids, lengths):
-        inputs = Inputs(images, ids, lengths)
-        return head.predict(merged(params), inputs, ACTION_DIM, execution=execution).tokens
+    def predict(params, images, ids, lengths, state):
+        prediction = head.predict(merged(params), Inputs(images, ids, lengths, state), action.dim, execution=execution)
+        return prediction.tokens if prediction.actions is None else prediction.actions
 
-    def vision(params, images):
+    def vision(params, images, language):
         network = merged(params)
-        return network.project(network.normalize(images), execution)
+        return network.project(network.normalize(images), execution, language)
 
-    def prefill(params, patches, ids, lengths):
-        logits, cache = merged(params).prefill_patches(patches, ids, lengths, ACTION_DIM, execution)
+    shared = [
+        Stage("prediction", 1, predict, (params, images, ids, row, state)),
+        Stage("vision", 1, vision, (params, images, language)),
+    ]
+    if not head.sequential:
+        diffusion = model.head == "diffusion"
+        noisy, timestep = made((batch, numbers), jnp.float32), row
+
+        def language_model(params, patches, ids, lengths, state, noisy, timestep):
+            network = merged(params)
+            text, slots = chunk_text(network, Inputs(None, ids, lengths), numbers)
+            if diffusion:
+                slots = slots._replace(noisy=noisy, timestep=timestep)
+            return network.chunk_hidden(patches, text, slots, execution, state)
+
+        arguments = (params, patches, ids, row, state, noisy, timestep)
+        return [*shared, Stage("language model", action.denoising_steps if diffusion else 1, language_model, arguments)]
+
+    slots = (llama.depth, batch, layout.length(TEXT_LENGTH) + numbers, llama.kv_heads, llama.head_dim)
+    cache = Cache(*[made(slots, jnp.bfloat16, by_heads)] * 2)
+
+    def prefill(params, patches, ids, lengths, state):
+        logits, cache = merged(params).prefill_patches(patches, ids, lengths, numbers, execution, state)
         return logits.argmax(axis=-1), jax.lax.with_sharding_constraint(cache, by_heads)
 
     def decode_step(params, token, lengths, cache):
@@ -126,21 +159,23 @@ def stages(model: VLAConfig, graph: Any, params: nnx.State, mesh: Mesh, batch: i
         return logits.argmax(axis=-1), cache
 
     return [
-        Stage("action", 1, action, (params, images, ids, row)),
-        Stage("vision", 1, vision, (params, images)),
-        Stage("prefill", 1, prefill, (params, patches, ids, row)),
-        Stage("decode step", ACTION_DIM - 1, decode_step, (params, row, row, cache), (3,)),
+        *shared,
+        Stage("prefill", 1, prefill, (params, patches, ids, row, state)),
+        Stage("decode step", numbers - 1, decode_step, (params, row, row, cache), (3,)),
     ]
 
 
-def run_plans(model: VLAConfig, topologies: Sequence[str], dump: Path, out: str | None = None, **settings: Any) -> bool:
+def run_plans(
+    model: VLAConfig, action: ActionSpec, topologies: Sequence[str], dump: Path, out: str | None = None, **settings: Any
+) -> bool:
     """Plans for each slice, prints a table, writes JSON to `out`; whether every one fits."""
     for topology in topologies:
         parse_slice(topology)  # before the first minutes are spent
-    print(f"planning one action of {model.name} on {', '.join(topologies)}; minutes each for a 7B")
+    what = "one action" if action.horizon == 1 else f"one chunk of {action.horizon} actions (head {action.head})"
+    print(f"planning {what} of {model.name} on {', '.join(topologies)}; minutes each for a 7B")
     entries = []
     for topology in topologies:
-        entries.append(plan(model, topology, dump, **settings))
+        entries.append(plan(model, action, topology, dump, **settings))
         print("\n".join(lines(entries[-1])), flush=True)
     print(ASSUMPTIONS)
     if out:
@@ -164,9 +199,13 @@ def lines(entry: Mapping[str, Any]) -> list[str]:
         each, times = 1e3 * stage["seconds"], stage["times"]
         waiting = stage["waiting_seconds"] / stage["seconds"]
         rows.append(f"  {name:<14}{each:>9.2f}{times:>7}{each * times:>9.2f}{waiting:>9.1%}")
-    seconds = entry["action_seconds"]
-    rows.append(f"  {'whole action':<14}{'':>16}{1e3 * seconds:>9.2f}         {entry['batch'] / seconds:.1f} actions/s")
-    rows.append(f"  reading the weights once takes {1e3 * entry['floor_seconds']:.2f} ms at the published bandwidth")
+    seconds, read, products = entry["seconds"], entry["read_seconds"], entry["products_seconds"]
+    rate = entry["batch"] * entry["horizon"] / seconds
+    rows.append(f"  {'all':<14}{'':>16}{1e3 * seconds:>9.2f}         {rate:.1f} actions/s")
+    rows.append(
+        f"  {seconds / (read + products):.1f} times what one pass needs at published rates: {1e3 * read:.2f} ms to "
+        f"read the weights once, {1e3 * products:.2f} ms for the matrix products"
+    )
     return rows
 
 

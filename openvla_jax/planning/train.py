@@ -61,16 +61,17 @@ def plan_evaluation(config: Settings, topology: str, dump: Path) -> dict[str, An
     """Compiles the config's eval step; it depends on neither `train.remat` nor `train.accumulation`.
 
     Keys: eval_fits, eval_hbm_peak_bytes, eval_temp_bytes (None if the program does not fit), eval_compile_seconds. The
-    peak counts the optimiser state, which stays on the chip meanwhile. All are None if the config never evaluates.
+    peak counts the optimiser state and the weights beside an average, which stay on the chip. All are None if the
+    config never evaluates.
     """
     if not (config.train.eval_every and config.train.eval_batches):
         return dict.fromkeys(("eval_fits", "eval_hbm_peak_bytes", "eval_temp_bytes", "eval_compile_seconds"))
     tpu = parse_slice(topology)
     job, state, batch, options, _ = _programs(config, tpu)
-    lowered = job.evaluate.lower(state.params, state.frozen, batch)
+    lowered = job.evaluate.lower(state.acting, state.frozen, batch)
     compiled = compile_for(lowered, "eval_step", tpu, dump, options)
     moments = [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-               for leaf in jax.tree.leaves(state.opt_state)]  # fmt: skip
+               for leaf in jax.tree.leaves((state.opt_state, state.ema))]  # fmt: skip
     peak, memory = compiled.peak_bytes + count_bytes(moments), compiled.memory
     return {
         "eval_fits": bool(memory is not None and peak <= tpu.facts.hbm_bytes),
@@ -225,15 +226,27 @@ def abstract_batch(model: VLAConfig, action: ActionSpec, rows: int, text_length:
     )
 
 
-def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL, targets: int = ACTION_DIM + 1) -> float:
-    """FLOPs of the model's work on one example: forward and backward, every position of the static shape.
+def model_flops(
+    model: VLAConfig, text_length: int, tuning: Tuning | None = FULL, targets: int = ACTION_DIM + 1
+) -> float:
+    """Returns the FLOPs of the model's work on one example, at every position of the static shape.
 
-    Of a product, 2 per parameter and position forward, 2 back through it where anything before or in it is trained, 2
-    for its own gradient where it is trained itself; attention likewise, half of it where that is causal; logits at the
-    `targets` predicted positions only. Neither recomputation nor the products of adapters (1-2%) count.
+    A product takes 2 per parameter and position forward, 2 back through it if anything before or in it is trained, and
+    2 for its own gradient if it is trained itself. Attention likewise, half of it if causal. Logits are counted at the
+    `targets` predicted positions only (the numbers of a chunk and the end token). Recomputation does not count, nor do
+    the products of adapters (1-2%), of the state's token and of FiLM (below 0.1%).
+
+    Args:
+        model: The model.
+        text_length: Positions of text.
+        tuning: What is trained; None counts the forward pass alone.
+        targets: Predicted positions.
     """
-    state = nnx.to_flat_state(nnx.state(abstract_prepared(model, tuning), nnx.Param))
-    trained = ["/".join(map(str, path)) for path, _ in state if tuning.is_trainable(path)]
+    trained: list[str] = []
+    if tuning is not None:
+        state = nnx.to_flat_state(nnx.state(abstract_prepared(model, tuning), nnx.Param))
+        trained = ["/".join(map(str, path)) for path, _ in state if tuning.is_trainable(path)]
+    splits_last = tuning is not None and tuning.splits_last
     begins = lambda *prefixes: any(path.startswith(prefixes) for path in trained)
 
     def work(products: float, attention: float, through: bool, name: str) -> float:
@@ -261,14 +274,18 @@ def model_flops(model: VLAConfig, text_length: int, tuning: Tuning = FULL, targe
     positions = SequenceLayout.of(model).length(text_length)
     kv = llama.kv_heads * llama.head_dim
     block = 2 * llama.width**2 + 2 * llama.width * kv + 3 * llama.width * llama.mlp_dim
-    scores = positions * llama.width / 2
+    scores = positions * llama.width / (1 if model.is_parallel else 2)
     before = ("vision/", "projector/", "llama/embed", "llama/blocks")
-    last = int(tuning.splits_last)
+    last = int(splits_last)
     first = (llama.depth - last) * positions
     total += work(first * block, first * scores, begins(*before), "llama/blocks/")
     last *= positions
     total += work(last * block, last * scores, begins(*before, "llama/last"), "llama/last/")
-    return float(total + work(llama.width * llama.vocab_size * targets, 0, bool(trained), "llama/head/"))
+    if not model.action_dim:
+        return float(total + work(llama.width * llama.vocab_size * targets, 0, bool(trained), "llama/head/"))
+    rows, width = (targets - 1) // model.action_dim, llama.width
+    products = model.action_dim * width**2 + 2 * width**2 + width * model.action_dim
+    return float(total + work(rows * products, 0, bool(trained), "action_head/"))
 
 
 def _estimate(entry: Mapping[str, Any], config: Settings, tpu: Slice, compiled: Compiled) -> dict[str, Any]:

@@ -5,6 +5,9 @@ looks down at 45 degrees, so height and depth both move things up in the image; 
 Nothing that matters is hidden: gripper position, opening and grasp can all be read from one frame, so a policy without
 memory can solve the task. Each colour has its own lane across the table, so the colour word alone tells the lane; how
 far along it the object lies, and where the gripper is, only the image tells.
+
+In the world "wrist" the fixed camera does not show the arm: the state tells where the gripper is, and a second camera,
+on the wrist, whether it is open and what it holds. The arm is slower there, and an episode longer.
 """
 
 from dataclasses import dataclass
@@ -38,9 +41,30 @@ STATE_DIM = 8  # xyz, roll pitch yaw, pad, gripper: the POS_EULER layout of Open
 ACTION_DIM = 7
 
 
-# Worlds by name: whether gripper command 1 opens. The demo is trained in the first; fine-tuning moves its policy to the
-# second, the same table under a robot whose gripper command is reversed.
-WORLDS = {"tabletop": True, "changed": False}
+@dataclass(frozen=True)
+class World:
+    """What differs between worlds; lengths in metres."""
+
+    one_opens: bool = True  # gripper command 1 opens
+    max_step: float = MAX_STEP  # the largest translation of one action along each axis
+    shows_arm: bool = True  # in the fixed camera; else there is a camera on the wrist
+    patience: int = 12  # actions that an evaluation gives a policy; the expert needs less than half as many
+
+
+# The demo is trained in the first; fine-tuning moves its policy to the second, the same table under a robot whose
+# gripper command is reversed. The third is for chunks of actions.
+WORLDS = {
+    "tabletop": World(),
+    "changed": World(one_opens=False),
+    "wrist": World(max_step=KEY_STEP, shows_arm=False, patience=40),
+}
+
+
+def find_world(name: str) -> World:
+    """Returns a world of `WORLDS`. Raises InputError for an unknown name."""
+    if name not in WORLDS:
+        raise InputError(f"unknown world {name!r}: one of {', '.join(WORLDS)}")
+    return WORLDS[name]
 
 
 @dataclass(frozen=True)
@@ -77,15 +101,13 @@ class Tabletop:
     """One episode of a world of `WORLDS`. `step` takes 7-D end-effector deltas: dx dy dz [m], droll dpitch dyaw,
     gripper (1 = open; in some worlds 1 = closed).
 
-    Translations are clipped to MAX_STEP and to the workspace. The gripper stays upright, so rotations have no effect
-    (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.
+    Translations are clipped to `World.max_step` and to the workspace. The gripper stays upright, so rotations have no
+    effect (the expert's are zero). The gripper command is binary at 0.5 and acts after the translation.
     """
 
     def __init__(self, seed: int, world: str = "tabletop"):
-        if world not in WORLDS:
-            raise InputError(f"unknown world {world!r}: one of {', '.join(WORLDS)}")
+        self.kind = find_world(world)
         self.scene = sample_scene(seed)
-        self.one_opens = WORLDS[world]
         self.gripper = self.scene.gripper.copy()
         self.objects = np.concatenate([self.scene.positions, np.zeros((OBJECTS_PER_SCENE, 1))], axis=1)  # base centres
         self.open = True
@@ -111,9 +133,9 @@ class Tabletop:
         action = np.asarray(action, np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise InputError(f"action {action!r} given to Tabletop.step: expected {ACTION_DIM} finite numbers")
-        moved = self.gripper + np.clip(action[:3], -MAX_STEP, MAX_STEP)
+        moved = self.gripper + np.clip(action[:3], -self.kind.max_step, self.kind.max_step)
         self.gripper = np.clip(moved, (-REACH, -REACH, 0.0), (REACH, REACH, CEILING))
-        was_open, self.open = self.open, bool(action[6] > 0.5) == self.one_opens
+        was_open, self.open = self.open, bool(action[6] > 0.5) == self.kind.one_opens
         if self.open:
             self._release()
         elif was_open:
@@ -137,6 +159,10 @@ class Tabletop:
         """uint8 [size, size, 3]: the scene from the fixed camera."""
         return render(self, size)
 
+    def render_wrist(self, size: int = 48) -> np.ndarray:
+        """uint8 [size, size, 3]: what lies below the gripper, from the camera on the wrist."""
+        return render_wrist(self, size)
+
 
 # --- Expert ---------------------------------------------------------------------------------------------------------
 
@@ -144,24 +170,26 @@ class Tabletop:
 def expert_action(world: Tabletop) -> np.ndarray:
     """float32 [7]: the next action towards lifting the named object, a function of the visible state alone.
 
-    Like a teleoperator with keys, it moves in multiples of KEY_STEP. It travels to the object at hover height,
-    comes down, closes when centred and down, then lifts. Closed on nothing, or on another object, it opens and rises.
-    Every state has an answer, so perturbed states show a learner how to recover.
+    Like a teleoperator with keys, it moves in multiples of KEY_STEP, as far as one action may. It travels to the object
+    at hover height, comes down, closes when centred and down, then lifts. Closed on nothing, or on another object, it
+    opens and rises. Every state has an answer, so perturbed states show a learner how to recover.
     """
-    opening, closing = float(world.one_opens), float(not world.one_opens)
+    opening, closing = float(world.kind.one_opens), float(not world.kind.one_opens)
+    limit = world.kind.max_step
     if world.held == world.scene.target:
-        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, closing], np.float32)
+        return np.array([0, 0, min(HOVER + KEY_STEP, limit), 0, 0, 0, closing], np.float32)
     if not world.open:
-        return np.array([0, 0, HOVER + KEY_STEP, 0, 0, 0, opening], np.float32)
-    dx, dy = _keys(world.objects[world.scene.target, :2] - world.gripper[:2])
-    near = max(abs(dx), abs(dy)) < 1.5 * KEY_STEP
-    dz = _keys((0.0 if near else HOVER) - world.gripper[2])
+        return np.array([0, 0, min(HOVER + KEY_STEP, limit), 0, 0, 0, opening], np.float32)
+    distance = world.objects[world.scene.target, :2] - world.gripper[:2]
+    dx, dy = _keys(distance, limit)
+    near = np.abs(_keys(distance, np.inf)).max() < 1.5 * KEY_STEP
+    dz = _keys((0.0 if near else HOVER) - world.gripper[2], limit)
     done = dx == dy == dz == 0
     return np.array([dx, dy, dz, 0, 0, 0, closing if done else opening], np.float32)
 
 
-def _keys(distance):
-    return np.clip(np.round(distance / KEY_STEP) * KEY_STEP, -MAX_STEP, MAX_STEP) + 0.0  # no negative zero
+def _keys(distance, limit):
+    return np.clip(np.round(distance / KEY_STEP) * KEY_STEP, -limit, limit) + 0.0  # no negative zero
 
 
 # --- Renderer -------------------------------------------------------------------------------------------------------
@@ -169,6 +197,7 @@ def _keys(distance):
 _TABLE = (128, 120, 110)  # near the mean of both towers' normalisation: an empty patch says nothing
 _METAL = (245, 245, 240)
 _TILT = np.sqrt(0.5)  # sine and cosine of the camera's 45 degrees
+_WRIST_WIDTH = 0.24  # metres that the camera on the wrist sees
 
 
 def render(world: Tabletop, size: int = 48) -> np.ndarray:
@@ -177,17 +206,42 @@ def render(world: Tabletop, size: int = 48) -> np.ndarray:
     """
     canvas = _Canvas(size)
     x, y, z = world.gripper
-    canvas.ellipse(x, y, 0.0, 0.06, 0.06 * _TILT, (70, 66, 60))  # the gripper's shadow
+    if world.kind.shows_arm:
+        canvas.ellipse(x, y, 0.0, 0.06, 0.06 * _TILT, (70, 66, 60))  # the gripper's shadow
     for index in np.argsort(-world.objects[:, 1]):  # far ones first
         if index != world.held:
             _draw_object(canvas, world, index)
-    half = 0.056 if world.open else 0.042 if world.held is not None else 0.014
     if world.held is not None:
         _draw_object(canvas, world, world.held)
-    for side in (-1, 1):
-        canvas.box(x + side * half - 0.012, x + side * half + 0.012, y, z, z + 0.085, _METAL)
-    canvas.box(x - 0.07, x + 0.07, y, z + 0.08, z + 0.105, _METAL)
+    if world.kind.shows_arm:
+        half = _finger(world)
+        for side in (-1, 1):
+            canvas.box(x + side * half - 0.012, x + side * half + 0.012, y, z, z + 0.085, _METAL)
+        canvas.box(x - 0.07, x + 0.07, y, z + 0.08, z + 0.105, _METAL)
     return canvas.image()
+
+
+def render_wrist(world: Tabletop, size: int = 48) -> np.ndarray:
+    """uint8 [size, size, 3]: straight down, the gripper always in the middle; heights do not show."""
+    x, y, _ = world.gripper
+    canvas = _Canvas(size, _WRIST_WIDTH, tilt=1.0, center=(x, y), row=0.5)
+    order = [i for i in range(len(world.objects)) if i != world.held] + ([] if world.held is None else [world.held])
+    for index in order:  # what is held lies above the others
+        color = np.array(COLORS[world.scene.colors[index]], np.float32)
+        (u, v), h = world.objects[index, :2], OBJECT_HALF
+        if world.scene.shapes[index] == "ball":
+            canvas.ellipse(u, v, 0.0, h, h, color)
+        else:
+            canvas.box(u - h, u + h, v - h, 0.0, 2 * h, color)
+    half = _finger(world)
+    for side in (-1, 1):
+        canvas.box(x + side * half - 0.012, x + side * half + 0.012, y - 0.025, 0.0, 0.05, _METAL)
+    return canvas.image()
+
+
+def _finger(world: Tabletop) -> float:
+    """Half the distance of the fingers."""
+    return 0.056 if world.open else 0.042 if world.held is not None else 0.014
 
 
 def _draw_object(canvas, world, index):
@@ -205,22 +259,27 @@ def _draw_object(canvas, world, index):
 
 
 class _Canvas:
-    def __init__(self, size: int):
-        self.scale = size / 0.50  # pixels per metre: the picture is half a metre wide
-        self.size = size
+    """A picture `width` metres wide. Depth y and height z move things up, by `tilt` of their size; `center` (x, y) on
+    the table is in the middle of the columns, at the share `row` of the rows.
+    """
+
+    def __init__(self, size: int, width: float = 0.50, tilt: float = _TILT, center=(0.0, 0.0), row: float = 0.66):
+        self.scale = size / width  # pixels per metre
+        self.size, self.tilt, self.center, self.row = size, tilt, center, row
         self.pixels = np.empty((size, size, 3), np.float32)
         self.pixels[:] = _TABLE
         self.edges = np.arange(size, dtype=np.float32)
 
     def project(self, x, y, z):
-        return self.size / 2 + self.scale * x, 0.66 * self.size - self.scale * _TILT * (y + z)
+        across, depth = x - self.center[0], y - self.center[1]
+        return self.size / 2 + self.scale * across, self.row * self.size - self.scale * self.tilt * (depth + z)
 
     def blend(self, rows, cols, alpha, color):
         patch = self.pixels[rows, cols]
         patch += alpha[..., None] * (np.asarray(color, np.float32) - patch)
 
     def window(self, low, high):
-        return slice(max(int(low), 0), min(int(high) + 1, self.size))
+        return slice(max(int(low), 0), max(min(int(high) + 1, self.size), 0))
 
     def box(self, x0, x1, y, z0, z1, color):
         """An upright rectangle at depth y, spanning x0..x1 and z0..z1."""

@@ -28,17 +28,23 @@ from openvla_jax.storage import ATTEMPTS, StorageError, absolute, cause, pause
 def restore_state(workdir: os.PathLike | str, step: int, abstract: Any, placed: Any) -> Any:
     """The training state of a step, onto the shardings in `placed`, whatever mesh saved it; `frozen` stays abstract."""
     path = open_checkpoint(workdir, step)
-    check_tree(path, abstract.params)
+    check_tree(path, abstract.acting)
     target = with_shardings(abstract, placed)
-    rest = nnx.as_pure({"step": target.step, "opt_state": target.opt_state})
-    wanted = {"params": nnx.to_pure_dict(nnx.as_pure(target.params)), "optimizer": rest}
+    wanted = {"params": nnx.to_pure_dict(nnx.as_pure(target.acting)), "optimizer": nnx.as_pure(_behind(target))}
     check_files(path, "optimizer")
     with reading_item(path, "optimizer"):
         loaded = ocp.load_checkpointables(path, wanted)
-    rest_structure = jax.tree.structure({"step": abstract.step, "opt_state": abstract.opt_state})
-    rest = jax.tree.unflatten(rest_structure, jax.tree.leaves(loaded["optimizer"]))
-    params = refill(abstract.params, loaded["params"])
-    return abstract.replace(step=rest["step"], opt_state=rest["opt_state"], params=params)
+    behind = jax.tree.unflatten(jax.tree.structure(_behind(abstract)), jax.tree.leaves(loaded["optimizer"]))
+    acting = refill(abstract.acting, loaded["params"])
+    if abstract.ema is None:
+        return abstract.replace(params=acting, **behind)
+    return abstract.replace(ema=acting, **behind)
+
+
+def _behind(state: Any) -> dict[str, Any]:
+    """Returns what only training needs of a checkpoint: step, optimiser and, beside an average, the weights."""
+    behind = {"step": state.step, "opt_state": state.opt_state}
+    return behind if state.ema is None else behind | {"params": state.params}
 
 
 def restore_iterator(workdir: os.PathLike | str, step: int, iterator: Any) -> None:
@@ -96,8 +102,8 @@ class Checkpoints:
         """
         self.wait()
         items = {
-            "params": nnx.to_pure_dict(nnx.as_pure(state.params)),
-            "optimizer": nnx.as_pure({"step": state.step, "opt_state": state.opt_state}),
+            "params": nnx.to_pure_dict(nnx.as_pure(state.acting)),
+            "optimizer": nnx.as_pure(_behind(state)),
             "contract": Files(contract.save),
         }
         if unused is not None:

@@ -18,7 +18,7 @@ from openvla_jax.settings import Settings
 # Changing these between starts of one run would make another run of it.
 FIXED = (
     "model", "tokenizer", "seed", "data.dataset", "data.text_length", "train.batch_size", "trainable", "lora",
-    "quantize", "frozen_dtype", "observation", "action",
+    "quantize", "frozen_dtype", "observation", "action", "optimizer.ema",
 )  # fmt: skip
 LATER = ("trainable", "lora", "quantize", "frozen_dtype", "observation", "action")  # that old checkpoints do not know
 

@@ -116,7 +116,7 @@ def sum_batches(eval_fn: Any, state: TrainState, batches: list[Any]) -> Any:
     """Returns the head's sums over all evaluation batches."""
     sums: Any = None
     for batch in batches:
-        part = eval_fn(state.params, state.frozen, batch)
+        part = eval_fn(state.acting, state.frozen, batch)
         sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
     return sums
 

@@ -58,6 +58,19 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
     return optax.chain(optax.identity(), adamw)
 
 
+def average(ema: Any, params: Any, step: Any, decay: float) -> Any:
+    """Returns the moving average of the weights after one more update.
+
+    Args:
+        ema: The average so far, a tree of `params`.
+        params: The weights after the update.
+        step: int [], updates before this one. The decay is min(decay, (1 + step) / (10 + step)), so that the first
+            weights do not weigh on the average for long (`tf.train.ExponentialMovingAverage` with `num_updates`).
+        decay: Its largest value.
+    """
+    return optax.incremental_update(params, ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))
+
+
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """As `torch.nn.utils.clip_grad_norm_`: the scale is limit / (norm + 1e-6), never above 1."""
 

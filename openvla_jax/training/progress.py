@@ -1,6 +1,7 @@
 """Where the time of a run goes: rates, shares of its whole time, and the line that shows them."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -93,7 +94,8 @@ class Progress:
 def describe(values: Mapping[str, float], prefix: str, metrics: Sequence[Metric]) -> str:
     """Returns a head's metrics for a progress line; `values` has them as PREFIX/NAME."""
     shown = [(one, values.get(f"{prefix}/{one.name}")) for one in metrics]  # some are for validation only
-    return "  ".join(f"{one.label} {value:{one.format}}" for one, value in shown if value is not None)
+    finite = [(one, value) for one, value in shown if value is not None and math.isfinite(value)]
+    return "  ".join(f"{one.label} {value:{one.format}}" for one, value in finite)
 
 
 def duration(seconds: float) -> str:

@@ -31,7 +31,7 @@ from openvla_jax.training.checkpoint import restore_iterator, restore_state
 from openvla_jax.training.contract import build_contract, choose_specs, shaped
 from openvla_jax.training.identity import check_same_run, run_fingerprint
 from openvla_jax.training.kernel_check import check_kernels
-from openvla_jax.training.state import TrainState, init_state
+from openvla_jax.training.state import TrainState, fresh_state, init_state
 from openvla_jax.training.step import Job, make_job
 from openvla_jax.types import ActionSpec, ObservationSpec
 from openvla_jax.vision.preprocess import center_crop
@@ -100,6 +100,8 @@ def open_run(config: Settings, directory: os.PathLike | str) -> Run:
 
     # -- State: restored, from a checkpoint's weights, or fresh; always created where it lives ------------------------
     job = make_job(config, model, mesh, len(iterator.dataset_names), action=action)
+    if train.stop_at_action_accuracy is not None and "action_accuracy" not in [one.name for one in job.head.metrics]:
+        raise InputError(f"train.stop_at_action_accuracy: the head {action.head!r} has no tokens; leave it out")
     log(f"model: {model.name}; {describe_training(model, job.tuning)}")
     state, adapter = make_state(config, workdir, start, model, mesh, job)
     unused = load_unused(config.init_from) if config.init_from and job.tuning.full else None
@@ -181,6 +183,7 @@ def make_state(
     Raises CheckpointError for a checkpoint that does not fit, InputError for frozen parameters without a checkpoint.
     """
     optimizer, abstract, placed, tuning = job.optimizer, job.abstract, job.placed, job.tuning
+    averaged = config.optimizer.ema is not None
     if not config.init_from and not tuning.full:
         raise InputError(f"trainable is {config.trainable!r}: to freeze the rest, name a checkpoint with init_from")
     adapter: dict[str, Any] | None = None
@@ -200,11 +203,12 @@ def make_state(
         log(f"resumed from step {start}")
         return (state if frozen is None else state.replace(frozen=frozen)), adapter
     if config.init_from:
-        fresh = lambda params, frozen: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
+        fresh = lambda params, frozen: fresh_state(params, frozen, optimizer, averaged)
         state = jax.jit(fresh, out_shardings=placed, donate_argnums=(0, 1))(params, frozen)
         log(f"started from the weights of {config.init_from}")
         return state, adapter
-    return init_state(model, jnp.dtype(config.train.dtype), optimizer, mesh, config.seed), None
+    dtype = jnp.dtype(config.train.dtype)
+    return init_state(model, dtype, optimizer, mesh, config.seed, averaged=averaged), None
 
 
 def compile_programs(run: Run, batch: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -218,14 +222,14 @@ def compile_programs(run: Run, batch: Any) -> tuple[Callable[..., Any], Callable
         datasets, action = len(run.iterator.dataset_names), run.contract.action
         job = make_job(config, run.contract.model, run.mesh, datasets, options, action)
         if run.eval_batches:  # run once, which compiles it
-            jax.block_until_ready(job.evaluate(state.params, state.frozen, run.eval_batches[0]))
+            jax.block_until_ready(job.evaluate(state.acting, state.frozen, run.eval_batches[0]))
         return job.step, job.evaluate
     step = job.step.lower(state, batch).compile(compiler_options=options)
     log(f"compiled the step in {time.perf_counter() - began:.1f} s")
     if not run.eval_batches:
         return step, job.evaluate
     began = time.perf_counter()
-    evaluate = job.evaluate.lower(state.params, state.frozen, run.eval_batches[0]).compile(compiler_options=options)
+    evaluate = job.evaluate.lower(state.acting, state.frozen, run.eval_batches[0]).compile(compiler_options=options)
     log(f"compiled the evaluation in {time.perf_counter() - began:.1f} s")
     return step, evaluate
 

@@ -19,7 +19,8 @@ from openvla_jax.parallel.sharding import shardings
 @struct.dataclass
 class TrainState:
     """A pytree; `params` and the Adam moments are `nnx.State`s of float32 `nnx.Param`s with logical axes. `frozen`
-    holds what is not trained, in the dtypes that `Tuning` says, and has neither gradient nor optimiser state.
+    holds what is not trained, in the dtypes that `Tuning` says, and has neither gradient nor optimiser state. `ema` is
+    the moving average of `params`, or None if the run keeps none.
 
     The same structure holds arrays, shapes or shardings, hence the loose types.
     """
@@ -28,31 +29,55 @@ class TrainState:
     params: Any
     opt_state: Any
     frozen: Any = dataclasses.field(default_factory=lambda: nnx.State({}))
+    ema: Any = None
+
+    @property
+    def acting(self) -> Any:
+        """The trained weights that a policy acts with: their average, if there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def fresh_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, averaged: bool) -> TrainState:
+    """Returns the state before the first step. An average begins as a copy of the weights."""
+    ema = jax.tree.map(jnp.copy, params) if averaged else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen, ema)
 
 
 def make_init(
-    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, tuning: Tuning = FULL
+    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, tuning: Tuning = FULL, averaged: bool = False
 ) -> Callable[[jax.Array], TrainState]:
     """A jittable function from a key to a fresh state."""
 
     def init(key: jax.Array) -> TrainState:
         _, params, frozen = tuning.split(tuning.prepare(OpenVLA(model, key, dtype), key))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
+        return fresh_state(params, frozen, optimizer, averaged)
 
     return init
 
 
 def abstract_state(
-    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning = FULL
+    model: VLAConfig,
+    dtype,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    tuning: Tuning = FULL,
+    averaged: bool = False,
 ) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the state (two trees of one structure); no arrays are made."""
-    state = jax.eval_shape(make_init(model, dtype, optimizer, tuning), jax.random.key(0))
+    state = jax.eval_shape(make_init(model, dtype, optimizer, tuning, averaged), jax.random.key(0))
     return state, shardings(state, mesh)
 
 
 def init_state(
-    model: VLAConfig, dtype, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, tuning: Tuning = FULL
+    model: VLAConfig,
+    dtype,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    tuning: Tuning = FULL,
+    averaged: bool = False,
 ) -> TrainState:
     """A fresh state, every leaf created on the devices that hold it."""
-    _, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
-    return jax.jit(make_init(model, dtype, optimizer, tuning), out_shardings=placed)(jax.random.key(seed))
+    _, placed = abstract_state(model, dtype, optimizer, mesh, tuning, averaged)
+    init = make_init(model, dtype, optimizer, tuning, averaged)
+    return jax.jit(init, out_shardings=placed)(jax.random.key(seed))

@@ -21,7 +21,7 @@ from openvla_jax.models.tuning import FULL, Tuning, make_graph
 from openvla_jax.parallel.execution import PLAIN, Execution
 from openvla_jax.parallel.sharding import BATCH
 from openvla_jax.settings import AugmentConfig, Settings
-from openvla_jax.training.optimizer import make_optimizer, make_schedule
+from openvla_jax.training.optimizer import average, make_optimizer, make_schedule
 from openvla_jax.training.state import TrainState, abstract_state
 from openvla_jax.types import ActionSpec, Batch
 from openvla_jax.vision.augment import augment
@@ -36,26 +36,31 @@ def loss_and_sums(
     head: ActionHead,
     datasets: int,
     execution: Execution = PLAIN,
-    key: Array | None = None,
+    keys: Array | None = None,
     *,
     evaluate: bool = False,
 ) -> tuple[Array, Metrics]:
     """Returns the head's summed loss over the batch, and its sums for the metrics by dataset, each [datasets].
 
-    Images are uint8; floating ones are taken as normalised already. `key` is for what a head draws. With `evaluate`
-    chunks are predicted as a policy does, for metrics.
+    Images are uint8; floating ones are taken as normalised already. `keys` [B] are for what a head draws for each row;
+    None takes fixed ones. With `evaluate` chunks are predicted as a policy does, for metrics.
     """
     floating = jnp.issubdtype(batch.images.dtype, jnp.floating)
     pixels = batch.images if floating else model.normalize(batch.images)
-    key = jax.random.key(0) if key is None else key
+    keys = row_keys(jax.random.key(0), jnp.arange(batch.images.shape[0])) if keys is None else keys
     if evaluate:
-        per_row = head.evaluate(model, pixels, batch, execution, key)
+        per_row = head.evaluate(model, pixels, batch, execution, keys)
         loss = per_row["loss"].sum()
     else:
-        loss, per_row = head.loss(model, pixels, batch, execution, key)
+        loss, per_row = head.loss(model, pixels, batch, execution, keys)
     in_dataset = jax.nn.one_hot(batch.dataset, datasets)
     sums = {name: jnp.matmul(row, in_dataset, precision=jax.lax.Precision.HIGHEST) for name, row in per_row.items()}
     return loss, sums
+
+
+def row_keys(key: Array, rows: Array) -> Array:
+    """Returns a key for each row [B] of a batch, by its number: the same however the batch is divided."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def make_forward(
@@ -68,7 +73,7 @@ def make_forward(
     tuning: Tuning = FULL,
     evaluate: bool = False,
 ) -> Callable[..., tuple[Array, Metrics]]:
-    """Makes `(params, frozen, batch, key=None, dropout_key=None) -> (summed loss, sums)` of `loss_and_sums`.
+    """Makes `(params, frozen, batch, keys=None, dropout_key=None) -> (summed loss, sums)` of `loss_and_sums`.
 
     The train step and the eval step both run this function, so they agree in sharding, kernels and padding.
 
@@ -89,12 +94,12 @@ def make_forward(
     whole_lanes = everything and mesh.devices.flat[0].platform == "tpu"
 
     def forward(
-        params: nnx.State, frozen: nnx.State, batch: Any, key: Array | None = None, dropout_key: Array | None = None
+        params: nnx.State, frozen: nnx.State, batch: Any, keys: Array | None = None, dropout_key: Array | None = None
     ):
         params = pad_to_lanes(params) if whole_lanes else params
         network = nnx.merge(graph, params, frozen)
         own = execution.with_dropout_key(dropout_key)
-        return loss_and_sums(network, batch, head, datasets, own, key, evaluate=evaluate)
+        return loss_and_sums(network, batch, head, datasets, own, keys, evaluate=evaluate)
 
     return forward
 
@@ -112,6 +117,7 @@ def make_train_step(
     seed: int = 0,
     tuning: Tuning = FULL,
     action: ActionSpec = DEFAULT_ACTION,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Makes `(state, batch) -> (state, metrics)` on the global batch.
 
@@ -119,15 +125,18 @@ def make_train_step(
     `accumulation` parts that are summed in float32; the result does not depend on the number of parts, devices or
     hosts beyond rounding. `augment(key, images)` runs on the device, keyed by seed and step. A step whose loss or
     gradient is not finite changes neither parameters nor optimiser state, and says so: metric `skipped`. `execution`
-    needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number.
+    needs a mesh; its dropout key is not used, as the step draws one from `seed` and its number. `ema` is the decay of
+    the state's average (`optimizer.average`), None for a state without one.
     """
     head = make_head(model, action)
     forward = make_forward(model, head, execution, dtype=dtype, datasets=datasets, tuning=tuning)
     mesh = cast(Mesh, execution.mesh)
     drops = tuning.lora is not None and tuning.lora.dropout > 0
 
-    def part_loss(params: nnx.State, frozen: nnx.State, batch: Any, total: Array, key: Array) -> tuple[Array, Metrics]:
-        loss, sums = forward(params, frozen, batch, jax.random.fold_in(key, 1), key if drops else None)
+    def part_loss(
+        params: nnx.State, frozen: nnx.State, batch: Any, keys: Array, total: Array, dropout_key: Array
+    ) -> tuple[Array, Metrics]:
+        loss, sums = forward(params, frozen, batch, keys, dropout_key if drops else None)
         return loss / total, sums
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -135,26 +144,27 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment is not None:
             with jax.named_scope("augment"):
-                images = rearrange(batch.images, "B C H W c -> (B C) H W c")  # each camera gets its own draws
-                batch = batch._replace(images=augment(key, images).reshape(batch.images.shape))
-        keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
-        total = head.targets(batch)
+                batch = batch._replace(images=augment_cameras(augment, key, batch.images))
+        dropout_keys = jax.random.split(jax.random.fold_in(key, 1), accumulation)
+        keys, total = row_keys(jax.random.fold_in(key, 2), jnp.arange(batch.images.shape[0])), head.targets(batch)
         gradient = jax.grad(part_loss, has_aux=True)
         if accumulation == 1:
-            grads, sums = gradient(state.params, state.frozen, batch, total, keys[0])
+            grads, sums = gradient(state.params, state.frozen, batch, keys, total, dropout_keys[0])
         else:
             # Rows are dealt out in turn, so that each part spans all devices without moving data.
             split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
             parts = jax.lax.with_sharding_constraint(jax.tree.map(split, batch), NamedSharding(mesh, P(None, *BATCH)))
 
             def add(carry, scanned):
-                part, key = scanned
-                return jax.tree.map(jnp.add, carry, gradient(state.params, state.frozen, part, total, key)), None
+                part, keys, dropout_key = scanned
+                grads = gradient(state.params, state.frozen, part, keys, total, dropout_key)
+                return jax.tree.map(jnp.add, carry, grads), None
 
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, state.params, state.frozen, first, total, keys[0])
+            scanned = (parts, split(keys), dropout_keys)
+            part, *rest = jax.tree.map(lambda x: x[0], scanned)
+            shapes = jax.eval_shape(gradient, state.params, state.frozen, part, rest[0], total, rest[1])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
+            (grads, sums), _ = jax.lax.scan(add, zeros, scanned)
         metrics = summarize(head, sums) | {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -162,9 +172,17 @@ def make_train_step(
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             keep = lambda new, old: jnp.where(finite, new, old)
             params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics | {"skipped": ~finite}
+            averaged = None
+            if ema is not None:
+                averaged = jax.tree.map(keep, average(state.ema, params, state.step, ema), state.ema)
+        return TrainState(state.step + 1, params, opt_state, state.frozen, averaged), metrics | {"skipped": ~finite}
 
     return train_step
+
+
+def augment_cameras(augment: Callable[[Array, Array], Array], key: Array, images: Array) -> Array:
+    """Augments images [B, C, H, W, 3]; every camera of a row gets its own draws."""
+    return augment(key, rearrange(images, "B C H W c -> (B C) H W c")).reshape(images.shape)
 
 
 def pad_to_lanes(params: nnx.State, lanes: int = 128) -> nnx.State:
@@ -221,12 +239,13 @@ def make_job(
     train, dtype, tuning = config.train, jnp.dtype(config.train.dtype), make_tuning(config)
     schedule = make_schedule(config.optimizer, train.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning)
+    ema = config.optimizer.ema
+    abstract, placed = abstract_state(model, dtype, optimizer, mesh, tuning, averaged=ema is not None)
     kernels = train.kernels and mesh.devices.flat[0].platform == "tpu"
     execution = Execution(mesh, kernels, train.remat)
     step = make_train_step(
         model, optimizer, schedule, execution, dtype=dtype, datasets=datasets, accumulation=train.accumulation,
-        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, action=action,
+        augment=make_augment(config.augment), seed=config.seed, tuning=tuning, action=action, ema=ema,
     )  # fmt: skip
     evaluate = make_eval_step(model, execution, dtype=dtype, datasets=datasets, tuning=tuning, action=action)
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())  # every host reads the metrics

@@ -265,6 +265,13 @@ def test_statistics_of_another_state_are_refused(data, tmp_path):
         statistics.select_state(unnamed, "two", COLUMNS, ("a",))
 
 
+def test_make_train_iterator_refuses_a_camera_that_no_dataset_has(data):
+    with pytest.raises(
+        DataError, match=r"observation.cameras has 'wrist', of which no dataset has images: leave it out"
+    ):
+        _iterator(data | {"dataset": "one"}, ObservationSpec(cameras=("primary", "wrist")))
+
+
 def test_memory_counts_every_camera(data):
     only = data | {"dataset": "two"}
     one, two = (

@@ -11,7 +11,7 @@ from openvla_jax import evaluate
 from openvla_jax.evaluation import figures, offline, quantization
 from openvla_jax.evaluation.harness import HarnessPolicy
 from openvla_jax.tokens.actions import ActionTokenizer, unnormalize_actions
-from openvla_jax.types import ActionSpec, ObservationSpec
+from openvla_jax.types import ActionSpec, Observation, ObservationSpec
 
 ROW = {
     "q01": [-0.1, -2.0, 0.0],
@@ -26,7 +26,8 @@ def frames(count=40, size=(20, 24)):
     rng = np.random.default_rng(0)
     for i in range(count):
         action = np.array([*rng.uniform(-1, 1, 2), i % 2], np.float32)
-        yield offline.Frame(rng.integers(0, 256, (*size, 3), np.uint8), f"do thing {i % 3}", action, "e", i)
+        images = {"primary": rng.integers(0, 256, (*size, 3), np.uint8)}
+        yield offline.Frame(Observation(images, f"do thing {i % 3}"), action, "e", i)
 
 
 class Oracle:
@@ -36,13 +37,14 @@ class Oracle:
         self.known = {frame.image.tobytes(): frame for frame in known}
         self.offset, self.batches = offset, []
 
-    def predict_actions(self, images, instructions, unnorm_keys=None):
-        self.batches.append((len(images), set(unnorm_keys)))
-        found = [self.known[image.tobytes()] for image in images]
-        assert [frame.instruction for frame in found] == instructions
+    def predict_chunks(self, observations):
+        self.batches.append((len(observations), {observation.unnorm_key for observation in observations}))
+        found = [self.known[observation.images["primary"].tobytes()] for observation in observations]
+        assert [frame.instruction for frame in found] == [observation.instruction for observation in observations]
         tokenizer = ActionTokenizer()
         normalized = np.stack([tokenizer.decode(tokenizer.encode(frame.action)) for frame in found])
-        return unnormalize_actions(normalized, ROW) + np.array([0, self.offset, 0])
+        first = unnormalize_actions(normalized, ROW) + np.array([0, self.offset, 0])
+        return np.stack([first, np.full_like(first, 9.0)], axis=1)
 
 
 def test_an_oracle_is_right_everywhere_and_errors_are_in_the_dataset_s_units():
@@ -153,11 +155,12 @@ def test_offline_command_writes_its_report(tmp_path, monkeypatch, capsys):
     rows = list(frames())
     info = {
         "action": {"bins": 256, "dim": 3},
+        "observation": {},
         "statistics": {"arm": {"action": ROW}},
         "training": {},
     }
     monkeypatch.setattr(evaluate, "open_policy", lambda args: (Oracle(rows), info))
-    monkeypatch.setattr(offline, "held_out_frames", lambda *args: rows)
+    monkeypatch.setattr(offline, "held_out_frames", lambda *args, **specs: rows)
     evaluate.main(["offline", "--url", "http://robot:8000", "--data_dir", "D", "--out", str(tmp_path / "out")])
     assert "| arm | 40 | all | 100.0% |" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "offline.json").read_text())

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from openvla_jax.evaluation import figures
+from openvla_jax.evaluation import figures, pace
 from openvla_jax.evaluation.environments.tabletop import MAX_STEPS, TabletopEnvironment, misnamed
 from openvla_jax.evaluation.rollouts import (
     BlankedPolicy,
@@ -197,6 +197,48 @@ def test_evaluate_runs_every_condition_on_the_same_scenes():
     assert len(evaluate(policy, 6)) == 1
     with pytest.raises(ValueError, match="at least 1"):
         evaluate(policy, 0)
+
+
+def test_evaluate_in_the_wrist_world_also_hides_the_second_camera_and_the_state():
+    class Still:
+        action = ActionSpec(horizon=8, executed=8)
+        contract = SimpleNamespace(statistics={"tabletop_wrist": {"action": STATISTICS}}, action=action)
+
+        def __init__(self):
+            self.first = []
+
+        def predict_chunks(self, observations):
+            self.first.append(observations[0])
+            return np.zeros((len(observations), 8, 7))
+
+    policy = Still()
+    results = evaluate(policy, 2, controls=True, world="wrist")
+    assert list(results)[3:5] == ["camera on the wrist blanked", "state zeroed"]
+    each = len(policy.first) // 5
+    assert each == TabletopEnvironment("wrist").max_steps // 8
+    plain, blanked, zeroed = (policy.first[each * i] for i in (0, 3, 4))
+    assert set(plain.images) == {"primary", "wrist"} and plain.state.shape == (3,) and np.abs(plain.state).max() > 0.1
+    assert not blanked.images["wrist"].any() and not zeroed.state.any()
+    for kept, same in (
+        (blanked.images["primary"], plain.images["primary"]), (blanked.state, plain.state),
+        (zeroed.images["wrist"], plain.images["wrist"]),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(kept, same)
+
+
+def test_pace_counts_the_forward_passes_of_a_chunk():
+    specs = {
+        "tokens": ActionSpec(),
+        "l1": ActionSpec(horizon=8, executed=4, head="l1"),
+        "diffusion": ActionSpec(horizon=8, executed=8, head="diffusion", denoising_steps=10),
+    }
+    assert {name: pace.passes(spec) for name, spec in specs.items()} == {"tokens": 7, "l1": 1, "diffusion": 10}
+    calls = []
+    policy = SimpleNamespace(contract=SimpleNamespace(action=specs["l1"]), predict_chunk=calls.append)
+    measured = pace.measure(policy, "seen", calls=3)
+    assert calls == ["seen"] * 4 and (measured.passes, measured.actions) == (1, 4) and measured.seconds < 0.1
+    table = pace.table({"l1": pace.Pace(1, 4, 0.02), "tokens": pace.Pace(7, 1, 0.014)})
+    assert table.splitlines()[2:] == ["| l1 | 4 | 20.0 ms | 5.00 ms |", "| tokens | 0.14 | 14.0 ms | 14.00 ms |"]
 
 
 def test_report_and_figures(tmp_path):

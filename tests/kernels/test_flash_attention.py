@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,23 @@ from openvla_jax.training.state import abstract_state, init_state
 from openvla_jax.training.step import make_train_step
 
 THETA = 10000.0
-CASES = {  # length, heads, head dim, causal (then rotated as well)
-    "llama": (320, 2, 128, True),
-    "a length that is no multiple of anything": (77, 1, 128, True),
-    "siglip": (256, 16, 72, False),
-    "dino, with its prefix": (261, 2, 64, False),
-    "fewer keys than a register": (5, 2, 64, False),
+
+
+class Kind(NamedTuple):
+    causal: bool
+    rotated: bool
+    masked: bool = False  # some keys are hidden from all queries
+
+
+TOWER, LLAMA = Kind(False, False), Kind(True, True)
+CASES = {  # length, heads, head dim, kind
+    "llama": (320, 2, 128, LLAMA),
+    "a length that is no multiple of anything": (77, 1, 128, LLAMA),
+    "a chunk at once, with pads": (140, 2, 128, Kind(False, True, masked=True)),
+    "a camera that a row does not have": (150, 2, 128, Kind(True, True, masked=True)),
+    "siglip": (256, 16, 72, TOWER),
+    "dino, with its prefix": (261, 2, 64, TOWER),
+    "fewer keys than a register": (5, 2, 64, TOWER),
 }
 
 
@@ -47,7 +59,18 @@ def inputs(length, heads, dim, rows=2):
     return draws.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def exact(q, k, v, gradient, causal):
+def shown(q, kind: Kind):
+    """Which keys [B, T] are not hidden: not a stretch in the middle, of another length in each row, nor the last."""
+    rows, length = q.shape[:2]
+    keys = np.ones((rows, length), bool)
+    if kind.masked:
+        for row in range(rows):
+            keys[row, 3 : 40 + 30 * row] = False
+            keys[row, length - 5 - row :] = False
+    return keys
+
+
+def exact(q, k, v, gradient, kind):
     """Attention [B, T, N, H] and the gradients of q, k and v in float64, written out."""
     length, dim = q.shape[1], q.shape[-1]
     angles = np.arange(length)[:, None] * THETA ** (-np.arange(dim // 2) / (dim // 2))
@@ -55,10 +78,11 @@ def exact(q, k, v, gradient, causal):
     cos, sin = (np.tile(f(angles), 2).astype(ml_dtypes.bfloat16).astype(np.float64) for f in (np.cos, np.sin))
     cos, sin = cos[:, None], sin[:, None]
     half = lambda x: np.concatenate([-x[..., dim // 2 :], x[..., : dim // 2]], axis=-1)
-    turn = (lambda x, s: x * cos + half(x) * s) if causal else (lambda x, s: x)
+    turn = (lambda x, s: x * cos + half(x) * s) if kind.rotated else (lambda x, s: x)
     q, k = turn(q, sin), turn(k, sin)
     scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(dim)
-    if causal:
+    scores = np.where(shown(q, kind)[:, None, None], scores, -np.inf)
+    if kind.causal:
         scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -71,30 +95,33 @@ def exact(q, k, v, gradient, causal):
     return mixed, to_q, to_k, to_v
 
 
-def by_compiler(q, k, v, causal):
+def by_compiler(q, k, v, kind):
     positions = jnp.arange(q.shape[1])[None]
-    if causal:
+    if kind.rotated:
         q, k = rope(q, positions, THETA), rope(k, positions, THETA)
-    mask = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool)) if causal else None
-    return attention(q, k, v, mask)
+    mask = jnp.ones((1, q.shape[1], q.shape[1]), bool)
+    mask = jnp.tril(mask) if kind.causal else mask
+    return attention(q, k, v, mask & shown(q, kind)[:, None])
 
 
-def by_kernel(q, k, v, causal, mesh=None, merged=False):
+def by_kernel(q, k, v, kind, mesh=None, merged=False):
     batch, length, heads, dim = q.shape
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v)]
     execution = Execution(mesh or one_device(), kernels=True)
-    kernel = attention_kernel(flat[0], heads, execution, causal=causal, theta=THETA if causal else None)
+    keys = jnp.asarray(shown(q, kind)) if kind.masked else None
+    theta = THETA if kind.rotated else None
+    kernel = attention_kernel(flat[0], heads, execution, causal=kind.causal, theta=theta, keys=keys)
     assert kernel is not None
     assert kernel.takes_merged or not merged
     return kernel(*([jnp.concatenate(flat, axis=-1)] if merged else flat)).reshape(q.shape)
 
 
-def with_gradients(function, arrays, causal):
+def with_gradients(function, arrays, kind):
     q, k, v, gradient = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
 
     @jax.jit
     def run(q, k, v, gradient):
-        mixed, back = jax.vjp(lambda *x: function(*x, causal), q, k, v)
+        mixed, back = jax.vjp(lambda *x: function(*x, kind), q, k, v)
         return mixed, *back(gradient)
 
     return [np.asarray(x, np.float64) for x in run(q, k, v, gradient)]
@@ -104,13 +131,14 @@ def with_gradients(function, arrays, causal):
     "case", [pytest.param(case, marks=pytest.mark.long) if case == "siglip" else case for case in CASES]
 )
 def test_results_and_gradients_are_as_near_to_float64_as_the_compilers(case):
-    length, heads, dim, causal = CASES[case]
+    length, heads, dim, kind = CASES[case]
     arrays = inputs(length, heads, dim)
-    truth = exact(*arrays, causal)
-    ours = with_gradients(by_kernel, arrays, causal)
-    merged = with_gradients(partial(by_kernel, merged=True), arrays, causal)
-    assert all(np.array_equal(one, other) for one, other in zip(merged, ours, strict=True))
-    theirs = with_gradients(by_compiler, arrays, causal)
+    truth = exact(*arrays, kind)
+    ours = with_gradients(by_kernel, arrays, kind)
+    if not kind.masked:
+        merged = with_gradients(partial(by_kernel, merged=True), arrays, kind)
+        assert all(np.array_equal(one, other) for one, other in zip(merged, ours, strict=True))
+    theirs = with_gradients(by_compiler, arrays, kind)
     for name, exactly, our, their in zip(("result", "q", "k", "v"), truth, ours, theirs, strict=True):
         distance = lambda x, exactly=exactly: np.linalg.norm(x - exactly) / np.linalg.norm(exactly)
         assert distance(our) < 0.012, name
@@ -120,27 +148,31 @@ def test_results_and_gradients_are_as_near_to_float64_as_the_compilers(case):
 def test_what_no_position_holds_does_not_matter():
     """Behind the last position lies whatever the memory held: interpreted, that is NaN."""
     arrays = inputs(5, 2, 64)
-    assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, False))
+    assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, TOWER))
     arrays = inputs(130, 1, 128)
-    assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, True))
+    assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, LLAMA))
+    for causal in (False, True):
+        kind = Kind(causal, True, masked=True)
+        assert all(np.isfinite(x).all() for x in with_gradients(by_kernel, arrays, kind))
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_rows_stay_on_their_chips(merged):
-    arrays = inputs(40, 2, 64, rows=8)
+@pytest.mark.parametrize(("kind", "merged"), [(TOWER, False), (TOWER, True), (Kind(False, False, masked=True), False)])
+def test_rows_stay_on_their_chips(kind, merged):
+    arrays = inputs(48, 2, 64, rows=8)
     spread = partial(by_kernel, mesh=make_mesh({"data": 2, "fsdp": 4}), merged=merged)
-    for one, many in zip(with_gradients(by_kernel, arrays, False), with_gradients(spread, arrays, False), strict=True):
+    for one, many in zip(with_gradients(by_kernel, arrays, kind), with_gradients(spread, arrays, kind), strict=True):
         assert np.linalg.norm(many - one) < 0.005 * np.linalg.norm(one)  # rounding is the compiler's
 
 
 def test_what_a_kernel_does_not_take():
     mesh = one_device()
     x = jnp.zeros((1, 64, 256), jnp.bfloat16)
-    assert flash.fits(x, 2, True, mesh)
-    assert not flash.fits(x.astype(jnp.float32), 2, True, mesh)
-    assert not flash.fits(x, 4, True, mesh), "heads of 64 are not rotated"
-    assert not flash.fits(jnp.zeros((1, 64, 72), jnp.bfloat16), 1, False, mesh), "lanes left over"
-    assert not flash.fits(jnp.zeros((1, 3000, 4096), jnp.bfloat16), 32, True, mesh), "more keys than fit"
+    assert flash.fits(x, 2, True, False, mesh)
+    assert flash.fits(x, 2, True, True, mesh)
+    assert not flash.fits(x.astype(jnp.float32), 2, True, False, mesh)
+    assert not flash.fits(x, 4, True, False, mesh), "heads of 64 are not rotated"
+    assert not flash.fits(jnp.zeros((1, 64, 72), jnp.bfloat16), 1, False, False, mesh), "lanes left over"
+    assert not flash.fits(jnp.zeros((1, 3000, 4096), jnp.bfloat16), 32, True, False, mesh), "more keys than fit"
     tensor = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     for execution in (PLAIN, Execution(kernels=True), Execution(mesh), Execution(tensor, kernels=True)):
         assert attention_kernel(x, 2, execution, causal=True) is None

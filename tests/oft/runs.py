@@ -1,7 +1,11 @@
 """The training goldens of OpenVLA-OFT as models, states and batches of this project."""
 
 import dataclasses
-from typing import Any
+import functools
+import json
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,8 +17,9 @@ from openvla_jax.config import LoRAConfig, VLAConfig
 from openvla_jax.convert.names import TRANSFORMS, table
 from openvla_jax.convert.oft import PLATFORMS
 from openvla_jax.convert.peft import _to_tree, modules
+from openvla_jax.convert.torch_io import read_pt
 from openvla_jax.models.tree import flat, nested, refill
-from openvla_jax.models.tuning import ADDED, MODES, Tuning, abstract_prepared, matches
+from openvla_jax.models.tuning import ALL_ADDED, MODES, Tuning, abstract_prepared
 from openvla_jax.types import ActionSpec, Batch
 
 CLASSES = {
@@ -22,6 +27,12 @@ CLASSES = {
     "DiffusionActionHead/": "action_head.",
     "ProprioProjector/": "proprio_projector.",
     "NoisyActionProjector/": "noisy_action_projector.",
+}
+COMPONENTS = {
+    "L1RegressionActionHead": "action_head",
+    "DiffusionActionHead": "action_head",
+    "ProprioProjector": "proprio_projector",
+    "NoisyActionProjector": "noisy_action_projector",
 }
 
 
@@ -42,40 +53,94 @@ def specs_of(name: str) -> tuple[VLAConfig, ActionSpec, Tuning]:
         film=options["use_film"],
     )
     action = ActionSpec(dim, horizon, horizon, head, normalization=PLATFORMS[options["platform"]].normalization)
-    plain = Tuning(MODES["lora"], LoRAConfig(options["lora_rank"], targets="reference"), "float32")
-    paths = flat(nnx.to_pure_dict(nnx.as_pure(nnx.state(abstract_prepared(model, plain), nnx.Param))))
-    added = tuple(pattern for pattern in ADDED if any(matches(path, [pattern]) for path in paths))
-    return model, action, dataclasses.replace(plain, trainable=(*MODES["lora"], *added))
+    lora = LoRAConfig(options["lora_rank"], targets="reference")
+    return model, action, Tuning((*MODES["lora"], ALL_ADDED), lora, "float32")
 
 
-def leaves_of(tensors: dict[str, np.ndarray], model: VLAConfig) -> dict[str, np.ndarray]:
-    """Trainable tensors of the reference, by leaf. Layers of a leaf that are not among them are zero."""
+class Place(NamedTuple):
+    """Where a trainable tensor of the reference stands here: a leaf, its layer, and how values get there."""
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]  # in PyTorch's arrangement
+    to_tree: Callable[[np.ndarray], np.ndarray]
+
+
+def places(names: Iterable[str], model: VLAConfig, rank: int) -> dict[str, Place]:
+    """The places of trainable tensors by their names."""
     slots, known = {slot.source: slot for slot in table(model, "hf")}, modules(model)
-    leaves: dict[str, dict[int | None, np.ndarray]] = {}
-    for original, x in tensors.items():
+    found = {}
+    for original in names:
         name = original.removeprefix("PeftModel/base_model.model.")
         name = name.replace("vision_backbone.vision_backbone.", "vision_backbone.").replace(".block.", ".")
         for prefix, ours in CLASSES.items():
             name = ours + name.removeprefix(prefix) if name.startswith(prefix) else name
         name, _, factor = name.partition(".lora_")
         if factor:
-            path, layer = f"{known[name].path}/lora/{factor[0].lower()}", known[name].layer
-            value = _to_tree(x, known[name], factor[0])
+            module, factor = known[name], factor[0]
+            rows, *columns = slots[f"{name}.weight"].source_shape
+            shape = (rank, *columns) if factor == "A" else (rows, rank, *(1 for _ in columns[1:]))
+            to_tree = lambda x, module=module, factor=factor: _to_tree(x, module, factor)
+            found[original] = Place(f"{module.path}/lora/{factor.lower()}", module.layer, shape, to_tree)
         else:
             slot = slots[name]
-            path, layer = slot.target.removeprefix("params/"), slot.layer
-            value = TRANSFORMS[slot.transform].to_tree(x)
-        leaves.setdefault(path, {})[layer] = np.asarray(value, np.float32)
+            path = slot.target.removeprefix("params/")
+            found[original] = Place(path, slot.layer, slot.source_shape, TRANSFORMS[slot.transform].to_tree)
+    return found
+
+
+def leaves_of(tensors: dict[str, np.ndarray], model: VLAConfig, rank: int) -> dict[str, np.ndarray]:
+    """Trainable tensors of the reference, by leaf."""
+    leaves: dict[str, dict[int | None, np.ndarray]] = {}
+    for original, place in places(tensors, model, rank).items():
+        value = np.asarray(place.to_tree(tensors[original]), np.float32)
+        leaves.setdefault(place.path, {})[place.layer] = value
     stack = lambda rows: rows[None] if None in rows else np.stack([rows[i] for i in sorted(rows)])
     return {path: stack(rows) for path, rows in leaves.items()}
 
 
+def recorded(name: str) -> dict[str, Any]:
+    """`first_grad_norm` by tensor, and the tensors with `no_grad`."""
+    return json.loads((FOLDER / name / "grads.json").read_text())
+
+
+def start_tensors(name: str) -> dict[str, np.ndarray]:
+    """Trainable tensors of the reference before the first step; those that are left out are zero.
+
+    A case without `init.npz` starts from its component files, and its adapters' A outside of these is drawn by name, as
+    the goldens' README says.
+    """
+    if (FOLDER / name / "init.npz").exists():
+        return dict(np.load(FOLDER / name / "init.npz"))
+    options, given = settings(name), recorded(name)
+    model, _, tuning = specs_of(name)
+    tensors = {}
+    for original, place in places([*given["first_grad_norm"], *given["no_grad"]], model, tuning.lora.rank).items():
+        kind, _, inner = original.partition("/")
+        in_towers = inner.removeprefix("base_model.model.vision_backbone.")
+        if kind in COMPONENTS:
+            tensors[original] = component(name, COMPONENTS[kind])[inner]
+        elif options["use_film"] and in_towers != inner:
+            tensors[original] = component(name, "vision_backbone")[in_towers]
+        elif ".lora_A." in original:
+            rng = np.random.default_rng([options["weight_seed"], zlib.crc32(original.replace("/", ".").encode())])
+            scale = np.float32(1 / np.sqrt(np.prod(place.shape[1:])))
+            tensors[original] = rng.standard_normal(place.shape, dtype=np.float32) * scale
+    return tensors
+
+
+@functools.cache
+def component(name: str, part: str) -> dict[str, np.ndarray]:
+    """The tensors of a case's component file; the towers of a case without such a file are those of `film`."""
+    path = next(file for folder in (name, "film") for file in (FOLDER / folder).glob(f"{part}--*.pt"))
+    return {key.removeprefix("module."): tensor.read() for key, tensor in read_pt(path).items()}
+
+
 def start_of(name: str) -> tuple[nnx.State, nnx.State]:
-    """(trained, frozen) parameters before the first step of a run with `init.npz`."""
+    """(trained, frozen) parameters before the first step of a case's training."""
     model, _, tuning = specs_of(name)
     base = flat(nnx.to_pure_dict(nnx.as_pure(nnx.state(load_model(imported_base(name))[0], nnx.Param))))
-    init = dict(np.load(FOLDER / name / "init.npz"))
-    given = base | leaves_of(init, model)
+    given = base | leaves_of(start_tensors(name), model, tuning.lora.rank)
     prepared = abstract_prepared(model, tuning)
     abstract = nnx.split(prepared, tuning.is_trainable, ...)[1:]
 

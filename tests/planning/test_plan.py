@@ -1,5 +1,6 @@
 """The planner: FLOPs by an independent count, bad input, and a tiny model compiled for real by the TPU compiler."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,12 +14,14 @@ from conftest import ROOT
 from flax import nnx
 
 from openvla_jax.config import preset, tiny
+from openvla_jax.models.heads import Inputs, make_head
 from openvla_jax.models.openvla import OpenVLA
 from openvla_jax.models.stack import REMAT_POLICIES, remat_policy
 from openvla_jax.planning import train as planner
 from openvla_jax.planning.compile import scheduled_cycles
 from openvla_jax.planning.train import model_flops
 from openvla_jax.settings import Settings
+from openvla_jax.types import ActionSpec
 
 
 def test_the_7b_does_13_7_teraflop_an_example():
@@ -40,6 +43,19 @@ def test_flops_of_products_agree_with_the_jaxpr():
     jaxpr = jax.make_jaxpr(logits)(params)
     total, causal, picking = count(jaxpr.jaxpr, model.patches + text)
     assert model_flops(model, text) == pytest.approx(3 * (total - causal / 2 - picking), rel=1e-6)
+
+
+def test_flops_of_a_chunk_agree_with_the_jaxpr():
+    """Forward only: attention is not halved, and an MLP takes the place of the logits."""
+    model, text = dataclasses.replace(tiny(base_vocab_size=700), head="l1", action_dim=7, cameras=2), 32
+    head = make_head(model, ActionSpec(7, 3, head="l1"))
+    images = jnp.zeros((1, 2, model.image_size, model.image_size, 3), jnp.uint8)
+    ids, lengths = jnp.ones((1, text - 22), jnp.int32), jnp.full(1, text - 22)
+    network = jax.eval_shape(lambda key: OpenVLA(model, key), jax.random.key(0))
+    graph, params = nnx.split(network)
+    predict = lambda params: head.predict(nnx.merge(graph, params), Inputs(images, ids, lengths), 7).actions
+    total, _, picking = count(jax.make_jaxpr(predict)(params).jaxpr, 2 * model.patches + text)
+    assert model_flops(model, text, None, targets=22) == pytest.approx(total - picking, rel=1e-6)
 
 
 def count(jaxpr, positions, times=1):

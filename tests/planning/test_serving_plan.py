@@ -33,8 +33,42 @@ def test_a_tiny_policy_is_planned_by_the_tpu_compiler(tmp_path):
     assert {name: stage["times"] for name, stage in stages.items()} == {"vision": 1, "prefill": 1, "decode step": 6}
     parts = sum(stage["times"] * stage["seconds"] for stage in stages.values())
     assert all(stage["seconds"] > 0 for stage in stages.values())
-    assert entry["action_seconds"] == pytest.approx(parts, rel=0.3)
+    assert entry["seconds"] == pytest.approx(parts, rel=0.3)
+    assert entry["seconds"] > entry["read_seconds"] + entry["products_seconds"] > entry["read_seconds"] > 0
     assert "v5e:2x2: 4 chips, batch 1, bfloat16 weights" in result.stdout and "Estimates, not meas" in result.stdout
+
+
+CHUNKS = """
+from configs.common import base
+
+def get_config(head):
+    config = base()
+    config.model = {"preset": "tiny"}
+    config.observation.cameras = ("primary", "wrist")
+    config.observation.state = ("x", "y", "z")
+    config.action.update(head=head, horizon=4, executed=4, denoising_steps=3)
+    config.film = head == "diffusion"
+    return config
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.long
+@pytest.mark.parametrize(("head", "passes"), [("l1", 1), ("diffusion", 3)])
+def test_a_policy_that_predicts_chunks_is_planned_from_its_training_config(head, passes, tmp_path):
+    pytest.importorskip("libtpu")
+    out, config = tmp_path / "plan.json", tmp_path / "chunks.py"
+    config.write_text(CHUNKS)
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "openvla_jax.serve", "--plan_config", f"{config}:{head}", "--plan", "v5e:2x2"]
+    result = subprocess.run(
+        [*command, "--plan_out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert entry["horizon"] == 4 and entry["fits"]
+    assert {name: stage["times"] for name, stage in entry["stages"].items()} == {"vision": 1, "language model": passes}
+    assert f"planning one chunk of 4 actions (head {head})" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -45,6 +79,7 @@ def test_a_tiny_policy_is_planned_by_the_tpu_compiler(tmp_path):
         (["--plan", "v5e:2x2*2"], "one action is decoded within one slice"),
         (["--plan", "v5e:2x2", "--plan_batch", "0"], "--plan_batch 0"),
         (["--plan", "v5e:2x2", "--checkpoint", "/nowhere"], "/nowhere does not exist"),
+        (["--plan", "v5e:2x2", "--plan_config", "nothing"], "config file nothing does not exist"),
         ([], "give --checkpoint DIR, or --plan SLICES"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from openvla_jax.sim.tabletop import (
     ACTION_DIM,
@@ -147,6 +148,48 @@ def test_objects_appear_in_their_color_where_they_are():
             assert len(cols) > 30 and abs(np.median(cols) + 0.5 - expected) < 4, (seed, name)
 
 
+def test_wrist_world_shows_the_arm_to_the_state_and_the_wrist_camera_only():
+    world, other = Tabletop(3, "wrist"), Tabletop(3, "wrist")
+    other.gripper = other.gripper + [0.05, 0.08, -0.03]
+    other.open = False
+    np.testing.assert_array_equal(world.render(), other.render())
+    assert np.abs(world.render_wrist().astype(int) - other.render_wrist()).max() > 50
+    np.testing.assert_allclose(other.state[:3] - world.state[:3], [0.05, 0.08, -0.03], atol=1e-6)
+    opened = Tabletop(3, "wrist")
+    opened.gripper = other.gripper
+    changed = np.abs(opened.render_wrist().astype(int) - other.render_wrist()).max(axis=-1) > 50
+    assert changed.sum() > 20, "whether it is closed"
+
+
+def test_wrist_camera_shows_objects_where_they_are_seen_from_the_gripper():
+    for seed in range(20):
+        world = Tabletop(seed, "wrist")
+        target = world.objects[world.scene.target]
+        world.gripper = target + [-0.03, 0.02, 0.1]
+        image = world.render_wrist(96).astype(int)
+        color = np.array(COLORS[world.scene.colors[world.scene.target]])
+        rows, cols = np.nonzero(np.abs(image - color).sum(axis=-1) < 10)
+        assert len(rows) > 300
+        centre = [(cols.min() + cols.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2]
+        np.testing.assert_allclose(centre, [48 + 96 * 0.03 / 0.24, 48 + 96 * 0.02 / 0.24], atol=1.5)
+
+
+def test_wrist_camera_leaves_out_what_is_beside_it():
+    world = Tabletop(0, "wrist")
+    world.gripper = np.array([0.0, -0.18, 0.16])
+    world.objects[:, 1] = 0.17
+    image = world.render_wrist().astype(int)
+    assert not any((np.abs(image - np.array(color)).sum(axis=-1) < 60).any() for color in COLORS.values())
+
+
+def test_expert_lifts_with_small_steps_in_the_wrist_world():
+    worlds = [Tabletop(seed, "wrist") for seed in range(100)]
+    lengths = [run(world, expert_action, 40) for world in worlds]
+    assert all(length and length < world.kind.patience / 2 for length, world in zip(lengths, worlds, strict=True))
+    assert np.mean(lengths) > 10
+    assert np.abs([expert_action(world)[:3] for world in worlds]).max() <= worlds[0].kind.max_step + 1e-6
+
+
 # --- The dataset ----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +246,59 @@ def test_a_complete_dataset_is_kept_and_another_refused(written, capsys):
     assert json.loads((directory / "metadata.json").read_text())["episodes"] == {"train": 9, "val": 3}
 
 
+def test_wrist_dataset_reads_back_as_written(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from openvla_jax.sim.dataset import HELD_STEPS, wrist_episode, write_dataset
+
+    directory = write_dataset(tmp_path, episodes=2, val_episodes=1, world="wrist")
+    assert directory == tmp_path / "tabletop_wrist" / "1.0.0"
+    found = tfds.as_numpy(tfds.builder_from_directory(directory).as_dataset("train"))
+    for episode in found:
+        instruction, expected = wrist_episode(int(episode["episode_metadata"]["seed"]))
+        steps = list(episode["steps"])
+        assert len(steps) == len(expected) and steps[0]["language_instruction"].decode() == instruction
+        for step, want in zip(steps, expected, strict=True):
+            for key in ("image", "wrist_image", "state"):
+                np.testing.assert_array_equal(step["observation"][key], want[key])
+            np.testing.assert_array_equal(step["action"], want["action"])
+        held = np.stack([step["action"] for step in steps[-HELD_STEPS:]])
+        assert not held.any(), "it holds still, closed"
+
+
+def test_wrist_episode_does_what_it_stores():
+    """From the first scene the stored actions alone lift the object: those of a chunk are no answers to noise."""
+    from openvla_jax.sim.dataset import HELD_STEPS, wrist_episode
+
+    starts = []
+    for seed in range(30):
+        instruction, steps = wrist_episode(seed)
+        world = Tabletop(seed, "wrist")
+        world.gripper = steps[0]["state"][:3].astype(np.float64)
+        world.open = bool(steps[0]["state"][7])
+        done = [world.step(step["action"]) for step in steps]
+        assert done.index(True) == len(steps) - HELD_STEPS - 1 and all(done[-HELD_STEPS:])
+        assert world.instruction == instruction
+        starts.append(steps[0]["state"])
+    starts = np.stack(starts)
+    assert (np.ptp(starts[:, :3], axis=0) > [0.2, 0.2, 0.1]).all() and 0 < starts[:, 7].mean() < 1
+
+
+def test_demo_episodes_are_those_of_earlier_versions():
+    """Bit for bit those in a dataset that an earlier version wrote."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from openvla_jax.sim.dataset import expert_episode
+
+    builder = tfds.builder_from_directory(ROOT / "tests/data/checkpoint_v1/data/tabletop/1.0.0")
+    for episode in tfds.as_numpy(builder.as_dataset("train")):
+        instruction, expected = expert_episode(int(episode["episode_metadata"]["seed"]), noise=0.02)
+        steps = list(episode["steps"])
+        assert len(steps) == len(expected) and steps[0]["language_instruction"].decode() == instruction
+        for step, want in zip(steps, expected, strict=True):
+            assert np.array_equal(step["observation"]["image"], want["image"])
+            assert step["observation"]["state"].tobytes() == want["state"].tobytes()
+            assert step["action"].tobytes() == want["action"].tobytes()
+
+
 def test_no_episodes_is_an_error(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     from openvla_jax.sim.dataset import write_dataset
@@ -219,5 +315,5 @@ def test_in_the_changed_world_gripper_commands_are_reversed():
     assert not any(run(Tabletop(seed, "changed"), reversed_expert) for seed in range(40))
     for seed in range(5):
         np.testing.assert_array_equal(Tabletop(seed, "changed").render(), Tabletop(seed).render())
-    with pytest.raises(ValueError, match="unknown world 'moon': one of tabletop, changed"):
+    with pytest.raises(ValueError, match="unknown world 'moon': one of tabletop, changed, wrist"):
         Tabletop(0, "moon")

@@ -1,6 +1,7 @@
 """A run's check of its kernels, on kernels that are interpreted."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from training.batches import ONE_TOWER
 
 from openvla_jax.kernels import flash_attention
-from openvla_jax.training.kernel_check import KernelError, check_kernels, disagreement
+from openvla_jax.training.kernel_check import Case, KernelError, check_kernels, disagreement
 
 TOWER = dataclasses.replace(ONE_TOWER.towers[0], width=128, heads=2)
 MODEL = dataclasses.replace(
@@ -18,8 +19,9 @@ MODEL = dataclasses.replace(
 
 def test_right_kernels_pass():
     check_kernels(MODEL, 20, jax.devices()[0])
-    assert disagreement(40, 128, 1, 1e4, jax.devices()[0]) < 0.02
-    assert disagreement(40, 128, 4, 1e4, jax.devices()[0]) is None, "no kernel rotates heads of 32"
+    for causal, masked in itertools.product((False, True), (False, True)):
+        assert disagreement(Case(40, 128, 1, 1e4, causal, masked), jax.devices()[0]) < 0.02
+    assert disagreement(Case(40, 128, 4, 1e4, True), jax.devices()[0]) is None, "no kernel rotates heads of 32"
 
 
 @pytest.mark.parametrize("wrong", [lambda x, *_: x, lambda x, *_: np.nan * x], ids=["nothing hidden", "NaN"])

@@ -170,6 +170,19 @@ def _aloha(name):
     )
 
 
+def _tabletop(name, wrist):
+    """The embedded demonstration task, written by openvla_jax.sim.dataset in this very form."""
+    return DatasetConfig(
+        name=name,
+        image_keys={"primary": "image", "secondary": None, "wrist": wrist},
+        depth_keys={"primary": None, "secondary": None, "wrist": None},
+        state_keys=("state",),
+        state_encoding=POS_EULER,
+        action_encoding=ActionEncoding.EEF_POS,
+        transform=standard(),
+    )
+
+
 _ENTRIES = [
     _entry("fractal20220817_data", ("image", None, None), ("base_pose_tool_reached", "gripper_closed"), POS_QUAT),
     _entry("kuka", ("image", None, None), ("clip_function_input/base_pose_tool_reached", "gripper_closed"), POS_QUAT),
@@ -340,15 +353,8 @@ _ENTRIES = [
     _aloha("aloha1_fold_shirt_30_demos"),
     _aloha("aloha1_scoop_X_into_bowl_45_demos"),
     _aloha("aloha1_put_X_into_pot_300_demos"),
-    DatasetConfig(  # the embedded demonstration task, written by openvla_jax.sim.dataset in this very form
-        name="tabletop",
-        image_keys={"primary": "image", "secondary": None, "wrist": None},
-        depth_keys={"primary": None, "secondary": None, "wrist": None},
-        state_keys=("state",),
-        state_encoding=POS_EULER,
-        action_encoding=ActionEncoding.EEF_POS,
-        transform=standard(),
-    ),
+    _tabletop("tabletop", None),
+    _tabletop("tabletop_wrist", "wrist_image"),
 ]
 
 DATASETS: dict[str, DatasetConfig] = {entry.name: entry for entry in _ENTRIES}

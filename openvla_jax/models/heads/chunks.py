@@ -23,22 +23,24 @@ class ParallelTokenHead(TokenHead):
     """
 
     metrics: tuple[Metric, ...] = (
-        Metric("first_action_accuracy", "accuracy", ".1%", ("first_correct", "first")),
+        *TokenHead.metrics,
+        Metric("first_action_accuracy", "first", ".1%", ("first_correct", "first")),
         Metric("next_actions_accuracy", "next", ".1%", ("next_correct", "next")),
-        Metric("first_action_l1", "L1", ".4f", ("first_l1", "first")),
+        Metric("first_action_l1", "first L1", ".4f", ("first_l1", "first")),
         Metric("next_actions_l1", "next L1", ".4f", ("next_l1", "next")),
     )
     sequential = False
+    average_pads = False  # FiLM's mean takes pads of a training row too, as the reference's; for comparisons
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
-        hidden = chunk_states(model, pixels, batch, execution)
+        hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
         return self.token_loss(model, hidden, batch, execution)
 
     def token_sums(self, correct: Float[Array, "B N"], l1: Float[Array, "B N"], is_action: Float[Array, "B N"]) -> Sums:
         first = (is_action.cumsum(axis=1) <= is_action.sum(axis=1, keepdims=True) / self.horizon).astype(jnp.float32)
-        return {
+        return super().token_sums(correct, l1, is_action) | {
             f"{name}{suffix}": (values * part).sum(axis=1)
             for name, part in (("first", first), ("next", 1 - first))
             for suffix, values in (("_correct", correct), ("_l1", l1), ("", is_action))
@@ -70,31 +72,30 @@ class L1Head:
     """
 
     metrics: tuple[Metric, ...] = (
-        Metric("first_action_l1", "L1", ".4f", ("first_l1", "first")),
-        Metric("next_actions_l1", "next L1", ".4f", ("next_l1", "next")),
+        Metric("action_l1", "L1", ".4f", ("l1", "actions")),
+        Metric("first_action_l1", "first", ".4f", ("first_l1", "first")),
+        Metric("next_actions_l1", "next", ".4f", ("next_l1", "next")),
     )
 
     sequential = False
-
-    average_pads = False  # FiLM's mean takes pads of a training row too, as the reference's; for comparisons
+    average_pads = False  # as `ParallelTokenHead`'s
 
     def __init__(self, config: VLAConfig, action: ActionSpec):
         self.horizon, self.steps = action.horizon, action.denoising_steps
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         """The absolute error of normalised actions, summed over chunk and dimensions."""
         hidden = chunk_states(model, pixels, batch, execution, average_pads=self.average_pads)
         predicted = self.read(model, hidden, chunk_positions(batch), execution)
         sums = error_sums(predicted, batch)
-        loss = sums["first_l1"] + sums["next_l1"]
-        return loss.sum(), {"loss": loss, "targets": sums["first"] + sums["next"]} | sums
+        return sums["l1"].sum(), {"loss": sums["l1"], "targets": sums["actions"]} | sums
 
     def evaluate(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> Sums:
-        return self.loss(model, pixels, batch, execution, key)[1]
+        return self.loss(model, pixels, batch, execution, keys)[1]
 
     def targets(self, batch: Any) -> Float[Array, ""]:
         """Returns the numbers of a batch's chunks."""
@@ -134,12 +135,12 @@ class DiffusionHead(L1Head):
     """
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         """The squared error of the predicted noise, at a timestep drawn per row."""
-        noise_key, step_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, batch.actions.shape)
-        timestep = jax.random.randint(step_key, batch.actions.shape[:1], 0, NOISE_STEPS)
+        keys = jax.vmap(jax.random.split)(keys)
+        noise = draw_noise(keys[:, 0], *batch.actions.shape[1:])
+        timestep = jax.vmap(lambda key: jax.random.randint(key, (), 0, NOISE_STEPS))(keys[:, 1])
         return self.noise_loss(model, pixels, batch, execution, noise, timestep)
 
     def noise_loss(
@@ -153,20 +154,20 @@ class DiffusionHead(L1Head):
     ) -> tuple[Array, Sums]:
         """`loss` for given draws."""
         noisy = add_noise(jnp.asarray(batch.actions), jnp.asarray(noise), jnp.asarray(timestep))
-        hidden = chunk_states(model, pixels, batch, execution, noisy, jnp.asarray(timestep))
+        hidden = chunk_states(model, pixels, batch, execution, noisy, jnp.asarray(timestep), self.average_pads)
         predicted = self.read(model, hidden, chunk_positions(batch), execution)
         mask = batch.action_mask.astype(jnp.float32)
         loss = (jnp.square(predicted - noise) * mask).sum(axis=(1, 2))
         return loss.sum(), {"loss": loss, "targets": mask.sum(axis=(1, 2))}
 
     def evaluate(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> Sums:
         """The loss, and the error of chunks that are sampled as a policy does."""
-        sums = self.loss(model, pixels, batch, execution, key)[1]
+        sums = self.loss(model, pixels, batch, execution, keys)[1]
         slots = batch_slots(model, batch)
         patches = model.project(pixels, execution, language_of(model, batch.tokens, slots, execution))
-        noise = jax.random.normal(jax.random.fold_in(key, 1), batch.actions.shape)
+        noise = draw_noise(jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys), *batch.actions.shape[1:])
         mask = camera_mask(model, batch)
         sampled = self.sample(model, patches, batch.tokens, slots, batch.state, noise, execution, mask)
         return sums | error_sums(sampled, batch)
@@ -184,7 +185,7 @@ class DiffusionHead(L1Head):
         text, slots = chunk_text(model, inputs, self.horizon * dim)
         patches = see(model, inputs.images, text, slots, execution)
         seeds = jnp.zeros(text.shape[0], jnp.int32) if sampling is None else sampling.seed
-        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (self.horizon, dim)))(seeds)
+        noise = draw_noise(jax.vmap(jax.random.key)(seeds), self.horizon, dim)
         return Prediction(actions=self.sample(model, patches, text, slots, inputs.state, noise, execution))
 
     def sample(
@@ -208,6 +209,11 @@ class DiffusionHead(L1Head):
             return denoise(noisy, predicted, timestep, self.steps), None
 
         return jax.lax.scan(step, noise, jnp.asarray(sampling_timesteps(self.steps)))[0]
+
+
+def draw_noise(keys: Array, horizon: int, dim: int) -> Float[Array, "B K A"]:
+    """Returns a noisy chunk for each of the keys [B], which does not depend on the other rows."""
+    return jax.vmap(lambda key: jax.random.normal(key, (horizon, dim)))(keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,10 +279,12 @@ def language_of(
 
 
 def error_sums(predicted: Float[Array, "B K A"], batch: Any) -> Sums:
-    """Returns the absolute errors of normalised chunks and how many there are, of the first action and the others."""
+    """Returns the absolute errors of normalised chunks and their counts: of all actions, the first, the others."""
     mask = batch.action_mask.astype(jnp.float32)
     errors = jnp.abs(predicted - batch.actions) * mask
     return {
+        "l1": errors.sum(axis=(1, 2)),
+        "actions": mask.sum(axis=(1, 2)),
         "first_l1": errors[:, 0].sum(axis=1),
         "first": mask[:, 0].sum(axis=1),
         "next_l1": errors[:, 1:].sum(axis=(1, 2)),

@@ -53,15 +53,16 @@ class ActionHead(Protocol):
     sequential: bool  # whether tokens are predicted one after the other
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "B C H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "B C H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         """Returns the summed loss and, by row, the sums [B] that metrics are made of ("loss" and "targets" among
-        them: the mean loss is their ratio). `pixels` are normalised; `key` is for what a head draws.
+        them: the mean loss is their ratio). `pixels` are normalised; `keys` [B] are for what a head draws
+        for each row.
         """
         ...
 
     def evaluate(
-        self, model: OpenVLA, pixels: Float[Array, "B C H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "B C H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> Sums:
         """Returns the sums of `loss` for validation, of a chunk that is predicted as a policy does."""
         ...

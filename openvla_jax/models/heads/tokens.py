@@ -35,16 +35,16 @@ class TokenHead:
         self.tokenizer = ActionTokenizer(config.base_vocab_size, action.bins)
 
     def loss(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> tuple[Array, Sums]:
         """Cross-entropy over the batch's target tokens: actions and the end token."""
         hidden = model.hidden(pixels, batch.tokens, execution, batch.state, camera_mask(model, batch))
         return self.token_loss(model, hidden, batch, execution)
 
     def evaluate(
-        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, key: Array
+        self, model: OpenVLA, pixels: Float[Array, "*B H W channels"], batch: Any, execution: Execution, keys: Array
     ) -> Sums:
-        return self.loss(model, pixels, batch, execution, key)[1]
+        return self.loss(model, pixels, batch, execution, keys)[1]
 
     def token_loss(
         self, model: OpenVLA, hidden: Float[Array, "B S D"], batch: Any, execution: Execution
