@@ -15,6 +15,7 @@ def get_config(head: str = "l1"):
     config = tabletop.get_config()
     config.data.data_dir = "runs/demo-chunks/data"
     config.data.dataset = "tabletop_wrist"
+    config.train.steps = 2000
     config.observation.cameras = ("primary", "wrist")
     config.observation.state = ("x", "y", "z")
     config.action.head = head

@@ -233,10 +233,10 @@ def test_pace_counts_the_forward_passes_of_a_chunk():
         "diffusion": ActionSpec(horizon=8, executed=8, head="diffusion", denoising_steps=10),
     }
     assert {name: pace.passes(spec) for name, spec in specs.items()} == {"tokens": 7, "l1": 1, "diffusion": 10}
-    calls = []
+    calls, seen = [], Observation({}, "pick up the red cube")
     policy = SimpleNamespace(contract=SimpleNamespace(action=specs["l1"]), predict_chunk=calls.append)
-    measured = pace.measure(policy, "seen", calls=3)
-    assert calls == ["seen"] * 4 and (measured.passes, measured.actions) == (1, 4) and measured.seconds < 0.1
+    measured = pace.measure(policy, seen, calls=3)
+    assert calls == [seen] * 4 and (measured.passes, measured.actions) == (1, 4) and measured.seconds < 0.1
     table = pace.table({"l1": pace.Pace(1, 4, 0.02), "tokens": pace.Pace(7, 1, 0.014)})
     assert table.splitlines()[2:] == ["| l1 | 4 | 20.0 ms | 5.00 ms |", "| tokens | 0.14 | 14.0 ms | 14.00 ms |"]
 

@@ -83,7 +83,7 @@ def test_gradients_of_every_tensor_have_the_norms_of_the_reference(name):
     head = make_head(model, action)
     head.average_pads = True
     params, frozen = start_of(name)
-    graph, batch = make_graph(model, jnp.float32, tuning), batch_of(name, 0)
+    graph, batch = make_graph(model, jnp.float32, tuning), jax.tree.map(jnp.asarray, batch_of(name, 0))
 
     @jax.jit
     def gradient(params, frozen, images):
