@@ -5,10 +5,16 @@ pipeline resizes in TensorFlow, which `resize_lanczos3` repeats, and crops its v
 """
 
 import io
+import logging
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # a platform without a wheel of it: see `jpeg_round_trip`
+    simplejpeg = None
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.errors import InputError
@@ -40,13 +46,25 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocess
 
 
 def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
-    """The image as it comes back from JPEG: quality 95, colour at half resolution, as TensorFlow encodes by default.
+    """The image as it comes back from JPEG, as TensorFlow encodes and decodes by default: quality 95, colour at half
+    resolution, decoded with the fast transform.
 
-    TensorFlow decodes with a faster, coarser transform: single pixels differ by some grey levels.
+    Pillow knows only the accurate transform. If simplejpeg is missing, it decodes all the same, with one warning.
     """
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
-    return np.asarray(Image.open(buffer))
+    if simplejpeg is None:
+        warn_of_pillow()
+        return np.asarray(Image.open(buffer))
+    return simplejpeg.decode_jpeg(buffer.getvalue(), fastdct=True, fastupsample=False)
+
+
+@lru_cache(maxsize=1)  # once
+def warn_of_pillow() -> None:
+    logging.warning(
+        "simplejpeg is missing: Pillow decodes JPEG otherwise than in training, pixels differ by up to 6 of 255; "
+        "pip install simplejpeg"
+    )
 
 
 def center_crop(image: np.ndarray, area: float) -> np.ndarray:
