@@ -4,6 +4,7 @@ import ast
 import base64
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -64,8 +65,9 @@ def test_client_of_this_package_is_the_same_code():
 @pytest.mark.long
 def test_client_installs_alone(tmp_path):
     """A wheel of the client's folder, in an interpreter that sees it and numpy only."""
+    source = shutil.copytree(PACKAGE.parent, tmp_path / "source")  # building leaves files in it
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(PACKAGE.parent)]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
     subprocess.run([*pip, *build], check=True)
     (wheel,) = tmp_path.glob("openvla_client-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), wheel], check=True)
