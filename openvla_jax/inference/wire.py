@@ -6,6 +6,7 @@ Images come in one of three forms: `image` (OpenVLA's clients), `images` by came
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from openvla_jax.errors import InputError, NonFiniteError, reading
 from openvla_jax.types import Observation
 
 MAX_PIXELS = 16 * 2**20  # of one image: a few kilobytes of PNG can declare gigabytes
-MAIN, WRIST = "full_image", "wrist"  # OpenVLA-OFT's main camera; what the keys of its other cameras have in them
+MAIN = "full_image"  # OpenVLA-OFT's main camera
+WRIST = re.compile(r"[\w./-]{0,30}wrist[\w./-]{0,30}", re.ASCII)  # keys of its other cameras
 IMAGE_KEYS = ("image", "images", MAIN)  # one per form
 REQUEST_KEYS = (*IMAGE_KEYS, "instruction", "state", "unnorm_key")
 FORM = "an object with instruction, image, images or full_image, and optionally state and unnorm_key"
@@ -72,19 +74,17 @@ def _checked(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise BadRequestError(f"the body is {_kind(payload)}: send {FORM}")
     for key in payload:
-        if key not in REQUEST_KEYS and WRIST not in key:
+        if key not in REQUEST_KEYS and not WRIST.fullmatch(key):
             raise BadRequestError(f"unknown key {short(key)}; {nearest(short(key), REQUEST_KEYS)}")
+    wrists = _wrist_keys(payload)
     given = [key for key in IMAGE_KEYS if key in payload]
-    wrists = [key for key in payload if WRIST in key]
     if len(given) > 1:
         raise BadRequestError(
-            f"{given[0]!r} and {given[1]!r} are both given: {given[0]!r} is the first camera's, or "
-            "all are in 'images'; send one of the two"
+            f"{given[0]!r} and {given[1]!r} are both given: send the first camera's 'image', or all of them in "
+            f"'images' or beside {MAIN!r}"
         )
     if wrists and given != [MAIN]:
-        raise BadRequestError(
-            f"{short(wrists[0])} belongs to {MAIN!r}: send both, or images, {{camera name: image, ...}}"
-        )
+        raise BadRequestError(f"{wrists[0]!r} belongs to {MAIN!r}: send both, or images, {{camera name: image, ...}}")
     for key, there in (("image", given), ("instruction", "instruction" in payload)):
         if not there:
             raise BadRequestError(f"{key!r} is missing: send {FORM}")
@@ -114,7 +114,11 @@ def image_values(payload: dict[str, Any]) -> dict[str, Any]:
     """Returns the images of a checked payload as they came, by where they stand in it."""
     if "images" in payload:
         return {f"images.{name}": value for name, value in payload["images"].items()}
-    return {key: value for key, value in payload.items() if key in IMAGE_KEYS or WRIST in key}
+    return {key: payload[key] for key in ("image", MAIN, *_wrist_keys(payload)) if key in payload}
+
+
+def _wrist_keys(payload: dict[str, Any]) -> list[str]:
+    return [key for key in payload if WRIST.fullmatch(key)]
 
 
 def _camera_names(payload: dict[str, Any], cameras: Sequence[str]) -> dict[str, str]:
@@ -122,7 +126,7 @@ def _camera_names(payload: dict[str, Any], cameras: Sequence[str]) -> dict[str, 
     if "image" in payload:
         return {"image": cameras[0]}
     if MAIN in payload:
-        return {MAIN: cameras[0]} | _wrist_cameras([key for key in payload if WRIST in key], cameras)
+        return {MAIN: cameras[0]} | _wrist_cameras(_wrist_keys(payload), cameras)
     for name in payload["images"]:
         if name not in cameras:
             raise BadRequestError(f"images: unknown camera {short(name)}; {nearest(short(name), cameras)}")
@@ -131,17 +135,17 @@ def _camera_names(payload: dict[str, Any], cameras: Sequence[str]) -> dict[str, 
 
 def _wrist_cameras(keys: Sequence[str], cameras: Sequence[str]) -> dict[str, str]:
     """Returns the camera of each key of OpenVLA-OFT's clients: the only wrist camera, or the one that the key names."""
-    wrists = [name for name in cameras[1:] if WRIST in name]
+    wrists = [name for name in cameras[1:] if "wrist" in name]
     if len(keys) == len(wrists) == 1:  # clients call their only one as they like
         return {keys[0]: wrists[0]}
     known = {key: name for name in wrists for key in (name, f"{name}_image")}
     for key in keys:
         if key not in known:
             fix = f"send {', '.join(f'{name}_image' for name in wrists)}" if wrists else "leave it out"
-            raise BadRequestError(f"{short(key)} is no camera of the policy, which sees {', '.join(cameras)}: {fix}")
+            raise BadRequestError(f"{key!r} is no camera of the policy, which sees {', '.join(cameras)}: {fix}")
     found = {key: known[key] for key in keys}
     if len(set(found.values())) < len(keys):
-        raise BadRequestError(f"{short(keys)} name one camera twice: send each once")
+        raise BadRequestError(f"{', '.join(keys)} name one camera twice: send each once")
     return found
 
 

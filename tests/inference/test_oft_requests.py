@@ -76,6 +76,9 @@ def test_keys_are_the_contract_s_cameras(cameras, keys):
         (TWO, ["full_image", "images"], "'images' and 'full_image' are both given"),
         (TWO, ["ful_image"], "unknown key 'ful_image'; did you mean 'full_image'"),
         (TWO, [], "'image' is missing"),
+        (TWO, ["full_image", "wrist\n"], "unknown key"),
+        (TWO, ["full_image", "wrist" + 40 * "x"], "unknown key"),
+        (THREE, ["full_image", *(f"wrist_{i}" for i in range(99))], "'wrist_0' is no camera"),
     ],
 )  # fmt: skip
 def test_keys_that_name_no_camera_are_refused(cameras, keys, message):
