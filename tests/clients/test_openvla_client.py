@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -118,8 +119,8 @@ def test_request_names_cameras_as_oft_does(cameras, keys):
 
 
 @pytest.mark.parametrize("form", ["images", "oft"])
-@pytest.mark.parametrize("answer", [ANSWER, json.dumps(CHUNK.tolist()), json.dumps(encode_array(CHUNK))])
-def test_predict_chunk_reads_lists_and_arrays(answer, form):
+@pytest.mark.parametrize("answer", [ANSWER, json.dumps(encode_array(CHUNK))])
+def test_predict_chunk_reads_a_list_and_an_array(answer, form):
     with answering(http(answer)) as (url, _):
         chunk = Client(url, form=form).predict_chunk(SEEN)
     assert chunk.dtype == np.float64
@@ -137,8 +138,13 @@ def test_client_of_oft_s_server_asks_one_by_one():
 
 @pytest.mark.parametrize(
     "answer",
-    ["[]", "[[]]", "[1.0]", "[[1.0], [1.0, 2.0]]", "[[[1.0]]]", '[["a"]]', "[[true]]", "[[null]]", "{}", '"error"',
-     "[[1e999]]", '[{"__numpy__": "AAAAAAAA+H8=", "dtype": "<f8", "shape": [1]}]', json.dumps([encode_array(CHUNK)])],
+    [
+        "[]", "[[]]", "[1.0]", "[[1.0], [2.0]]", "[{}]", "[null]", "{}", "null", '"error"',
+        json.dumps(encode_array(CHUNK[0])),
+        json.dumps([encode_array(CHUNK)]),
+        json.dumps([encode_array(CHUNK[0]), encode_array(CHUNK[0, :1])]),
+        '[{"__numpy__": "AAAAAAAA+H8=", "dtype": "<f8", "shape": [1]}]',
+    ],
 )  # fmt: skip
 def test_predict_chunk_refuses_what_is_no_chunk(answer):
     with (
@@ -233,16 +239,17 @@ def test_client_does_not_repeat_what_was_reset_in_mid_answer():
     listener, taken = socket.create_server(("127.0.0.1", 0)), []
 
     def run():
-        for _ in range(2):
-            server = listener.accept()[0]
-            taken.append(server)
-            read_request(server)
-            server.sendall(http(ANSWER))
-            read_request(server)
-            server.sendall(http(ANSWER)[:-40])
-            time.sleep(0.2)  # until the client has read the beginning
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            server.close()
+        with contextlib.suppress(OSError):  # the listener is closed
+            while True:
+                server = listener.accept()[0]
+                taken.append(server)
+                read_request(server)
+                server.sendall(http(ANSWER))
+                read_request(server)
+                server.sendall(http(ANSWER)[:-40])
+                time.sleep(0.2)  # until the client has read the beginning
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                server.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -251,6 +258,7 @@ def test_client_does_not_repeat_what_was_reset_in_mid_answer():
     with pytest.raises(ServerError, match="broke off"):
         client.predict_chunk(SEEN)
     assert len(taken) == 1
+    listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
 

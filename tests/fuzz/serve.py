@@ -39,9 +39,9 @@ def act_body(*cameras: str):
     return lambda data: wire.read_observation(wire.read_payload(wire.loads(data))[0], cameras)
 
 
-def encoded_images() -> list:
+def encoded_images(pixels: np.ndarray = PIXELS) -> list:
     """Returns the pixels in each form of image."""
-    return [wire.arrays.encode_array(PIXELS), base64.b64encode(picture("PNG")).decode(), PIXELS.tolist()]
+    return [wire.arrays.encode_array(pixels), base64.b64encode(picture("PNG", pixels)).decode(), pixels.tolist()]
 
 
 def act_bodies() -> list[bytes]:
@@ -56,14 +56,15 @@ def act_bodies() -> list[bytes]:
 def oft_bodies(*wrists: str) -> list[bytes]:
     """Returns bodies of OpenVLA-OFT's clients with these keys for wrist cameras, plain and encoded."""
     rest = {"state": wire.arrays.encode_array(np.arange(8.0)), "instruction": "push"}
-    bodies = [json.dumps({"full_image": image, **dict.fromkeys(wrists, image), **rest}) for image in encoded_images()]
+    images = encoded_images(PIXELS[:2, :2])
+    bodies = [json.dumps({"full_image": image, **dict.fromkeys(wrists, image), **rest}) for image in images]
     return [body.encode() for body in (*bodies, json.dumps({"encoded": bodies[0]}))]
 
 
-def picture(format: str) -> bytes:
+def picture(format: str, pixels: np.ndarray = PIXELS) -> bytes:
     """Returns the pixels as a file."""
     buffer = io.BytesIO()
-    Image.fromarray(PIXELS).save(buffer, format)
+    Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -124,9 +125,9 @@ def answers(value: object) -> list[bytes]:
 
 
 def chunk_answers() -> list[bytes]:
-    """Returns chunks as lists of arrays, as lists of numbers and as one array."""
+    """Returns chunks as lists of arrays and as one array."""
     chunk = np.arange(6.0).reshape(2, 3)
-    return [answer for value in (list(chunk), chunk.tolist(), chunk) for answer in answers(value)]
+    return [answer for value in (list(chunk), chunk) for answer in answers(value)]
 
 
 INFO = {

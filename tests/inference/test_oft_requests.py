@@ -11,9 +11,10 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
-from openvla_client import ActionQueue, Client, Observation, ServerError
+from openvla_client import ActionQueue, Client, ServerError
 from small_policy import CAMERAS, INSTRUCTIONS, STATE, chunk_policy, listening
 
+from openvla_jax import Observation
 from openvla_jax.inference import wire
 from openvla_jax.inference.server import Settings, make_app
 from openvla_jax.inference.wire import BadRequestError
@@ -99,13 +100,8 @@ def policy():
 
 
 @pytest.fixture(scope="module")
-def app(policy):
-    return make_app(policy, Settings(max_batch=1))
-
-
-@pytest.fixture(scope="module")
-def client(app):
-    with TestClient(app, raise_server_exceptions=False) as client:
+def client(policy):
+    with TestClient(make_app(policy, Settings(max_batch=1)), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -146,11 +142,13 @@ def test_pictures_get_plain_numbers(client, chunk):
     np.testing.assert_allclose(batch["actions"], [chunk, chunk], rtol=0, atol=2e-5)
 
 
-def test_image_gets_the_first_action_of_a_chunk_policy():
+def test_policy_of_one_camera_answers_image_and_refuses_a_state():
     policy = chunk_policy(cameras=ONE, state=())
     with TestClient(make_app(policy, Settings(max_batch=1))) as client:
-        answer = client.post("/act", json=request(full_image=None, wrist_image=None, state=None, image=MAIN)).json()
-    np.testing.assert_array_equal(decode_array(answer, "action"), policy.predict_action(MAIN, INSTRUCTIONS[0]))
+        first = client.post("/act", json=request(full_image=None, wrist_image=None, state=None, image=MAIN)).json()
+        refused = client.post("/act", json=request(wrist_image=None))
+    np.testing.assert_array_equal(decode_array(first, "action"), policy.predict_action(MAIN, INSTRUCTIONS[0]))
+    assert refused.status_code == 400 and "state is given, but the policy was trained without one" in refused.text
 
 
 def test_info_states_what_a_client_must_know(client):
@@ -192,16 +190,9 @@ def test_wrong_request_is_400_in_one_line(client, changes, message):
         assert message in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
-def test_state_is_refused_by_a_policy_without_one():
-    policy = chunk_policy(cameras=ONE, state=())
-    with TestClient(make_app(policy)) as client:
-        answer = client.post("/act", json=request(wrist_image=None))
-    assert answer.status_code == 400 and "state is given, but the policy was trained without one" in answer.text
-
-
 @pytest.mark.parametrize("form", ["images", "oft"])
-def test_client_and_queue_act_through_a_server(app, policy, chunk, form):
-    with listening(app) as url:
+def test_client_and_queue_act_through_a_server(policy, chunk, form):
+    with listening(make_app(policy, Settings(max_batch=1))) as url:
         remote = Client(url, form=form)
         np.testing.assert_array_equal(remote.predict_chunk(SEEN), chunk)
         np.testing.assert_allclose(remote.predict_chunks([SEEN, SEEN]), [chunk, chunk], rtol=0, atol=2e-5)

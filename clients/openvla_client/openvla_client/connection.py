@@ -34,9 +34,9 @@ class Answer(NamedTuple):
 class Connection:
     """Sends requests to a server, one at a time.
 
-    A request is sent again if the server asks for it (429, 503), for `timeout` seconds in all, and if the connection
-    was kept and the server had closed it meanwhile. Nothing else is: not what the server refused, failed at, answered
-    by half or left unanswered.
+    A request is sent again if the server asks for it (429, 503), for `timeout` seconds in all, also if the server is
+    away meanwhile; and if the connection was kept and the server had closed it. Nothing else is: not what the server
+    refused, failed at, answered by half or left unanswered.
 
     Raises ClientError for a wrong URL or token.
     """
@@ -65,7 +65,7 @@ class Connection:
     ) -> Read:
         """Returns what `read` makes of the answer's JSON; `patient` sends again while the server is busy.
 
-        Raises ServerError for any other answer, with the server's reason, and without one.
+        Raises ServerError for any other answer, with the server's reason, and if there is no answer.
         """
         deadline, busy = time.monotonic() + self.timeout, ""
         while True:

@@ -61,26 +61,23 @@ def _oft_images(images: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def read_action(value: Any) -> np.ndarray:
-    """Returns the float64 [A] of an answer: json-numpy, or a list of numbers."""
-    return _checked(_array(value), 1)
+    """Returns the float64 [A] of an `/act` answer: a json-numpy array, because images were sent as such."""
+    return _checked(decode_array(value, "action"), 1)
 
 
 def read_chunk(value: Any) -> np.ndarray:
-    """Returns the float64 [K, A] of an answer: a list of K actions, or one array."""
-    array = np.stack([read_action(row) for row in value]) if isinstance(value, list) else _array(value)
-    return _checked(array, 2)
+    """Returns the float64 [K, A] of an `/act` answer: a list of K actions, or one array."""
+    if isinstance(value, list):
+        return np.stack([read_action(row) for row in value])
+    return _checked(decode_array(value, "chunk"), 2)
 
 
 def read_batch(value: Any, count: int, rank: int) -> list[np.ndarray]:
-    """Returns the `count` actions (rank 1) or chunks (rank 2) of an `/act_batch` answer."""
+    """Returns the `count` actions (rank 1) or chunks (rank 2) of an `/act_batch` answer: lists of numbers."""
     rows = value["actions"]
     if not isinstance(rows, list) or len(rows) != count:
         raise ValueError(f"{count} actions were asked for")
-    return [read_action(row) if rank == 1 else read_chunk(row) for row in rows]
-
-
-def _array(value: Any) -> np.ndarray:
-    return decode_array(value, "action") if isinstance(value, dict) else np.asarray(value)
+    return [_checked(np.asarray(row), rank) for row in rows]
 
 
 def _checked(array: np.ndarray, rank: int) -> np.ndarray:
