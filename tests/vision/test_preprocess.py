@@ -66,16 +66,24 @@ def test_resize_equals_tensorflow(size):
     assert (difference > 0).mean() < 1e-3
 
 
-def test_center_crop_equals_tensorflow():
+@pytest.mark.parametrize("area", [0.9, 0.7, 0.8100001, 0.9999999, 1.0])
+@pytest.mark.parametrize("size", [224, 64])
+def test_center_crop_equals_tensorflow(area, size):
+    """The reference's `crop_and_resize` with its box, bit for bit."""
     tf = pytest.importorskip("tensorflow")
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    offset = (1 - 0.9**0.5) / 2
-    box = [[offset, offset, 1 - offset, 1 - offset]]
-    theirs = tf.image.crop_and_resize(tf.image.convert_image_dtype(image, tf.float32)[None], box, [0], (64, 64))[0]
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    share = tf.clip_by_value(tf.sqrt(tf.constant(area, tf.float32)), 0, 1)
+    low = (1 - share) / 2
+    box = [[low, low, low + share, low + share]]
+    theirs = tf.image.crop_and_resize(tf.image.convert_image_dtype(image, tf.float32)[None], box, [0], (size, size))[0]
     theirs = tf.image.convert_image_dtype(tf.clip_by_value(theirs, 0, 1), tf.uint8, saturate=True).numpy()
-    difference = np.abs(center_crop(image, 0.9).astype(int) - theirs)
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-2
+    np.testing.assert_array_equal(center_crop(image, area), theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 3), (2, 300, 3)])
+def test_center_crop_keeps_the_shape_of_any_image(shape):
+    image = np.full(shape, 200, np.uint8)
+    assert center_crop(image, 0.9).shape == shape and (np.abs(center_crop(image, 0.9) - 200.0) <= 1).all()
 
 
 def smooth_image():
