@@ -30,6 +30,7 @@ BASE = [
     "rich>=13.7",
     "scipy>=1.13",
     "sentencepiece>=0.2",
+    "simplejpeg>=1.8",  # decodes with the fast transform, as TensorFlow does; Pillow cannot
     "tensorboardX>=2.6",
     "tensorstore>=0.1.70",
     "tokenizers>=0.22",
@@ -76,8 +77,8 @@ setup(
     author="The openvla_jax authors",
     license="MIT",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["openvla_jax*"]), *CONFIGS],
-    package_dir={"openvla_jax._configs": "configs"},
+    packages=[*find_packages(include=["openvla_jax*"]), *CONFIGS, "openvla_client"],
+    package_dir={"openvla_jax._configs": "configs", "openvla_client": "clients/openvla_client/openvla_client"},
     entry_points={"console_scripts": ["openvla = openvla_jax.__main__:main"]},
     install_requires=BASE,
     extras_require={

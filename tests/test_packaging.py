@@ -43,13 +43,13 @@ def modules(requirements):
 def imported():
     """Top-level names of the third-party modules that files of the package import."""
     found = set()
-    for path in [*ROOT.glob("openvla_jax/**/*.py"), *ROOT.glob("configs/**/*.py")]:
+    for path in [file for folder in ("openvla_jax", "clients", "configs") for file in ROOT.glob(f"{folder}/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add((node.module or "").partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"openvla_jax", "configs"}
+    return found - set(sys.stdlib_module_names) - {"openvla_jax", "openvla_client", "configs"}
 
 
 def test_setup_declares_what_the_package_imports_and_nothing_else(monkeypatch):
@@ -63,7 +63,7 @@ def test_setup_declares_what_the_package_imports_and_nothing_else(monkeypatch):
 def test_an_installed_wheel_trains_outside_a_checkout(tmp_path):
     source, site, here = tmp_path / "source", tmp_path / "site", tmp_path / "here"
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("openvla_jax", "configs"):
+    for name in ("openvla_jax", "clients", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
@@ -80,8 +80,10 @@ def test_an_installed_wheel_trains_outside_a_checkout(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     run(*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
     assert {path.name for path in site.iterdir()} - {"bin", "__pycache__"} == {
-        "openvla_jax", next(site.glob("*.dist-info")).name
+        "openvla_jax", "openvla_client", next(site.glob("*.dist-info")).name
     }  # fmt: skip
+    asks = "from openvla_jax.inference.client import Client; import openvla_client; print(openvla_client.__file__)"
+    assert run(sys.executable, "-c", asks).startswith(str(site))
     openvla = str(site / "bin" / "openvla")
     assert "--config" in run(openvla, "train", "--config", "tabletop", "--help")
     assert "did you mean 'tabletop'?" in run(openvla, "train", "--config", "tabletopp", "--workdir", "W", code=2)

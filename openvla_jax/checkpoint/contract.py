@@ -278,7 +278,8 @@ def action_spec(statistics: Mapping[str, Any], **known: Any) -> ActionSpec:
 def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observation: ObservationSpec) -> None:
     """Checks statistics at every door: import, export, loading, saving, serving.
 
-    Rows must be lists of finite numbers of one length, of at most `action.dim` for actions. Lower bounds must not be
+    Rows must be lists of finite numbers of one length, of at most `action.dim` for actions, or exactly that if the head
+    is continuous. Lower bounds must not be
     above upper ones, and no `std` below 0; equal bounds and a `std` of 0 mean that a dimension never changes.
     A mask is a list of booleans. With `observation.state` every dataset needs statistics of all its columns; without,
     a state's statistics are checked if there are any.
@@ -293,6 +294,11 @@ def check_statistics(statistics: Mapping[str, Any], action: ActionSpec, observat
         width = _check_rows(entry.get("action"), f"{where}: action", NORMALIZATIONS[action.normalization])
         if width > action.dim:
             raise CheckpointError(f"{where}: {width} action dimensions, but action.dim is {action.dim}: raise it")
+        if width < action.dim and action.is_continuous:  # its slots stand for as many numbers as the head predicts
+            raise CheckpointError(
+                f"{where}: {width} action dimensions, but the head {action.head!r} predicts {action.dim}: "
+                "fix or remove this dataset"
+            )
         if observation.state:
             _check_rows(entry.get("proprio"), f"{where}: proprio", _state_rows(action.normalization))
             _state_columns(dataset, entry["proprio"], observation.state)

@@ -12,6 +12,7 @@ import numpy as np
 
 from openvla_jax.config import nearest
 from openvla_jax.errors import InputError
+from openvla_jax.inference.client import ActionQueue
 from openvla_jax.types import ActionSpec, Observation, ObservationSpec
 
 # The last dimension, from 1 = open, 0 = closed to what the environment takes.
@@ -45,11 +46,12 @@ class HarnessPolicy:
         self.policy, self.unnorm_key, self.observation = policy, unnorm_key, observation
         self._gripper, self._raw = GRIPPERS[gripper], gripper == "raw"
         self.instruction: str | None = None
-        self._chunk: list[np.ndarray] = []
+        self._queue = ActionQueue(policy, self.action.executed)
 
     def reset(self, instruction: str) -> None:
         """Begins an episode."""
-        self.instruction, self._chunk = instruction, []
+        self.instruction = instruction
+        self._queue.reset()
 
     def step(self, images: np.ndarray | Mapping[str, np.ndarray], state: np.ndarray | None = None) -> np.ndarray:
         """Returns the next action, float64 [A], in the environment's convention.
@@ -59,12 +61,12 @@ class HarnessPolicy:
         """
         if self.instruction is None:
             raise InputError("step before reset: reset(instruction) begins an episode")
-        if not self._chunk:
+        seen = None
+        if self._queue.empty:
             given = images if isinstance(images, Mapping) else {self.observation.cameras[0]: images}
             turned = {name: np.rot90(image, self.observation.rotation // 90) for name, image in given.items()}
             seen = Observation(turned, self.instruction, state, self.unnorm_key)
-            self._chunk = list(self.policy.predict_chunk(seen)[: self.action.executed])
-        action = np.array(self._chunk.pop(0))
+        action = self._queue.next(seen)
         if not self._raw:
             opening = action[-1] if self.action.gripper == "open" else 1 - action[-1]
             action[-1] = self._gripper(opening)

@@ -31,6 +31,10 @@ class NonFiniteActionError(NonFiniteError):
     """An action that is not finite, and so must not reach a robot."""
 
 
+class ObservationError(InputError):
+    """An observation with other cameras or another state than the policy was trained with."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One observation, checked and prepared: whatever can be wrong with it has been found."""
@@ -186,8 +190,9 @@ class Policy:
     def prepare(self, observation: Observation, temperature: float = 0.0, seed: int = 0) -> Request:
         """Checks and preprocesses one observation.
 
-        Raises ValueError for a missing or unknown camera, an image of another dtype or shape, a state of another length
-        or with NaN, an empty instruction, an unknown unnorm_key or a negative temperature.
+        Raises ObservationError for a missing or unknown camera, an image of another dtype or shape, and a state of
+        another length or with NaN; InputError for an empty instruction, an unknown unnorm_key or a negative
+        temperature.
         """
         contract, text = self.contract, observation.instruction
         if not isinstance(text, str):
@@ -214,35 +219,35 @@ class Policy:
         cameras, contract = self.contract.observation.cameras, self.contract
         for name in observation.images:
             if name not in cameras:
-                raise InputError(f"unknown camera {name!r}; {nearest(name, cameras)}")
+                raise ObservationError(f"unknown camera {name!r}; {nearest(name, cameras)}")
         prepared = []
         for name in cameras:
             if name not in observation.images:
-                raise InputError(f"no image of camera {name!r}: the policy sees {', '.join(cameras)}")
+                raise ObservationError(f"no image of camera {name!r}: the policy sees {', '.join(cameras)}")
             try:
                 prepared.append(prepare_image(observation.images[name], contract.model, contract.preprocessing))
             except ValueError as error:
-                raise InputError(str(error) if len(cameras) == 1 else f"camera {name!r}: {error}") from None
+                raise ObservationError(str(error) if len(cameras) == 1 else f"camera {name!r}: {error}") from None
         return np.stack(prepared)
 
     def _prepare_state(self, observation: Observation, key: str) -> np.ndarray | None:
         names = self.contract.observation.state
         if not names:
             if observation.state is not None:
-                raise InputError("state is given, but the policy was trained without one: leave it out")
+                raise ObservationError("state is given, but the policy was trained without one: leave it out")
             return None
         if observation.state is None:
-            raise InputError(f"state is missing: give {', '.join(names)}")
+            raise ObservationError(f"state is missing: give {', '.join(names)}")
         state = np.asarray(observation.state, np.float64)
         if state.shape != (len(names),):
-            raise InputError(f"state has shape {state.shape}: give {len(names)} numbers, {', '.join(names)}")
+            raise ObservationError(f"state has shape {state.shape}: give {len(names)} numbers, {', '.join(names)}")
         if not np.isfinite(state).all():
             name = names[int(np.flatnonzero(~np.isfinite(state))[0])]
-            raise InputError(f"state column {name!r} is not finite: {state.tolist()}")
+            raise ObservationError(f"state column {name!r} is not finite: {state.tolist()}")
         rows = self.contract.state_statistics(key)
         normalized = normalize_actions(state, rows, self.contract.action.normalization)
         if np.abs(normalized).max() > np.finfo(np.float32).max:
-            raise InputError(f"state {state.tolist()} is too large: give it in the units of dataset {key!r}")
+            raise ObservationError(f"state {state.tolist()} is too large: give it in the units of dataset {key!r}")
         return normalized.astype(np.float32)
 
     def blank_request(self, level: int = 0, dataset: str | None = None) -> Request:

@@ -1,4 +1,4 @@
-"""The policy over HTTP: `/act` as OpenVLA's clients speak it, `/act_batch`, `/health`, `/info`, `/metrics`.
+"""The policy over HTTP: `/act` as clients of OpenVLA and OpenVLA-OFT speak it, and paths for batches and operators.
 
 Errors are real status codes with {"error": reason}. See docs/serving.md. `process.py` runs it.
 """
@@ -29,7 +29,7 @@ from openvla_jax.errors import InputError, NonFiniteError
 from openvla_jax.inference import wire
 from openvla_jax.inference.batcher import Batcher, QueueFullError, StoppedError
 from openvla_jax.inference.early import EarlyResponse
-from openvla_jax.inference.policy import TEXT_LENGTHS, NonFiniteActionError, Policy, Request
+from openvla_jax.inference.policy import TEXT_LENGTHS, NonFiniteActionError, ObservationError, Policy, Request
 from openvla_jax.inference.wire import BadRequestError
 from openvla_jax.models.quantize import BlockedQTensor, QTensor, count_bytes
 
@@ -114,8 +114,8 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
         return policy.prepare(wire.read_observation(payload, policy.contract.observation.cameras))
 
     def asked_for(payload: dict[str, Any], chunk: np.ndarray) -> np.ndarray:
-        """Returns all actions for a request with `images`, the first for one with `image`, as OpenVLA's server."""
-        return chunk if "images" in payload else chunk[0]
+        """Returns the first action for a request with `image`, as OpenVLA's server, else all, as OpenVLA-OFT's."""
+        return chunk[0] if "image" in payload else chunk
 
     async def decide(requests: list[Request]) -> list[np.ndarray]:
         if len(requests) > settings.max_queue:
@@ -136,11 +136,11 @@ def make_app(policy: Policy, settings: Settings | None = None) -> FastAPI:
         request, payload, encoded = await run_in_threadpool(read)
         (chunk,) = await decide([request])
         answer = asked_for(payload, chunk)
-        if encoded:
-            return _json(wire.dumps(answer))
-        # In kind: clients that send an array get one back, those that send a picture read plain numbers.
-        images = payload["images"].values() if "images" in payload else [payload["image"]]
-        return _json(answer if any(isinstance(image, dict) for image in images) else answer.tolist())
+        # In kind: clients that send an array get arrays back, those that send a picture read plain numbers.
+        if not encoded and not any(isinstance(value, dict) for value in wire.image_values(payload).values()):
+            return _json(answer.tolist())
+        value = answer if answer.ndim == 1 else list(answer)  # OpenVLA-OFT's clients take a list of arrays
+        return _json(wire.dumps(value) if encoded else value)
 
     async def act_batch(body: bytes) -> Response:
         def read() -> tuple[list[Request], list[dict[str, Any]]]:
@@ -219,12 +219,12 @@ async def _answer(
         status, reason, headers, early = error.status, str(error), error.headers, error.early
     except ClientDisconnect:  # nobody reads this answer
         status, reason = 400, "the connection was closed before the body had arrived"
-    except BadRequestError as error:
+    except (BadRequestError, ObservationError) as error:
         status, reason = 400, str(error)
     except (NonFiniteError, CheckpointError) as error:  # the policy is at fault
         logging.error("a request failed: %s", error)
         status, reason = 500, str(error)
-    except InputError as error:  # the policy's own refusals: key, instruction, image
+    except InputError as error:  # the policy's own refusals: key, instruction
         status, reason = 422, str(error)
     except Exception:
         logging.exception("a request failed")

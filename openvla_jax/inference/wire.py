@@ -1,17 +1,18 @@
-"""What crosses the network: JSON with arrays as json-numpy writes them, or images as base64 JPEG or PNG. No pickle.
+"""Requests to a server: JSON with arrays as json-numpy writes them, or images as base64 JPEG or PNG. No pickle.
 
-json-numpy (which OpenVLA's clients use) spells an array {"__numpy__": base64 of its bytes, "dtype": "|u1", "shape":
-[...]}. It is decoded here strictly: its own decoder believes any dtype and shape.
+Images come in one of three forms: `image` (OpenVLA's clients), `images` by camera name, or `full_image` and keys with
+"wrist" in them (OpenVLA-OFT's clients).
 """
 
-import base64
 import io
 import json
-import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from openvla_client import ClientError, arrays
+from openvla_client.arrays import short
 from PIL import Image
 
 from openvla_jax.config import nearest
@@ -19,8 +20,11 @@ from openvla_jax.errors import InputError, NonFiniteError, reading
 from openvla_jax.types import Observation
 
 MAX_PIXELS = 16 * 2**20  # of one image: a few kilobytes of PNG can declare gigabytes
-REQUEST_KEYS = ("image", "images", "instruction", "state", "unnorm_key")
-FORM = "an object with instruction, image or images, and optionally state and unnorm_key"
+MAIN = "full_image"  # OpenVLA-OFT's main camera
+WRIST = re.compile(r"[\w./-]{0,30}wrist[\w./-]{0,30}", re.ASCII)  # keys of its other cameras
+IMAGE_KEYS = ("image", "images", MAIN)  # one per form
+REQUEST_KEYS = (*IMAGE_KEYS, "instruction", "state", "unnorm_key")
+FORM = "an object with instruction, image, images or full_image, and optionally state and unnorm_key"
 
 
 class BadRequestError(InputError):
@@ -30,47 +34,17 @@ class BadRequestError(InputError):
 def dumps(value: Any) -> str:
     """JSON with arrays as json-numpy writes them. Raises NonFiniteError for a NaN or infinity anywhere in it."""
     try:
-        return json.dumps(value, default=encode_array, allow_nan=False)
-    except ValueError as error:
-        raise NonFiniteError(f"a value has no JSON form ({error})") from None
-
-
-def encode_array(array: Any) -> dict[str, Any]:
-    """Returns the json-numpy object of an array. Raises NonFiniteError for a NaN or infinity in it."""
-    if not isinstance(array, np.ndarray | np.generic):
-        raise TypeError(f"{type(array).__name__} has no JSON form")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise NonFiniteError(f"an array of shape {array.shape} holds NaN or infinity")
-    array = np.ascontiguousarray(array) if array.ndim else np.asarray(array)
-    data = base64.b64encode(array.tobytes()).decode()
-    return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
+        return arrays.dumps(value)
+    except ClientError as error:
+        raise NonFiniteError(str(error)) from None
 
 
 def decode_array(value: dict[str, Any], where: str) -> np.ndarray:
-    """The array of a json-numpy object: numbers or booleans only, and as many bytes as its shape asks for."""
-    data, dtype, shape = (value.get(key) for key in ("__numpy__", "dtype", "shape"))
-    if set(value) != {"__numpy__", "dtype", "shape"}:
-        raise BadRequestError(
-            f"{where}: a json-numpy array has the keys __numpy__, dtype and shape, got {_keys(value)}"
-        )
-    if not isinstance(dtype, str) or len(dtype) > 8:
-        raise BadRequestError(f"{where}: dtype {_short(dtype)} is not the name of a number type, as '|u1'")
-    with reading(f"{where}: dtype {_short(dtype)}", "send '|u1' for uint8", BadRequestError):
-        kind = np.dtype(dtype)
-    if kind.kind not in "biuf" or kind.shape:
-        raise BadRequestError(f"{where}: dtype {_short(dtype)} does not hold plain numbers; send '|u1' for uint8")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
-        raise BadRequestError(f"{where}: shape {_short(shape)} is not a list of sizes")
-    if not isinstance(data, str):
-        raise BadRequestError(f"{where}: its data are {_kind(data)}: send base64 text")
-    size = math.prod(shape) * kind.itemsize
-    fits = len(data) == 4 * -(-size // 3)  # before anything is decoded
-    raw = _base64(data, where) if fits else b""
-    if not fits or len(raw) != size:
-        raise BadRequestError(
-            f"{where}: {len(data)} characters of base64 are not an array of shape {_short(shape)} and dtype {dtype}"
-        )
-    return np.frombuffer(raw, kind).reshape(shape)
+    """The array of a json-numpy object. Raises BadRequestError that names `where`."""
+    try:
+        return arrays.decode_array(value, where)
+    except ClientError as error:
+        raise BadRequestError(str(error)) from None
 
 
 def loads(text: bytes | str) -> Any:
@@ -91,7 +65,7 @@ def read_payload(value: Any) -> tuple[dict[str, Any], bool]:
     """
     if isinstance(value, dict) and "encoded" in value:
         if len(value) != 1 or not isinstance(value["encoded"], str):
-            raise BadRequestError(f"'encoded' must be a JSON string and the only key, got {_keys(value)}")
+            raise BadRequestError(f"'encoded' must be a JSON string and the only key, got {short(sorted(value))}")
         return _checked(loads(value["encoded"])), True
     return _checked(value), False
 
@@ -100,12 +74,19 @@ def _checked(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise BadRequestError(f"the body is {_kind(payload)}: send {FORM}")
     for key in payload:
-        if key not in REQUEST_KEYS:
-            raise BadRequestError(f"unknown key {_short(key)}; {nearest(_short(key), REQUEST_KEYS)}")
-    if "image" in payload and "images" in payload:
-        raise BadRequestError("'image' and 'images' are both given: 'image' is the first camera's, send one of the two")
-    for key, given in (("image", {"image", "images"} & set(payload)), ("instruction", "instruction" in payload)):
-        if not given:
+        if key not in REQUEST_KEYS and not WRIST.fullmatch(key):
+            raise BadRequestError(f"unknown key {short(key)}; {nearest(short(key), REQUEST_KEYS)}")
+    wrists = _wrist_keys(payload)
+    given = [key for key in IMAGE_KEYS if key in payload]
+    if len(given) > 1:
+        raise BadRequestError(
+            f"{given[0]!r} and {given[1]!r} are both given: send the first camera's 'image', or all of them in "
+            f"'images' or beside {MAIN!r}"
+        )
+    if wrists and given != [MAIN]:
+        raise BadRequestError(f"{wrists[0]!r} belongs to {MAIN!r}: send both, or images, {{camera name: image, ...}}")
+    for key, there in (("image", given), ("instruction", "instruction" in payload)):
+        if not there:
             raise BadRequestError(f"{key!r} is missing: send {FORM}")
     if "images" in payload and not (isinstance(payload["images"], dict) and payload["images"]):
         raise BadRequestError(f"images is {_kind(payload['images'])}: send an object, {{camera name: image, ...}}")
@@ -119,19 +100,53 @@ def _checked(payload: Any) -> dict[str, Any]:
 
 
 def read_observation(payload: dict[str, Any], cameras: Sequence[str]) -> Observation:
-    """Returns the observation of a payload that `read_payload` checked; `image` is that of the first of `cameras`.
+    """Returns the observation of a payload that `read_payload` checked, with images by the names of `cameras`.
 
-    Raises BadRequestError that names the key.
+    `image` and `full_image` are the first camera's. Raises BadRequestError that names the key.
     """
-    if "image" in payload:
-        images = {cameras[0]: read_image(payload["image"])}
-    else:
-        for name in payload["images"]:  # before its pixels are decoded
-            if name not in cameras:
-                raise BadRequestError(f"images: unknown camera {_short(name)}; {nearest(_short(name), cameras)}")
-        images = {name: read_image(value, f"images.{name}") for name, value in payload["images"].items()}
+    names = _camera_names(payload, cameras)  # before any pixel is decoded
+    images = {names[key]: read_image(value, key) for key, value in image_values(payload).items()}
     state = None if payload.get("state") is None else read_state(payload["state"])
     return Observation(images, payload["instruction"], state, payload.get("unnorm_key"))
+
+
+def image_values(payload: dict[str, Any]) -> dict[str, Any]:
+    """Returns the images of a checked payload as they came, by where they stand in it."""
+    if "images" in payload:
+        return {f"images.{name}": value for name, value in payload["images"].items()}
+    return {key: payload[key] for key in ("image", MAIN, *_wrist_keys(payload)) if key in payload}
+
+
+def _wrist_keys(payload: dict[str, Any]) -> list[str]:
+    return [key for key in payload if WRIST.fullmatch(key)]
+
+
+def _camera_names(payload: dict[str, Any], cameras: Sequence[str]) -> dict[str, str]:
+    """Returns the camera of each of `image_values`. Raises BadRequestError for what is none of them."""
+    if "image" in payload:
+        return {"image": cameras[0]}
+    if MAIN in payload:
+        return {MAIN: cameras[0]} | _wrist_cameras(_wrist_keys(payload), cameras)
+    for name in payload["images"]:
+        if name not in cameras:
+            raise BadRequestError(f"images: unknown camera {short(name)}; {nearest(short(name), cameras)}")
+    return {f"images.{name}": name for name in payload["images"]}
+
+
+def _wrist_cameras(keys: Sequence[str], cameras: Sequence[str]) -> dict[str, str]:
+    """Returns the camera of each key of OpenVLA-OFT's clients: the only wrist camera, or the one that the key names."""
+    wrists = [name for name in cameras[1:] if "wrist" in name]
+    if len(keys) == len(wrists) == 1:  # clients call their only one as they like
+        return {keys[0]: wrists[0]}
+    known = {key: name for name in wrists for key in (name, f"{name}_image")}
+    for key in keys:
+        if key not in known:
+            fix = f"send {', '.join(f'{name}_image' for name in wrists)}" if wrists else "leave it out"
+            raise BadRequestError(f"{key!r} is no camera of the policy, which sees {', '.join(cameras)}: {fix}")
+    found = {key: known[key] for key in keys}
+    if len(set(found.values())) < len(keys):
+        raise BadRequestError(f"{', '.join(keys)} name one camera twice: send each once")
+    return found
 
 
 def read_state(value: Any) -> np.ndarray:
@@ -194,19 +209,12 @@ def _from_lists(value: list[Any], where: str) -> np.ndarray:
 
 
 def _base64(data: str, where: str) -> bytes:
-    with reading(f"{where}: its data are not base64", "encode them again", BadRequestError):
-        return base64.b64decode(data, validate=True)
+    try:
+        return arrays.decode_base64(data, where)
+    except ClientError as error:
+        raise BadRequestError(str(error)) from None
 
 
 def _kind(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _keys(value: dict[str, Any]) -> str:
-    return _short(sorted(value))

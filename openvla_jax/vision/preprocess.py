@@ -5,10 +5,16 @@ pipeline resizes in TensorFlow, which `resize_lanczos3` repeats, and crops its v
 """
 
 import io
+import logging
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # a platform without a wheel of it: see `jpeg_round_trip`
+    simplejpeg = None
 
 from openvla_jax.config import VLAConfig
 from openvla_jax.errors import InputError
@@ -40,31 +46,52 @@ def prepare_image(image: np.ndarray, model: VLAConfig, preprocessing: Preprocess
 
 
 def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
-    """The image as it comes back from JPEG: quality 95, colour at half resolution, as TensorFlow encodes by default.
+    """The image as it comes back from JPEG, as TensorFlow encodes and decodes by default: quality 95, colour at half
+    resolution, decoded with the fast transform.
 
-    TensorFlow decodes with a faster, coarser transform: single pixels differ by some grey levels.
+    Pillow knows only the accurate transform. If simplejpeg is missing, it decodes all the same, with one warning.
     """
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
-    return np.asarray(Image.open(buffer))
+    if simplejpeg is None:
+        warn_of_pillow()
+        return np.asarray(Image.open(buffer))
+    return simplejpeg.decode_jpeg(buffer.getvalue(), fastdct=True, fastupsample=False)
+
+
+@lru_cache(maxsize=1)  # once
+def warn_of_pillow() -> None:
+    logging.warning(
+        "simplejpeg is missing: Pillow decodes JPEG otherwise than in training, pixels differ by up to 6 of 255; "
+        "pip install simplejpeg"
+    )
 
 
 def center_crop(image: np.ndarray, area: float) -> np.ndarray:
     """Returns the middle `area` (a share) of the image at its original size, for policies trained with random crops.
 
-    As the reference evaluates: `tf.image.crop_and_resize` (bilinear between the corners of the box), then uint8.
+    As the reference evaluates, operation by operation in float32, because truncation to uint8 shows the last bit:
+    `tf.image.crop_and_resize` (bilinear between the corners of the box), then `tf.image.convert_image_dtype`.
     """
-    low, high = 0.5 - area**0.5 / 2, 0.5 + area**0.5 / 2
-    rows, columns = (_bilinear_weights(size, low, high) for size in image.shape[:2])
-    cropped = np.einsum("yh,xw,hwc->yxc", rows, columns, image.astype(np.float32) / 255, optimize=True)
-    return (np.clip(cropped, 0, 1) * 255.5).astype(np.uint8)
+    share = np.sqrt(np.float32(area))
+    low = (1 - share) / 2
+    (top, bottom, down), (left, right, across) = (_corners(size, low, low + share) for size in image.shape[:2])
+    unit = image.astype(np.float32) * np.float32(1 / 255)
+    rows = unit[:, left] + (unit[:, right] - unit[:, left]) * across[:, None]
+    cropped = rows[top] + (rows[bottom] - rows[top]) * down[:, None, None]
+    return (np.clip(cropped, 0, 1) * np.float32(255.5)).astype(np.uint8)
 
 
-@lru_cache(maxsize=16)  # cameras are few; anybody may send any size
-def _bilinear_weights(size: int, low: float, high: float) -> np.ndarray:
-    """float32 [size, size]: samples evenly spaced from `low` to `high` of the way between first and last pixel."""
-    position = np.linspace(low, high, size) * (size - 1)
-    return np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(size))).astype(np.float32)
+def _corners(size: int, low: np.float32, high: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels before and after `size` points, evenly spaced from `low` to `high` of the way between first and last
+    pixel, and how far each point is from the one before.
+    """
+    last = np.float32(size - 1)
+    step = (high - low) * last / max(last, np.float32(1))
+    points = low * last + np.arange(size, dtype=np.float32) * step
+    before = np.floor(points)
+    after = np.minimum(np.ceil(points), last)
+    return before.astype(np.int64), after.astype(np.int64), points - before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,14 @@ def test_load_names_what_is_wrong_in_one_line(tmp_path, change, message):
     assert message in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_contract_refuses_a_dataset_narrower_than_a_continuous_head(tmp_path):
+    model = dataclasses.replace(tiny(), head="l1", action_dim=7)
+    config = Contract(tiny(), None, STATISTICS).to_dict()
+    config |= {"model": model.to_dict(), "action": {"head": "l1", "dim": 7, "horizon": 2}}
+    with pytest.raises(CheckpointError, match="3 action dimensions, but the head 'l1' predicts 7: fix or remove"):
+        Contract.load(written(tmp_path, config))
+
+
 def test_load_names_what_a_contract_of_format_1_lacks(tmp_path):
     config = {key: value for key, value in FORMAT_1.items() if key != "preprocessing"}
     with pytest.raises(CheckpointError, match="of format 1, lacks 'preprocessing'"):

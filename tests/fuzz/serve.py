@@ -10,6 +10,7 @@ from PIL import Image
 
 from openvla_jax.inference import wire
 from openvla_jax.inference.client import Client
+from openvla_jax.types import Observation
 from tests.fuzz.harness import Target
 
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -28,26 +29,42 @@ JSON = (
     b"base64,",
     b'"encoded":',
 )
+KEYS = ("left_wrist_image", "right_wrist_image")
+TWO, THREE = ("primary", "wrist"), ("primary", "left_wrist", "right_wrist")
+OFT = (*JSON, b'"full_image":', b'"wrist', b'"wrist_image":', b'"left_wrist":', b'"images":', b'"image":', b"_image")
 
 
-def act_body(data: bytes) -> object:
-    """Reads a body of `/act`."""
-    return wire.read_observation(wire.read_payload(wire.loads(data))[0], ["primary"])
+def act_body(*cameras: str):
+    """Returns a parser of bodies of `/act`, of a policy with these cameras."""
+    return lambda data: wire.read_observation(wire.read_payload(wire.loads(data))[0], cameras)
+
+
+def encoded_images(pixels: np.ndarray = PIXELS) -> list:
+    """Returns the pixels in each form of image."""
+    return [wire.arrays.encode_array(pixels), base64.b64encode(picture("PNG", pixels)).decode(), pixels.tolist()]
 
 
 def act_bodies() -> list[bytes]:
     """Returns a body for each form of image, and the encoded one."""
-    images = [wire.encode_array(PIXELS), base64.b64encode(picture("PNG")).decode(), PIXELS.tolist()]
+    images = encoded_images()
     bodies = [json.dumps({"image": image, "instruction": "push", "state": [1.5, 2]}) for image in images]
-    state = wire.encode_array(np.arange(3.0))
+    state = wire.arrays.encode_array(np.arange(3.0))
     named = {"images": {"primary": images[0]}, "instruction": "push", "state": state, "unnorm_key": "arm"}
     return [body.encode() for body in (*bodies, json.dumps({"encoded": bodies[0]}), json.dumps(named))]
 
 
-def picture(format: str) -> bytes:
+def oft_bodies(*wrists: str) -> list[bytes]:
+    """Returns bodies of OpenVLA-OFT's clients with these keys for wrist cameras, plain and encoded."""
+    rest = {"state": wire.arrays.encode_array(np.arange(8.0)), "instruction": "push"}
+    images = encoded_images(PIXELS[:2, :2])
+    bodies = [json.dumps({"full_image": image, **dict.fromkeys(wrists, image), **rest}) for image in images]
+    return [body.encode() for body in (*bodies, json.dumps({"encoded": bodies[0]}))]
+
+
+def picture(format: str, pixels: np.ndarray = PIXELS) -> bytes:
     """Returns the pixels as a file."""
     buffer = io.BytesIO()
-    Image.fromarray(PIXELS).save(buffer, format)
+    Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -84,9 +101,11 @@ def answer_to(method: str):
 
     def parse(data: bytes) -> object:
         client = Client("http://127.0.0.1:1", timeout=1e-9)  # nobody is there for a second try
-        client._connection.sock = Connection(data)
+        client.connection.http.sock = Connection(data)
         if method == "info":
             return client.info()
+        if method == "chunk":
+            return client.predict_chunk(Observation({"primary": PIXELS}, "push", np.arange(3.0)))
         if method == "batch":
             return client.predict_actions([PIXELS], ["push"])
         return client.predict_action(PIXELS, "push")
@@ -105,6 +124,12 @@ def answers(value: object) -> list[bytes]:
     ]
 
 
+def chunk_answers() -> list[bytes]:
+    """Returns chunks as lists of arrays and as one array."""
+    chunk = np.arange(6.0).reshape(2, 3)
+    return [answer for value in (list(chunk), chunk) for answer in answers(value)]
+
+
 INFO = {
     "observation": {"cameras": ["primary"], "rotation": 0, "state": []},
     "action": {"dim": 3},
@@ -119,7 +144,9 @@ HTTP = (
 TARGETS = {
     target.name: target
     for target in (
-        Target("act_body", act_bodies, act_body, lambda data: 40 * len(data), JSON),
+        Target("act_body", act_bodies, act_body("primary"), lambda data: 40 * len(data), JSON),
+        Target("oft_body", lambda: oft_bodies("wrist_image"), act_body(*TWO), lambda data: 40 * len(data), OFT),
+        Target("oft_body_3", lambda: oft_bodies(*KEYS), act_body(*THREE), lambda data: 40 * len(data), OFT),
         Target(
             "picture",
             lambda: [picture("PNG"), picture("JPEG")],
@@ -128,6 +155,7 @@ TARGETS = {
             (b"IHDR", b"IDAT", b"IEND", b"zTXt", b"iCCP", b"PLTE", b"\xff\xd8", b"\xff\xc0", b"\xff\xda", b"\xff\xd9"),
         ),
         Target("answer_act", lambda: answers(np.arange(3.0)), answer_to("act"), tokens=JSON + HTTP),
+        Target("answer_chunk", chunk_answers, answer_to("chunk"), tokens=JSON + HTTP),
         Target("answer_batch", lambda: answers({"actions": [[1.5, 2.0, 3.0]]}), answer_to("batch"), tokens=JSON + HTTP),
         Target("answer_info", lambda: answers(INFO), answer_to("info"), tokens=JSON + HTTP),
     )

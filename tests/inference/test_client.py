@@ -1,6 +1,5 @@
 """The client: it shows what a server says, whatever it says and whenever."""
 
-import contextlib
 import json
 import re
 import socket
@@ -8,53 +7,14 @@ import threading
 
 import numpy as np
 import pytest
+from clients.canned import answering, http
+from openvla_client import connection as connection_module
 
 from openvla_jax.evaluate import main as evaluate_command
-from openvla_jax.inference import client as client_module
 from openvla_jax.inference.client import Client, ServerError
 
 PIXELS = np.zeros((4, 4, 3), np.uint8)
 LARGE = {"17 MB": (2100, 2100, 3), "60 MB": (4000, 3750, 3)}  # of the bodies, in base64
-
-
-def http(body: str | bytes, status: str = "200 OK", *headers: str) -> bytes:
-    body = body.encode() if isinstance(body, str) else body
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-def read_request(connection: socket.socket) -> None:
-    with connection.makefile("rb") as file:
-        lines = list(iter(lambda: file.readline().strip().lower(), b""))
-        file.read(sum(int(line.split()[1]) for line in lines if line.startswith(b"content-length")))
-
-
-@contextlib.contextmanager
-def answering(*answers: bytes, early: bool = False):
-    """A server that gives one answer per connection, the last one again and again, and closes.
-
-    Yields (URL, list of connections). `early`: it reads no more than the first bytes, so that closing resets the
-    connection.
-    """
-    listener, taken = socket.create_server(("127.0.0.1", 0)), []
-
-    def run():
-        with contextlib.suppress(OSError):  # the listener is closed
-            while True:
-                connection = listener.accept()[0]
-                taken.append(connection)
-                with connection, contextlib.suppress(OSError):
-                    connection.recv(2**16) if early else read_request(connection)
-                    connection.sendall(answers[min(len(taken), len(answers)) - 1])
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", taken
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
 
 
 def refusal(url: str, image: np.ndarray = PIXELS, **settings) -> str:
@@ -103,7 +63,7 @@ def test_client_says_in_one_line_what_is_wrong_with_an_answer(answer, message):
 
 
 def test_client_refuses_an_answer_without_end(monkeypatch):
-    monkeypatch.setattr(client_module, "MAX_ANSWER", 2**16)
+    monkeypatch.setattr(connection_module, "MAX_ANSWER", 2**16)
     with answering(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 2**18) as (url, _):
         assert "longer than 65536 bytes" in refusal(url)
 

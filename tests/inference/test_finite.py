@@ -1,5 +1,6 @@
 """An action that is not finite never leaves the policy or the server: it is an error with its reason."""
 
+import base64
 import copy
 import json
 
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
+from openvla_client.arrays import encode_array
 from small_policy import INSTRUCTIONS, STATISTICS, small_policy
 
 from openvla_jax.errors import NonFiniteError
@@ -43,7 +45,7 @@ def bad_weights(policy, monkeypatch):
 
 
 def body(**changes):
-    return {"image": wire.encode_array(IMAGE), "instruction": INSTRUCTIONS[0], "unnorm_key": "arm"} | changes
+    return {"image": encode_array(IMAGE), "instruction": INSTRUCTIONS[0], "unnorm_key": "arm"} | changes
 
 
 def test_policy_refuses_to_act_by_bad_statistics(bad_statistics):
@@ -99,7 +101,7 @@ def test_dumps_refuses_what_is_no_number(value):
 
 
 def test_arrays_are_measured_before_they_are_decoded(monkeypatch):
-    monkeypatch.setattr(wire.base64, "b64decode", lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(base64, "b64decode", lambda *args, **kwargs: pytest.fail("decoded"))
     value = {"__numpy__": "A" * 400, "dtype": "<f8", "shape": [10**6, 10**6]}
     with pytest.raises(wire.BadRequestError, match="400 characters of base64 are not an array of shape"):
         wire.decode_array(value, "image")

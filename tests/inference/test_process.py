@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import pytest
 
 pytest.importorskip("uvicorn")
 from conftest import ROOT
+from openvla_client import ServerError
 
 from openvla_jax.errors import InputError
-from openvla_jax.inference.client import Client, ServerError
+from openvla_jax.inference.client import Client
 from openvla_jax.inference.process import bind, url_of
 
 # `serve` with another application, which takes no time to import: argv is host, port, and the seconds it loads.
@@ -83,12 +83,12 @@ def test_signal_ends_the_process_with_one_line(phase, sig, code):
         client = Client(url)
         if phase == "loading":
             with pytest.raises(ServerError, match="503: the policy is loading"):
-                client._call("GET", "/health", lambda answer: answer)
+                client.connection.ask("GET", "/health", lambda answer: answer, patient=False)
         else:
             client.wait_until_ready(10)  # its connection stays open
         if phase == "answering":
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-            answer = pool.submit(client._call, "GET", "/info", lambda answer: answer)
+            answer = pool.submit(client.connection.ask, "GET", "/info", lambda answer: answer)
             time.sleep(0.2)
         process.send_signal(sig)
         if phase == "answering":
@@ -154,7 +154,7 @@ def test_second_server_ends_in_one_line_while_the_first_loads():
         assert code == 2 and error.count("\n") == 1 and "choose another --port" in error, error
         # Not before requests are really answered:
         assert first.stdout.readline() == f"loaded; {url}\n"
-        assert json.loads(Client(url)._call("GET", "/health", json.dumps)) == {"status": "ok"}
+        assert Client(url).connection.ask("GET", "/health", lambda answer: answer) == {"status": "ok"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import base64
 import concurrent.futures
-import contextlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from PIL import Image
 pytest.importorskip("fastapi")
 from conftest import xla_flags
 from fastapi.testclient import TestClient
-from small_policy import INSTRUCTIONS, STATISTICS, small_policy
+from small_policy import INSTRUCTIONS, STATISTICS, listening, small_policy
 
 from openvla_jax.checkpoint.load import save_model
 from openvla_jax.evaluate import main as evaluate_command
@@ -118,7 +117,8 @@ def test_a_batch_in_one_body(client, policy):
 
 def test_act_answers_images_with_the_whole_chunk(client, policy):
     images = {"primary": array(image())}
-    chunk = decoded(client.post("/act", json={"images": images, "instruction": INSTRUCTIONS[0]}).json())
+    answer = client.post("/act", json={"images": images, "instruction": INSTRUCTIONS[0]}).json()
+    chunk = np.stack([decoded(row) for row in answer])
     np.testing.assert_array_equal(chunk, policy.predict_chunk(policy.observe(image(), INSTRUCTIONS[0])))
     rows = [good(), {"images": images, "instruction": INSTRUCTIONS[0]}]
     first, whole = client.post("/act_batch", json={"requests": rows}).json()["actions"]
@@ -138,7 +138,7 @@ def test_act_answers_images_with_the_whole_chunk(client, policy):
         ({"images": {"primary": array(image())}, "state": "x"}, 400, "state is text: send a list of numbers"),
         ({"images": {"primary": array(image())}, "state": [1, None]}, 400, "state is a list"),
         ({"images": {"primary": array(image())}, "state": [10**400]}, 400, "state is a list"),
-        ({"images": {"primary": array(image())}, "state": [1.0]}, 422, "state is given, but the policy was trained"),
+        ({"images": {"primary": array(image())}, "state": [1.0]}, 400, "state is given, but the policy was trained"),
         ({}, 400, "'image' is missing"),
     ],
 )
@@ -334,22 +334,6 @@ def test_overload_is_503_with_retry_after(policy, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation through it
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def listening(app):
-    """The URL of the app behind a real socket, served by a thread."""
-    uvicorn = pytest.importorskip("uvicorn")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def test_rollouts_through_a_server_are_those_of_the_policy_itself(tmp_path, capsys):

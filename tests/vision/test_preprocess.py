@@ -11,6 +11,7 @@ from PIL import Image
 from openvla_jax.config import preset, tiny
 from openvla_jax.settings import AugmentConfig
 from openvla_jax.types import Preprocessing
+from openvla_jax.vision import preprocess
 from openvla_jax.vision.augment import Factors, apply_factors
 from openvla_jax.vision.preprocess import (
     center_crop,
@@ -65,28 +66,63 @@ def test_resize_equals_tensorflow(size):
     assert (difference > 0).mean() < 1e-3
 
 
-def test_center_crop_equals_tensorflow():
+@pytest.mark.parametrize("area", [0.9, 0.7, 0.8100001, 0.9999999, 1.0])
+@pytest.mark.parametrize("size", [224, 64])
+def test_center_crop_equals_tensorflow(area, size):
+    """The reference's `crop_and_resize` with its box, bit for bit."""
     tf = pytest.importorskip("tensorflow")
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    offset = (1 - 0.9**0.5) / 2
-    box = [[offset, offset, 1 - offset, 1 - offset]]
-    theirs = tf.image.crop_and_resize(tf.image.convert_image_dtype(image, tf.float32)[None], box, [0], (64, 64))[0]
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    share = tf.clip_by_value(tf.sqrt(tf.constant(area, tf.float32)), 0, 1)
+    low = (1 - share) / 2
+    box = [[low, low, low + share, low + share]]
+    theirs = tf.image.crop_and_resize(tf.image.convert_image_dtype(image, tf.float32)[None], box, [0], (size, size))[0]
     theirs = tf.image.convert_image_dtype(tf.clip_by_value(theirs, 0, 1), tf.uint8, saturate=True).numpy()
-    difference = np.abs(center_crop(image, 0.9).astype(int) - theirs)
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-2
+    np.testing.assert_array_equal(center_crop(image, area), theirs)
 
 
-def test_jpeg_round_trip_is_that_of_tensorflow_but_for_its_faster_decoder():
-    tf = pytest.importorskip("tensorflow")
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 3), (2, 300, 3)])
+def test_center_crop_keeps_the_shape_of_any_image(shape):
+    image = np.full(shape, 200, np.uint8)
+    assert center_crop(image, 0.9).shape == shape and (np.abs(center_crop(image, 0.9) - 200.0) <= 1).all()
+
+
+def smooth_image():
     rng = np.random.default_rng(0)
-    image = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((256, 192)))
-    encoded = tf.io.encode_jpeg(image, quality=95)
-    got = jpeg_round_trip(image).astype(int)
-    accurate = tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE").numpy().astype(int)
-    np.testing.assert_array_equal(got, accurate)
-    fast = np.abs(got - tf.io.decode_image(encoded, expand_animations=False).numpy().astype(int))
-    assert 0 < np.abs(got - image).mean() < 3 and fast.mean() < 2
+    return np.asarray(Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((256, 192)))
+
+
+def test_jpeg_round_trip_is_tensorflow_s():
+    tf = pytest.importorskip("tensorflow")
+    pytest.importorskip("simplejpeg")
+    image = smooth_image()
+    decoded = tf.io.decode_image(tf.io.encode_jpeg(image, quality=95), expand_animations=False).numpy()
+    np.testing.assert_array_equal(jpeg_round_trip(image), decoded)
+
+
+def test_jpeg_round_trip_without_simplejpeg_warns_once(monkeypatch, caplog):
+    monkeypatch.setattr(preprocess, "simplejpeg", None)
+    preprocess.warn_of_pillow.cache_clear()
+    image = smooth_image()
+    difference = np.abs(jpeg_round_trip(image).astype(int) - image)
+    jpeg_round_trip(image)
+    assert 0 < difference.mean() < 3
+    assert [record.message for record in caplog.records if "pip install simplejpeg" in record.message] != []
+    assert len(caplog.records) == 1
+    preprocess.warn_of_pillow.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["0_640x480", "1_256x256", "2_224x224"])
+def test_prepare_image_is_the_reference_s_serving_path(name):
+    """OpenVLA-OFT's `resize_image_for_policy` and `center_crop_image`."""
+    pytest.importorskip("simplejpeg")
+    with np.load(golden("oft_tiny/preprocess.npz"), allow_pickle=False) as arrays:
+        expected = {step: arrays[f"{name}/{step}"] for step in ("resized", "cropped") if f"{name}/{step}" in arrays}
+    image = np.asarray(Image.open(golden(f"images/{name}.png")))
+    for step, area in (("resized", None), ("cropped", 0.9)):
+        if step in expected:
+            settings = Preprocessing("lanczos3", crop_area=area, jpeg=True)
+            got = prepare_image(image, preset("openvla-7b"), settings).astype(int)
+            assert np.abs(got - expected[step]).max() <= 1 and (got != expected[step]).mean() < 1e-3
 
 
 def test_the_steps_come_in_the_order_of_the_reference_s_evaluation():
