@@ -14,13 +14,10 @@ An Orbax checkpoint may be in a bucket (gs://BUCKET/run); what is written goes t
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openvla_jax import cli
 from openvla_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from openvla_jax.convert.oft import OftOptions
 
 DIFFERENT = 1
 
@@ -63,8 +60,8 @@ def parser() -> cli.Parser:
     return parser
 
 
-def _oft_options(options: dict[str, Any]) -> "OftOptions | None":
-    """Takes what describes an OpenVLA-OFT checkpoint out of a command's options."""
+def _oft_options(options: dict[str, Any]) -> Any:
+    """Takes what describes an OpenVLA-OFT checkpoint out of a command's options; returns None if nothing does."""
     from openvla_jax.convert.oft import OftOptions
 
     platform = options.pop("oft")

@@ -163,8 +163,10 @@ def _merged(weight: Any, a: Tensor, b: Tensor, scale: float, dtype: np.dtype) ->
 
     def read() -> np.ndarray:
         factors = [x.read().astype(np.float32).reshape(x.shape[0], -1) for x in (b, a)]
-        delta = (factors[0] @ factors[1]).reshape(weight.shape) * np.float32(scale)
-        return (weight.read().astype(np.float32) + delta).astype(dtype)
+        total = (factors[0] @ factors[1]).reshape(weight.shape)
+        total *= np.float32(scale)
+        total += weight.read()  # in place: one copy in float32
+        return total.astype(dtype, copy=False)
 
     return Made(weight.shape, dtype, read)
 

@@ -106,7 +106,8 @@ def _require_reference(source: Source, format: str) -> None:
     """Raises ConversionError for what the reference's code has no place for: it would act otherwise, or not load."""
     action, observation = source.action, source.observation
     if source.model.is_parallel and format == "hf":
-        return oft_export.check_policy(source)
+        oft_export.check_policy(source)
+        return
     wanted = {
         "action.horizon": (action.horizon, 1),
         "action.head": (action.head, "tokens"),
@@ -121,7 +122,6 @@ def _require_reference(source: Source, format: str) -> None:
                 f"{source.path}: {name} is {found!r}, and OpenVLA's PyTorch code knows {only!r} alone; such a policy "
                 "cannot be exported, serve it from here"
             )
-    return None
 
 
 def _require_leaves(source: Source) -> list[str]:
