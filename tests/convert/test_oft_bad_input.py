@@ -32,9 +32,10 @@ def refused(made, tmp_path, capsys):
         if damage is not None:
             damage(folder)
         given = ["--oft", oft] if oft else []
-        code = convert_weights.main(["import", str(folder), str(tmp_path / "dst"), *given, *options])
+        with pytest.raises(SystemExit) as ended:
+            convert_weights.main(["import", str(folder), str(tmp_path / "dst"), *given, *options])
         error = capsys.readouterr().err.strip()
-        assert code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1, error
+        assert ended.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1, error
         assert sorted(path.name for path in tmp_path.iterdir()) == [kind]
         return error
 
@@ -232,16 +233,9 @@ def test_file_that_is_cut(refused):
 
 def test_two_cameras_for_one_tower(tmp_path, capsys):
     write_hf(tmp_path / "plain", "siglip-letterbox")
-    command = [
-        "import",
-        str(tmp_path / "plain"),
-        str(tmp_path / "dst"),
-        "--oft",
-        "libero",
-        "--cameras",
-        "primary,wrist",
-    ]
-    assert convert_weights.main(command) == 2
+    folders = [str(tmp_path / "plain"), str(tmp_path / "dst")]
+    with pytest.raises(SystemExit):
+        convert_weights.main(["import", *folders, "--oft", "libero", "--cameras", "primary,wrist"])
     assert "2 cameras, but the model has one tower" in capsys.readouterr().err
 
 
