@@ -63,19 +63,19 @@ def towers(base: dict[str, np.ndarray], tensors: dict[str, np.ndarray], rank: in
     """Wrapped towers with FiLM, and adapters whose B is not zero but in the last blocks."""
     stored, random = {}, np.random.default_rng(rank)
     for name, x in {n: x for n, x in tensors.items() if n.startswith("vision_backbone.")}.items():
-        if film := re.fullmatch(r".*\.blocks\.\d+\.(scale|shift)\.(weight|bias)", name):
+        if re.fullmatch(r".*\.blocks\.\d+\.(scale|shift)\.(weight|bias)", name):
             stored[name] = x.astype(np.float32)
             continue
         wrapped = re.sub(r"(\.blocks\.\d+)\.", r"\1.block.", name)
-        adapted = re.search(r"\.(qkv|proj|fc1|fc2|q|kv)\.(weight|bias)$", name)
-        stored[re.sub(r"\.(weight|bias)$", r".base_layer.\1", wrapped) if adapted else wrapped] = base[name]
-        if adapted and name.endswith(".weight"):
-            rows, *columns = x.shape
-            dead = ".blocks.2." in name
+        if not re.search(r"\.(qkv|proj|fc1|fc2|q|kv)\.(weight|bias)$", name):
+            stored[wrapped] = base[name]
+            continue
+        stored[re.sub(r"\.(weight|bias)$", r".base_layer.\1", wrapped)] = base[name]
+        if name.endswith(".bias"):
+            rows, *columns = tensors[name.replace(".bias", ".weight")].shape
             for factor, shape in (("A", (rank, *columns)), ("B", (rows, rank, *[1] * (len(columns) - 1)))):
-                values = random.normal(0, 0.0 if dead and factor == "B" else 0.1, shape)
-                stored[wrapped.replace(".weight", f".lora_{factor}.default.weight")] = values.astype(x.dtype)
-        assert film is None
+                values = random.normal(0, 0.0 if ".blocks.2." in name and factor == "B" else 0.1, shape)
+                stored[wrapped.replace(".bias", f".lora_{factor}.default.weight")] = values.astype(x.dtype)
     return stored
 
 

@@ -11,7 +11,6 @@ from fabricate import DTYPES, STATISTICS, write_hf
 from oft.cases import FOLDER, import_case, imported, names, reference_folder, settings
 from oft_files import change, policy, stored, write_oft, write_pt
 
-from openvla_jax import Observation, Policy
 from openvla_jax.checkpoint.reading import load_contract
 from openvla_jax.config import preset
 from openvla_jax.convert import OftOptions, export_weights, import_weights, inspect_weights, verify_weights
@@ -74,9 +73,6 @@ def test_import_takes_a_plain_folder_for_a_token_policy(tmp_path):
         "parallel_tokens", 8, "bounds_q99",
     )  # fmt: skip
     assert contract.observation.cameras == ("primary",) and contract.statistics == STATISTICS
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    acting = Policy.from_checkpoint(tmp_path / "orbax", check_images=False)
-    assert acting.predict_chunk(Observation({"primary": image}, "lift the cup")).shape == (8, 7)
 
 
 def test_import_takes_sizes_of_an_own_robot_from_options(tmp_path):
@@ -117,13 +113,14 @@ def test_import_merges_the_adapters_of_towers(tmp_path, rank, scale):
 def test_import_keeps_the_dtype_of_towers_whose_adapters_are_zero(tmp_path):
     write_oft(tmp_path / "oft", film=True)
     path = tmp_path / "oft" / "vision_backbone--10_checkpoint.pt"
-    write_pt(path, {name: x * 0 if ".lora_B." in name else x for name, x in stored(path).items()})
+    write_pt(path, {name: np.zeros_like(x) if ".lora_B." in name else x for name, x in stored(path).items()})
     import_weights(tmp_path / "oft", tmp_path / "zero", oft=OftOptions("libero"))
     found = {leaf: x.dtype.name for leaf, x in leaves(tmp_path / "zero").items() if "/dino/" in leaf}
     assert {name for leaf, name in found.items() if "/film/" not in leaf} == {"bfloat16"}
     assert {name for leaf, name in found.items() if "/film/" in leaf} == {"float32"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", names(float32=False, use_film=False))
 def test_import_of_a_run_that_was_not_merged_is_near_its_merged_model(name, tmp_path):
     """The reference merges in bfloat16, with a rounding of its own at each step."""
@@ -177,6 +174,7 @@ def test_verify_compares_chunks_of_a_folder_and_its_import(tmp_path, head, film)
         assert "tensors of state_projector: 4 of 4 leaves equal" in str(report)
 
 
+@pytest.mark.long
 def test_verify_fails_for_another_head_state_or_camera(tmp_path):
     write_oft(tmp_path / "oft", dtype="float32")
     import_weights(tmp_path / "oft", tmp_path / "orbax", oft=OftOptions("libero"))
