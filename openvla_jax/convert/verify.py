@@ -77,7 +77,7 @@ def verify_weights(
     if comparable and not tensors_only:
         inputs = make_inputs(sources[0], seed)
         outputs = [compute(source, inputs) for source in sources]
-        difference, *found = compare_outputs(*outputs, threshold)
+        difference, *found = compare_outputs(outputs[0], outputs[1], threshold)
         lines, failures = lines + found[0], failures + found[1]
     return Report(tuple(lines), tuple(failures), difference)
 

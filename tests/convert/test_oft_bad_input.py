@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fabricate import write_hf
 from oft_files import SUFFIX, change, stored, write_oft, write_pt
+from safetensors.numpy import save_file
 
 from openvla_jax import convert_weights
 
@@ -207,6 +208,15 @@ def test_chunk_length_that_nothing_says(refused):
     )
 
 
+def test_run_with_film_without_its_towers(refused):
+    def damage(folder):
+        (folder / "lora_adapter").mkdir()
+        name = "base_model.model.vision_backbone.vision_backbone.featurizer.blocks.0.block.attn.proj.lora_A.weight"
+        save_file({name: np.ones((2, 32), np.float32)}, folder / "lora_adapter" / "adapter_model.safetensors")
+
+    assert "a run with FiLM without vision_backbone--*.pt: download that file" in refused("l1", damage)
+
+
 @pytest.mark.parametrize("component", ["action_head", "proprio_projector"])
 def test_files_of_two_steps(refused, component):
     def damage(folder):
@@ -256,8 +266,6 @@ def test_base_of_a_run_that_is_merged(refused, made):
 
 
 def test_adapter_of_another_base(refused, made):
-    from safetensors.numpy import save_file
-
     def damage(folder):
         (folder / "lora_adapter").mkdir()
         (folder / "lora_adapter" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
