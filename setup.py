@@ -78,6 +78,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["openvla_jax*"]), *CONFIGS],
     package_dir={"openvla_jax._configs": "configs"},
+    package_data={"openvla_jax.sim.libero": ["requirements.txt", "fingerprints/*"]},
     entry_points={"console_scripts": ["openvla = openvla_jax.__main__:main"]},
     install_requires=BASE,
     extras_require={

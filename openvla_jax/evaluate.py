@@ -61,6 +61,10 @@ def parser() -> cli.Parser:
     benchmarks.add_merge_arguments(merge)
     merge.set_defaults(run=benchmarks.run_merge)
 
+    replay = commands.add_parser("replay", help="the stored actions of LIBERO's scripted expert, in its simulator")
+    benchmarks.add_replay_arguments(replay)
+    replay.set_defaults(run=benchmarks.run_replay)
+
     compare = commands.add_parser("compare", help="success of several checkpoints on the same scenes")
     compare.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     compare.add_argument("--episodes", type=int, default=200, help="scenes, the same for all")

@@ -1,4 +1,4 @@
-"""The commands `evaluate libero` and `evaluate merge`."""
+"""The commands `evaluate libero`, `evaluate merge` and `evaluate replay`."""
 
 import argparse
 import contextlib
@@ -13,11 +13,12 @@ from openvla_jax.evaluation.benchmarks import report
 from openvla_jax.evaluation.benchmarks.arms import ARMS
 from openvla_jax.evaluation.benchmarks.episodes import CpuSeconds, Lane, run_episodes
 from openvla_jax.evaluation.benchmarks.libero import Plan, Suites, identity, protocol_of, shard_of
+from openvla_jax.evaluation.benchmarks.replay import replay
 from openvla_jax.evaluation.benchmarks.results import Episode, Outcome, Results, merge
 from openvla_jax.evaluation.figures import rollout_animation
 from openvla_jax.evaluation.rollouts import PredictsChunks, Rollouts
 from openvla_jax.sim.libero import fingerprint
-from openvla_jax.sim.libero.conventions import numbers
+from openvla_jax.sim.libero.conventions import MAX_STEPS, numbers
 from openvla_jax.sim.libero.process import TIMEOUT, Simulator, starting
 
 
@@ -41,6 +42,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `evaluate merge` takes."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--out of each shard")
     parser.add_argument("--out", type=Path, required=True, help="folder for all of them together")
+
+
+def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `evaluate replay` takes."""
+    parser.add_argument("--suite", required=True, choices=tuple(MAX_STEPS))
+    parser.add_argument("--data_dir", type=Path, required=True, help="--out of python -m openvla_jax.sim.libero")
 
 
 def run_libero(
@@ -84,6 +91,17 @@ def run_merge(args: argparse.Namespace) -> None:
     """Joins the shards of an evaluation; prints and writes the report."""
     run, outcomes = merge(args.folders, args.out)
     print_report(args.out, run, outcomes)
+
+
+def run_replay(args: argparse.Namespace) -> None:
+    """Replays an expert's dataset; prints each episode and the rate."""
+    outcomes = []
+    with contextlib.closing(Simulator()) as simulator, starting():
+        for outcome in replay(args.data_dir, args.suite, simulator):
+            outcomes.append(outcome)
+            ended = "solved" if outcome.success else "failed"
+            print(f"task {outcome.task}, state {outcome.state}: {ended} in {outcome.steps} steps", flush=True)
+    print(report.text_table(report.arms_table(outcomes)))
 
 
 def print_report(folder: Path, run: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:

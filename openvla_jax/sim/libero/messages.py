@@ -10,11 +10,14 @@ answer, in order. A process ends when its input does.
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from openvla_jax.errors import InputError, reading
 
 MAX_HEADER = 2**24  # bytes
 MAX_ARRAYS = 2**31  # bytes of all arrays together: a long episode of two cameras is 0.2 GB
@@ -33,30 +36,30 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(read: Callable[[int], bytes]) -> Message:
-    """Returns the message that `read` gives; `read(n)` returns exactly n bytes.
+    """Returns the message that `read` gives; `read(n)` returns exactly n bytes, or raises.
 
-    Raises EOFError if `read` does, and ValueError if what comes is no message.
+    Raises InputError if what comes is no message.
     """
     (length,) = _LENGTH.unpack(read(_LENGTH.size))
     if length > MAX_HEADER:
-        raise ValueError(f"a header of {length} bytes: at most {MAX_HEADER}")
-    message = json.loads(read(length))
-    if not isinstance(message, dict) or not isinstance(message.get("arrays"), list):
-        raise ValueError("a header without a list of arrays")
-    described = [(name, np.dtype(dtype), tuple(map(int, shape))) for name, dtype, shape in message.pop("arrays")]
-    sizes = [dtype.itemsize * _count(shape) for _, dtype, shape in described]
-    if min(sizes, default=0) < 0 or sum(sizes) > MAX_ARRAYS:
-        raise ValueError(f"arrays of {sum(sizes)} bytes: from 0 to {MAX_ARRAYS}")
-    for (name, dtype, shape), size in zip(described, sizes, strict=True):
-        message[name] = np.frombuffer(read(size), dtype).reshape(shape)
+        raise InputError(f"a message with a header of {length} bytes: at most {MAX_HEADER}")
+    message, described = _header(read(length))
+    for name, dtype, shape in described:
+        data = read(dtype.itemsize * math.prod(shape))
+        with reading(f"array {name!r} of a message", ""):
+            message[name] = np.frombuffer(data, dtype).reshape(shape)
     return message
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    """The product of whole numbers of any size; -1 if one is negative."""
-    count = 1
-    for side in shape:
-        if side < 0:
-            return -1
-        count *= side
-    return count
+def _header(text: bytes) -> tuple[Message, list[tuple[str, np.dtype, tuple[int, ...]]]]:
+    """The values of a header, and the name, dtype and shape of each array that follows it."""
+    with reading("the header of a message", ""):
+        message = json.loads(text)
+        described = [
+            (str(name), np.dtype(str(kind)), tuple(map(int, shape))) for name, kind, shape in message.pop("arrays")
+        ]
+        if any(side < 0 for _, _, shape in described for side in shape):
+            raise ValueError("an array has a negative size")
+        if (size := sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in described)) > MAX_ARRAYS:
+            raise ValueError(f"arrays of {size} bytes: at most {MAX_ARRAYS}")
+        return message, described

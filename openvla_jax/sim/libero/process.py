@@ -72,10 +72,11 @@ class Simulator:
         except TimeoutError:
             raise self._lost(f"did not answer {do!r} within {self.timeout:g} s") from None
         except (EOFError, OSError):
-            process.wait(timeout=10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
             raise self._lost(f"died with code {process.returncode} at {do!r}") from None
-        except ValueError as error:
-            raise self._lost(f"answered {do!r} with something else ({error})") from None
+        except InputError as error:
+            raise self._lost(f"answered {do!r} with no message ({error})") from None
         except BaseException:  # Ctrl-C: the answer would be taken for the next request's
             self.close()
             raise
