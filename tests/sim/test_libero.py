@@ -218,6 +218,16 @@ def test_fingerprint_of_another_simulator_stops_with_versions_and_the_fix(how):
     assert not record["agrees"] and record["versions"] == {"mujoco": "3.3.3"}
 
 
+def test_fingerprint_of_the_training_data_is_compared_with_the_simulator_s():
+    benchmark, other = fingerprint.check(fingerprint.load("libero_object")), fingerprint.check(changed(1.0), True)
+    fingerprint.check_training({}, benchmark, False)
+    fingerprint.check_training({"arm": benchmark}, {**benchmark, "digest": "1"}, False)
+    fingerprint.check_training({"arm": other}, other, False)
+    with pytest.raises(InputError, match=r"trained on 'arm', drawn by mujoco 3\.3\.3, this simulator has .*3\.3\.2"):
+        fingerprint.check_training({"arm": other}, benchmark, False)
+    fingerprint.check_training({"arm": other}, benchmark, True)
+
+
 def test_fingerprint_is_stored_as_it_is_loaded(tmp_path):
     stored = fingerprint.load("libero_spatial")
     fingerprint.store(stored, tmp_path)

@@ -42,6 +42,7 @@ def test_expert_s_episodes_are_read_as_the_reference_s_datasets(tmp_path, faked,
     words = [trajectory["task"]["language_instruction"][0].decode() for trajectory in trajectories]
     assert words == [f"pick up the {OBJECTS[i // 2]} and place it in the basket" for i in range(5)]
     statistics = dataset_statistics(source, load_proprio=True)
+    assert source.info.metadata["simulator"]["versions"] == {"mujoco": "0.0"}, "what a contract then records"
     # The stored gripper is -1 open, +1 closed; the transform makes that 1 and 0, and leaves it unnormalised.
     assert trajectories[0]["action"][:4, 6].tolist() == [1.0, 1.0, 1.0, 0.0]
     assert statistics["action"]["min"][6] == 0.0 and statistics["action"]["max"][6] == 1.0
@@ -64,7 +65,7 @@ def test_expert_s_episodes_replay_through_a_contract(tmp_path, faked):
     assert all(outcome.success for outcome in outcomes)
     path = tmp_path / "libero_object_no_noops" / "1.0.0" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"noise": 0.2}))
-    with pytest.raises(InputError, match="noise 0.2; write a dataset with --noise 0"):
+    with pytest.raises(InputError, match=r"noise 0\.2; write a dataset with --noise 0"):
         next(replay(tmp_path, "libero_object", simulator))
 
 

@@ -68,11 +68,13 @@ def run_libero(
         with starting():
             plan = Plan.make(Suites(simulators[0]), args.suite, args.arms, tasks, states, shard)
             found = fingerprint.measure(simulators[0], args.suite)
+        record = fingerprint.check(found, args.allow_other_simulator)
+        fingerprint.check_training(info["training"].get("simulators", {}), record, args.allow_other_simulator)
         run = {
             "suite": args.suite,
             "policy": identity(info, name),
             "protocol": protocol.to_dict(),
-            "simulator": fingerprint.check(found, args.allow_other_simulator),
+            "simulator": record,
             "plan": plan.to_dict(),
             "shard": list(shard),
         }

@@ -104,6 +104,26 @@ def check(found: Fingerprint, allow_other: bool = False) -> dict[str, Any]:
     }
 
 
+def check_training(simulators: Mapping[str, Mapping[str, Any]], record: Mapping[str, Any], allow_other: bool) -> None:
+    """Checks that a policy trained on simulated data meets the simulator that drew them.
+
+    Args:
+        simulators: What `check` returned when each of its datasets was written, by dataset.
+        record: What `check` returned now.
+        allow_other: Whether another simulator is accepted.
+
+    Raises:
+        InputError: names the dataset and the versions.
+    """
+    for dataset, trained in simulators.items():
+        same = (trained["agrees"] and record["agrees"]) or trained["digest"] == record["digest"]
+        if not same and not allow_other:
+            raise InputError(
+                f"the policy was trained on {dataset!r}, drawn by {_listed(trained['versions'])}, this simulator has "
+                f"{_listed(record['versions'])}: write the data again, or go on with --allow_other_simulator"
+            )
+
+
 def load(suite: str, folder: Path = FOLDER) -> Fingerprint:
     """Returns the stored fingerprint of a suite. Raises InputError if there is none, or it is damaged."""
     path = folder / f"{suite}.json"
