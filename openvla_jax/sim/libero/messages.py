@@ -28,7 +28,7 @@ Message = dict[str, Any]
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """Returns the bytes of a message; its values are JSON or numpy arrays."""
-    arrays = {name: np.ascontiguousarray(value) for name, value in message.items() if isinstance(value, np.ndarray)}
+    arrays = {name: value for name, value in message.items() if isinstance(value, np.ndarray)}
     header = {name: value for name, value in message.items() if name not in arrays}
     header["arrays"] = [[name, value.dtype.str, list(value.shape)] for name, value in arrays.items()]
     text = json.dumps(header).encode()
