@@ -18,11 +18,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+from PIL import Image
 
 from openvla_jax.errors import InputError
-from openvla_jax.sim.libero import fingerprint
 from openvla_jax.sim.libero.serving import serve, take_output
 
+FINGERPRINTS = Path(__file__).resolve().parents[2] / "openvla_jax" / "sim" / "libero" / "fingerprints"
 OBJECTS = ("milk", "butter", "ketchup")
 STATES = 5
 STRIDE = 0.1  # metres of an action of 1
@@ -92,11 +93,12 @@ class FakeSimulator:
         return {c: np.full((256, 256, 3), level[c] + 10 * self.task + self.steps % 10, np.uint8) for c in cameras}
 
     def fingerprint(self):
-        stored = fingerprint.load("libero_object")
-        frames = {camera: frame.copy() for camera, frame in stored.frames.items()}
+        stored = FINGERPRINTS / "libero_object.json"
+        frames = {c: np.array(Image.open(stored.with_name(f"libero_object_{c}.png"))) for c in ("primary", "wrist")}
         if self.faults.get("other"):
             frames["primary"][:128] += 100
-        return {**frames, "trace": stored.trace, "versions": {"mujoco": "9.9.9" if self.faults.get("other") else "0.0"}}
+        trace = np.array(json.loads(stored.read_text())["trace"])
+        return {**frames, "trace": trace, "versions": {"mujoco": "9.9.9" if self.faults.get("other") else "0.0"}}
 
     def demonstrate(self, state, noise, seed, max_steps):
         self.reset(state)

@@ -17,6 +17,7 @@ PYTHON_VARIABLE = "OPENVLA_LIBERO_PYTHON"
 INSTALL = f"run make libero-env, or set {PYTHON_VARIABLE} to a Python that has LIBERO"
 _CHECKOUT = Path(__file__).resolve().parents[3]
 TIMEOUT = 300.0  # seconds: building a task takes up to 20 on a loaded machine
+START_SECONDS = 120.0  # that the first answer may take at least: the simulator's imports, compiled once
 SHOWN = 300  # characters of what a dead process said last
 
 
@@ -62,15 +63,16 @@ class Simulator:
         Raises InputError for what the simulator says a user can fix, and SimulatorError, after which the process is
         gone, if it dies, does not answer in time, or fails.
         """
+        seconds = self.timeout if self._process else max(self.timeout, START_SECONDS)
         process = self._process or self._start()
         try:
-            deadline = time.monotonic() + self.timeout
+            deadline = time.monotonic() + seconds
             assert process.stdin and process.stdout
             process.stdin.write(messages.encode({"do": do, **values}))
             process.stdin.flush()
             answer = messages.decode(_Reader(process.stdout.fileno(), deadline).read)
         except TimeoutError:
-            raise self._lost(f"did not answer {do!r} within {self.timeout:g} s") from None
+            raise self._lost(f"did not answer {do!r} within {seconds:g} s") from None
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)

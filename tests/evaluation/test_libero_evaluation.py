@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from evaluation.libero_policy import INFO, ScriptedPolicy, evaluate
 from scipy.stats import binom
 from sim.fake_libero import OBJECTS, place_of, start_of
@@ -26,7 +27,6 @@ from openvla_jax.evaluation.environments.libero import LiberoEnvironment
 from openvla_jax.evaluation.rollouts import wilson_interval
 from openvla_jax.sim.libero.conventions import MAX_STEPS
 from openvla_jax.sim.libero.process import PYTHON_VARIABLE, Simulator
-from openvla_jax.types import Environment, ObservationSpec
 
 LAST = "pick up the butter and place it in the basket"
 
@@ -49,32 +49,46 @@ def steps_to(task, state):
 # --- Environment ----------------------------------------------------------------------------------------------------
 
 
-def test_environment_shows_what_the_spec_names_and_renders_at_the_first_look():
-    asked = []
+LAZY = """
+import numpy as np
+from openvla_jax.evaluation.environments.libero import LiberoEnvironment
+from openvla_jax.sim.libero.process import Simulator
+from openvla_jax.types import Environment, ObservationSpec
 
-    class Counting(Simulator):
-        def ask(self, do, **values):
-            asked.append(do)
-            return super().ask(do, **values)
+asked = []
+class Counting(Simulator):
+    def ask(self, do, **values):
+        asked.append(do)
+        return super().ask(do, **values)
 
-    simulator = Counting()
-    spec = ObservationSpec(("wrist",), state=("z", "pad", "gripper_right", "x"))
-    environment = LiberoEnvironment(simulator, "libero_object_swap", 1, LAST, spec, unnorm_key="key")
-    assert isinstance(environment, Environment) and environment.max_steps == 280
-    first = environment.reset(2)
-    assert asked == ["load", "reset"] and list(first.images) == ["wrist"] and len(first.images) == 1
-    assert first.state.tolist() == [0.4, 0.0, -0.04, -0.3] and first.unnorm_key == "key"
-    assert first.images["wrist"][0, 0, 0] == 210 and first.images["wrist"].shape == (256, 256, 3)
-    assert asked.count("render") == 1 and first.images["wrist"] is first.images["wrist"]
-    second, done, success = environment.step(np.array([1.0, 0, 0, 0, 0, 0, 1.0]))
-    assert not done and not success and second.state[3] == pytest.approx(-0.2)
-    assert first.images["wrist"][0, 0, 0] == 210, "what was looked at stays"
-    environment.step(np.zeros(7))
-    with pytest.raises(RuntimeError, match="earlier step"):
-        second.images["wrist"]
-    with pytest.raises(KeyError):
-        first.images["primary"]
-    simulator.close()
+spec = ObservationSpec(("wrist", "primary"), state=("z", "pad", "gripper_right", "x"))
+environment = LiberoEnvironment(Counting(), "libero_object_swap", 1, "x", spec, unnorm_key="key")
+assert isinstance(environment, Environment) and environment.max_steps == 280
+first = environment.reset(2)
+assert asked == ["load", "reset"] and list(first.images) == ["wrist", "primary"] and len(first.images) == 2
+assert first.state.tolist() == [0.4, 0.0, -0.04, -0.3] and first.unnorm_key == "key"
+assert first.images["wrist"][0, 0, 0] == 210 and first.images["wrist"].shape == (256, 256, 3)
+assert asked == ["load", "reset", "render"] and first.images["wrist"] is first.images["wrist"]
+second, done, success = environment.step(np.array([1.0, 0, 0, 0, 0, 0, 1.0]))
+assert not done and not success and abs(second.state[3] + 0.2) < 1e-9
+assert first.images["wrist"][0, 0, 0] == 210, "what was looked at stays"
+for error, images, camera in ((RuntimeError, first.images, "primary"), (KeyError, second.images, "left")):
+    try:
+        images[camera]
+    except error as raised:
+        print(raised)
+    else:
+        raise AssertionError(camera)
+assert asked == ["load", "reset", "render", "step"]
+environment.simulator.close()
+"""
+
+
+def test_environment_renders_what_the_spec_names_at_the_first_look():
+    """In a process without the tests' type checks, which look into every mapping."""
+    done = subprocess.run([sys.executable, "-c", LAZY], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "is of an earlier step: look at it before the next one" in done.stdout
 
 
 def test_environment_that_is_blank_renders_nothing():
@@ -132,6 +146,7 @@ def test_evaluation_goes_on_where_it_ended_and_may_grow(tmp_path, capsys):
     assert len(policy.seen) == count, "nothing is left to do"
 
 
+@pytest.mark.long
 def test_evaluation_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, faked):
     faked(slow=0.02)
     script = Path(__file__).with_name("libero_policy.py")
@@ -157,6 +172,7 @@ def test_evaluation_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, fak
     assert sorted(tuple(o.episode) for o in outcomes) == [("policy", t, s) for t in range(3) for s in range(5)]
 
 
+@pytest.mark.long
 def test_evaluation_in_two_processes_has_the_outcomes_of_one(tmp_path):
     evaluate(tmp_path / "one")
     evaluate(tmp_path / "two", "--processes", "2")
@@ -164,7 +180,7 @@ def test_evaluation_in_two_processes_has_the_outcomes_of_one(tmp_path):
     assert one == two and len(one) == 15
 
 
-@pytest.mark.parametrize(("fault", "timeout"), [("die", "60"), ("hang", "1")])
+@pytest.mark.parametrize(("fault", "timeout"), [("die", "60"), pytest.param("hang", "2", marks=pytest.mark.long)])
 def test_evaluation_redoes_an_episode_whose_simulator_fails(tmp_path, faked, fault, timeout):
     faked(**{fault: [1, 3, 4]}, marker=str(tmp_path / "happened"))
     evaluate(tmp_path / "out", "--timeout", timeout)
@@ -182,6 +198,7 @@ def test_evaluation_gives_up_a_simulator_that_fails_every_time(tmp_path, faked):
     assert len(read_outcomes(tmp_path)) == 1, "what was finished is kept"
 
 
+@pytest.mark.long
 def test_evaluation_films_chosen_episodes(tmp_path):
     pytest.importorskip("PIL")
     from PIL import Image
@@ -233,7 +250,8 @@ def test_shard_of_refuses_what_is_no_part(text):
 # --- Arms -----------------------------------------------------------------------------------------------------------
 
 
-def test_arms_change_one_thing_each(tmp_path, capsys):
+def test_arms_change_one_thing_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MAX_STEPS, "libero_object", 30)
     policy = ScriptedPolicy()
     evaluate(tmp_path, "--tasks", "0", "--arms", *arms.ARMS, policy=policy)
     found = report.by_arm(read_outcomes(tmp_path))
@@ -353,7 +371,7 @@ def test_evaluation_refuses_a_folder_of_another_policy(tmp_path):
 
 
 def test_evaluation_refuses_chunks_that_are_too_short(tmp_path):
-    with pytest.raises(InputError, match="predicts 2 actions at once, of which it executes 3"):
+    with pytest.raises(InputError, match="predicts 2 actions at once, of which 3 are"):
         evaluate(tmp_path, policy=ScriptedPolicy(executed=1))
 
 
