@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -134,10 +135,10 @@ def parse(text: bytes, path: Path) -> list[Outcome]:
     for number, line in enumerate(text.splitlines(), 1):
         with reading(f"{path}:{number}", "remove the line: its episode is then done again"):
             outcome = Outcome(**json.loads(line))
-            types = {field.name: field.type for field in dataclasses.fields(Outcome)}
-            for name, kind in types.items():
+            for name, kind in typing.get_type_hints(Outcome).items():
                 value = getattr(outcome, name)
-                if not isinstance(value, kind if kind is not float else (int, float)):
+                allowed = (int, float) if kind is float else kind
+                if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
                     raise ValueError(f"{name} is {value!r}")
             if outcome.episode in seen:
                 raise ValueError(f"{outcome.episode} is there twice")

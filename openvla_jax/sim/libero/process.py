@@ -112,7 +112,12 @@ class Simulator:
         self._earlier, self._now = self.cpu_seconds, 0.0
         try:
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=_environment()
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C is for this process, which ends the other
             )
         except OSError as error:
             raise InputError.of(
