@@ -4,9 +4,11 @@
 PYTHON ?= python3
 VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 RUN := $(VENV)/bin/python
+LIBERO := .venv-libero
+LIBERO_PYTHON ?= python3.11
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-finetune demo-chunks test test-long bench lint clean
+.PHONY: help demo demo-finetune demo-chunks libero-env test test-long bench lint clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -36,6 +38,8 @@ demo-chunks: $(VENV)/demo.stamp ## two cameras and a state: eight actions in one
 	$(RUN) train.py --config configs/tabletop_oft.py:l1 --workdir runs/demo-chunks/l1
 	$(RUN) -m openvla_jax.evaluate compare tokens=runs/demo-chunks/tokens l1=runs/demo-chunks/l1 --world wrist --controls --pace \
 	    --out runs/demo-chunks/report
+
+libero-env: $(LIBERO)/libero.stamp ## LIBERO's simulator, in an environment of its own (Python 3.11, 2 GB)
 
 test: $(VENV)/dev.stamp ## the tests, on the CPU (PYTEST_ARGS=... replaces the options)
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not long" $(PYTEST_ARGS)
@@ -80,3 +84,19 @@ $(VENV)/demo.stamp $(VENV)/dev.stamp: $(VENV)/venv.stamp setup.py constraints.tx
 	@echo "installing openvla_jax[$(extras)] into $(VENV) (minutes, the first time)"
 	@$(RUN) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(extras)]'
 	@touch $(VENV)/demo.stamp $@
+
+# Other versions than these draw other pixels. The simulator draws in software, for which pip has no package.
+LIBERO_PINS := openvla_jax/sim/libero/requirements.txt
+$(LIBERO)/libero.stamp: $(LIBERO_PINS)
+	@py='$(LIBERO_PYTHON)'; \
+	"$$py" -c pass 2>/dev/null || \
+	    py=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.11*/bin/python3.11 2>/dev/null | tail -n 1); \
+	fail() { echo "error: $$*" >&2; exit 1; }; \
+	[ -n "$$py" ] && "$$py" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+	    fail "LIBERO's simulator needs Python 3.11: install it, or make libero-env LIBERO_PYTHON=/path/to/python3.11"; \
+	"$$py" -c 'import ctypes; ctypes.CDLL("libOSMesa.so.8")' 2>/dev/null || \
+	    fail "libOSMesa.so.8 is missing, which draws LIBERO's images: apt install libosmesa6"; \
+	echo "installing LIBERO into $(LIBERO) (2 GB, minutes)"; \
+	rm -f $@ && "$$py" -m venv --clear $(LIBERO)
+	@$(LIBERO)/bin/python -m pip install -q --no-compile --disable-pip-version-check --require-hashes -r $(LIBERO_PINS)
+	@touch $@

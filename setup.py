@@ -79,6 +79,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["openvla_jax*"]), *CONFIGS, "openvla_client"],
     package_dir={"openvla_jax._configs": "configs", "openvla_client": "clients/openvla_client/openvla_client"},
+    package_data={"openvla_jax.sim.libero": ["requirements.txt", "fingerprints/*"]},
     entry_points={"console_scripts": ["openvla = openvla_jax.__main__:main"]},
     install_requires=BASE,
     extras_require={

@@ -6,7 +6,7 @@
   convert    weights between PyTorch and this project's checkpoints: import, export, verify, inspect, merge
   data       look at datasets, check, time and convert them
   serve      serve a policy over HTTP
-  evaluate   evaluate a checkpoint or a server: rollout, compare, offline, quantization, report
+  evaluate   evaluate a checkpoint or a server: rollout, libero, compare, offline, quantization, report
   sweep      run many trainings, or report on them
 
 COMMAND --help lists the flags of a command.

@@ -6,6 +6,7 @@ python -m openvla_jax.evaluate rollout --checkpoint WORKDIR --episodes 100 --con
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from openvla_jax import cli
-from openvla_jax.checkpoint.contract import check_statistics
+from openvla_jax.checkpoint.contract import Contract, check_statistics
 from openvla_jax.errors import InputError
+from openvla_jax.evaluation.benchmarks import command as benchmarks
 from openvla_jax.evaluation.rollouts import FIRST_SEED
 from openvla_jax.sim.tabletop import WORLDS
 from openvla_jax.types import ActionSpec, ObservationSpec
@@ -26,7 +28,7 @@ DEFAULT_FRAMES = 256
 def main(arguments: Sequence[str]) -> None:
     options = parser()
     args = options.parse_args(arguments)
-    if args.command in ("rollout", "offline") and (args.checkpoint is None) == (args.url is None):
+    if args.command in ("rollout", "offline", "libero") and (args.checkpoint is None) == (args.url is None):
         options.error("give --checkpoint or --url")
     args.run(args)
 
@@ -51,6 +53,19 @@ def parser() -> cli.Parser:
     )
     rollout.add_argument("--out", type=Path, required=True, help="folder for report.md and figures")
     rollout.set_defaults(run=run_rollout)
+
+    libero = commands.add_parser("libero", help="success in LIBERO's simulator, by the reference's protocol")
+    _policy_arguments(libero)
+    benchmarks.add_libero_arguments(libero)
+    libero.set_defaults(run=run_libero)
+
+    merge = commands.add_parser("merge", help="join the shards of an evaluation on LIBERO")
+    benchmarks.add_merge_arguments(merge)
+    merge.set_defaults(run=benchmarks.run_merge)
+
+    replay = commands.add_parser("replay", help="the stored actions of LIBERO's scripted expert, in its simulator")
+    benchmarks.add_replay_arguments(replay)
+    replay.set_defaults(run=benchmarks.run_replay)
 
     compare = commands.add_parser("compare", help="success of several checkpoints on the same scenes")
     compare.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
@@ -101,7 +116,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Returns (policy or client, what it says of itself: action, statistics, training)."""
+    """Returns (policy or client, what it says of itself, as `describe`)."""
     if args.url is not None:
         from openvla_jax.inference.client import Client
 
@@ -115,13 +130,14 @@ def open_policy(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from openvla_jax.inference.policy import Policy
 
     policy = Policy.from_checkpoint(args.checkpoint, quantize=args.quantize, check_images=False, base=args.base)
-    contract = policy.contract
-    return policy, {
-        "action": dataclasses.asdict(contract.action),
-        "observation": dataclasses.asdict(contract.observation),
-        "statistics": contract.statistics,
-        "training": contract.training,
-    }
+    return policy, describe(policy.contract)
+
+
+def describe(contract: Contract) -> dict[str, Any]:
+    """Returns what a server says of its policy in `/info`, as far as evaluations use it."""
+    specs = ("observation", "action", "preprocessing")
+    said = {name: dataclasses.asdict(getattr(contract, name)) for name in specs}
+    return {**said, "statistics": contract.statistics, "training": contract.training}
 
 
 def read_frames(args: argparse.Namespace, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +185,19 @@ def run_rollout(args: argparse.Namespace) -> None:
     title = f"Tabletop: {args.checkpoint or args.url} on {args.episodes} unseen scenes"
     for path in (figures.write_report(results, args.out / "report.md", title, made), *made):
         print(path)
+
+
+def run_libero(args: argparse.Namespace) -> None:
+    """Evaluates in LIBERO; the policy is loaded after everything that is cheaper to check."""
+    if args.url is not None:
+        client, info = open_policy(args)
+        return benchmarks.run_libero(args, info, args.url, lambda: client)
+    from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
+
+    contract = load_contract(args.checkpoint)
+    contract.check_is_policy()
+    name = os.fspath(open_checkpoint(args.checkpoint))
+    return benchmarks.run_libero(args, describe(contract), name, lambda: open_policy(args)[0])
 
 
 def run_compare(args: argparse.Namespace) -> None:

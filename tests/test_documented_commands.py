@@ -10,6 +10,7 @@ from conftest import ROOT
 from openvla_jax import config_files, convert_weights, evaluate, serve, train
 from openvla_jax.data import __main__ as data
 from openvla_jax.sim import dataset
+from openvla_jax.sim.libero import __main__ as libero
 from openvla_jax.sweep import __main__ as sweep
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,7 +70,7 @@ def parse_module(module, arguments):
         config_files.find(sweep.sweep_parser().parse_args(arguments).sweep)
     else:
         parsers = {"convert_weights": convert_weights, "data": data, "evaluate": evaluate, "serve": serve}
-        (parsers | {"sim.dataset": dataset})[name].parser().parse_args(arguments)
+        (parsers | {"sim.dataset": dataset, "sim.libero": libero})[name].parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *CONFIGS], ids=lambda path: str(path.relative_to(ROOT)))

@@ -174,6 +174,11 @@ def make_train_iterator(
         state_bytes=state_bytes,
         summary=summary,
         identity=identity,
+        simulators={
+            source.name: source.info.metadata["simulator"]
+            for source in mixture.sources
+            if "simulator" in (source.info.metadata or {})
+        },
         explain_errors=functools.partial(explain_errors, mixture.sources),
     )
 

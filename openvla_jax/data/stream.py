@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -33,7 +34,8 @@ class TrainIterator(Iterator[Batch]):
     nominal epoch (see `mixture.nominal_length`). step: batches so far, those before a resume included. state_bytes:
     about how much memory the shuffle buffer, the prefetched batches and the readers take, and at most what `save`
     writes. summary: the datasets and that estimate, to be printed. identity: what makes the stream (datasets and their
-    versions, weights, seed, process), JSON values; a saved state is restored only into the same.
+    versions, weights, seed, process), JSON values; a saved state is restored only into the same. simulators: what drew
+    the datasets that come from a simulator, by name.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TrainIterator(Iterator[Batch]):
         state_bytes: int,
         summary: str,
         identity: dict[str, Any],
+        simulators: Mapping[str, Mapping] = MappingProxyType({}),
         explain_errors: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         """phases: (last step, makes the rows) in order. explain_errors: wraps reading, to explain what it raises."""
@@ -57,6 +60,7 @@ class TrainIterator(Iterator[Batch]):
         self.state_bytes = state_bytes
         self.summary = summary
         self.identity = identity
+        self.simulators = dict(simulators)
         self.step = step
         self._phases, self._encoder, self._explain_errors = phases, encoder, explain_errors
         self._open(step + 1)

@@ -26,7 +26,7 @@ def build_contract(
         model: The model that is trained.
         tokenizer: Its tokenizer.
         base: The contract of the checkpoint that training starts from, or None.
-        iterator: The training stream, of which `dataset_names` and `statistics` are read.
+        iterator: The training stream, of which `dataset_names`, `statistics` and `simulators` are read.
         adapter: {base, fingerprint, tuning} if the run saves only what it trains, else None.
 
     Raises:
@@ -59,7 +59,7 @@ def build_contract(
         observation=observation,
         action=action,
         preprocessing=preprocessing,
-        training=config.to_dict(),
+        training=config.to_dict() | ({"simulators": iterator.simulators} if iterator.simulators else {}),
         default_key=iterator.dataset_names[0] if len(iterator.dataset_names) == 1 else None,
         adapter=adapter,
     )

@@ -11,7 +11,7 @@ from openvla_jax.training.contract import build_contract, choose_specs
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
 ROW = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
-ITERATOR = SimpleNamespace(dataset_names=("arm",), statistics={"arm": {"action": ROW}})
+ITERATOR = SimpleNamespace(dataset_names=("arm",), statistics={"arm": {"action": ROW}}, simulators={})
 BASE = Contract(
     tiny(), None, {"old": {"action": ROW}}, ObservationSpec(rotation=180), ActionSpec(horizon=4, bins=128),
     Preprocessing("bicubic", 0.9, True, 99),
@@ -42,9 +42,16 @@ def test_build_contract_keeps_of_a_base_what_training_does_not_change():
 
 def test_build_contract_takes_the_conventions_from_the_data():
     joints = {"q01": [-1.0] * 14, "q99": [1.0] * 14, "mask": [True] * 14}
-    iterator = SimpleNamespace(dataset_names=("aloha",), statistics={"aloha": {"action": joints}})
+    iterator = SimpleNamespace(dataset_names=("aloha",), statistics={"aloha": {"action": joints}}, simulators={})
     contract = build_contract(settings(), tiny(), None, BASE, iterator, None)
     assert (contract.action.dim, contract.action.gripper, contract.action.frame) == (14, "", "")
+
+
+def test_build_contract_records_the_simulator_that_drew_the_data():
+    assert "simulators" not in build_contract(settings(), tiny(), None, BASE, ITERATOR, None).training
+    drawn = SimpleNamespace(**vars(ITERATOR) | {"simulators": {"arm": {"digest": "0"}}})
+    contract = build_contract(settings(), tiny(), None, BASE, drawn, None)
+    assert contract.training["simulators"] == {"arm": {"digest": "0"}}
 
 
 @pytest.mark.parametrize(
