@@ -228,8 +228,8 @@ def run_compare(args: argparse.Namespace) -> None:
     summary: dict[str, Any] = {
         name: {"rate": found.rate, "interval": found.interval} for name, found in results.items()
     }
-    for name, found in paces.items():
-        summary[name] |= dataclasses.asdict(found)
+    for name, measured in paces.items():
+        summary[name] |= dataclasses.asdict(measured)
     (args.out / "success.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(report)
 
@@ -288,8 +288,7 @@ def run_quantization(args: argparse.Namespace) -> None:
     exclude = EXCLUDE if args.exclude is None else tuple(args.exclude)
     contract = load_contract(args.checkpoint)
     contract.check_is_policy()
-    specs = {name: dataclasses.asdict(getattr(contract, name)) for name in ("observation", "action")}
-    frames = read_frames(args, {"statistics": contract.statistics, "training": contract.training, **specs})
+    frames = read_frames(args, describe(contract))
     rows = quantization.measure(
         args.checkpoint, frames, args.kinds, dtype=args.dtype, exclude=exclude, episodes=args.episodes
     )
