@@ -214,6 +214,7 @@ def test_evaluation_films_chosen_episodes(tmp_path):
 # --- Shards ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_shards_merge_to_the_whole_evaluation(tmp_path, capsys):
     evaluate(tmp_path / "whole")
     folders = [tmp_path / str(index) for index in range(4)]

@@ -56,6 +56,7 @@ def test_expert_s_episodes_are_read_as_the_reference_s_datasets(tmp_path, faked,
     assert write(tmp_path, "--noise", "0") == 0, "what is complete is kept"
 
 
+@pytest.mark.long
 def test_expert_s_episodes_replay_through_a_contract(tmp_path, faked):
     write(tmp_path, "--noise", "0")
     simulator = Simulator()

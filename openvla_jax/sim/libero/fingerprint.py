@@ -1,8 +1,8 @@
 """A simulator's fingerprint: whether it draws and computes what the benchmark's numbers were made with.
 
 `fingerprints/` holds, per suite, the frames of both cameras and the joint positions of 20 fixed actions from state 0
-of task 0, with the versions that made them. MuJoCo 3.3.3 draws 80% of LIBERO's pixels otherwise than 3.3.2 does; a
-policy trained before then fails for no fault of its own.
+of task 0, with the versions that made them. MuJoCo 3.3.3 draws 80% of LIBERO-Object's pixels otherwise than 3.3.2 does;
+a policy trained before then fails for no fault of its own.
 
 Frames and trace are compared; the digest is stored with results and never judged, because one pixel changes it.
 """

@@ -27,11 +27,11 @@ class SimulatorError(RuntimeError):
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Turns a simulator that fails at its start into an error that a user can fix: its environment is incomplete."""
+    """Turns a simulator that fails into an error that a user can fix: at its start its environment is incomplete."""
     try:
         yield
     except SimulatorError as error:
-        raise InputError(f"{error}; {INSTALL}") from error
+        raise InputError(f"{error}; run the command again, and if it fails again {INSTALL}") from error
 
 
 def python_path() -> Path:
