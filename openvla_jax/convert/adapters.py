@@ -14,16 +14,19 @@ from flax import nnx
 from openvla_jax.checkpoint.base import BLOCKS, check_fingerprint, fingerprint, sample
 from openvla_jax.checkpoint.contract import CheckpointError, Contract
 from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
+from openvla_jax.config import VLAConfig
 from openvla_jax.convert import peft
 from openvla_jax.convert.exporter import DTYPES
-from openvla_jax.convert.importer import finished_or_gone, new_folder, require_finite
-from openvla_jax.convert.names import ConversionError, is_stacked
+from openvla_jax.convert.importer import finished_or_gone, new_folder
+from openvla_jax.convert.names import ConversionError, Shape, is_stacked, leaf_shapes
 from openvla_jax.convert.orbax_io import OrbaxReader, OrbaxWriter
+from openvla_jax.convert.outputs import build_model, head_outputs, make_inputs
 from openvla_jax.convert.progress import run_with_progress
-from openvla_jax.convert.source import Source
+from openvla_jax.convert.reference_files import OF_A_POLICY
+from openvla_jax.convert.source import Source, require_finite
 from openvla_jax.convert.sources import open_orbax, open_source
 from openvla_jax.convert.staging import require_local
-from openvla_jax.convert.verify import Report, build_model, make_inputs, text_logits
+from openvla_jax.convert.verify import Report
 from openvla_jax.models.tree import flat, nested
 from openvla_jax.models.tuning import MODES, Tuning, add_lora
 from openvla_jax.storage import absolute, is_remote
@@ -31,6 +34,7 @@ from openvla_jax.storage import absolute, is_remote
 # Largest difference of logits that merging may make, by the dtype of the merged weights. float32 differs by the order
 # of sums; bfloat16 rounds every merged kernel once.
 THRESHOLDS = {"float32": 1e-4, "bfloat16": 0.25}
+NUMBER_THRESHOLDS = {"float32": 1e-4, "bfloat16": 0.05}  # the same of normalised actions, or of noise
 
 
 class Factors:
@@ -79,7 +83,9 @@ def open_adapter(path: str | Path, base: Source) -> Adapter:
     contract = load_contract(directory)
     if contract.adapter is None:
         raise ConversionError(f"{directory} is a whole model, not an adapter: there is nothing to merge")
-    if contract.model.to_dict() | {"name": ""} != base.model.to_dict() | {"name": ""}:
+    # A run may add a head, a state, cameras and FiLM to its base, which it then trained.
+    added = {name: None for name in ("name", *OF_A_POLICY)}
+    if contract.model.to_dict() | added != base.model.to_dict() | added:
         raise ConversionError(f"{directory} was trained on another model, {contract.model.name}, than {base.path}")
     check_fingerprint(source_fingerprint(base), contract.adapter, base.path, directory)
     tuning = Tuning.from_dict(dict(contract.adapter["tuning"]))
@@ -194,12 +200,13 @@ def merge_weights(
     source = open_source(base)
     trained = open_adapter(adapter, source)
     contract = dataclasses.replace(trained.contract or source.contract(), adapter=None)
-    dtypes = {leaf: DTYPES[dtype] if dtype else stored for leaf, (stored, _) in source.weights.leaves.items()}
-    total = sum(int(np.prod(shape)) * dtypes[leaf].itemsize for leaf, (_, shape) in source.weights.leaves.items())
+    leaves = source.weights.leaves | _added_leaves(source, trained, contract.model)
+    dtypes = {leaf: DTYPES[dtype] if dtype else stored for leaf, (stored, _) in leaves.items()}
+    total = sum(int(np.prod(shape)) * dtypes[leaf].itemsize for leaf, (_, shape) in leaves.items())
     with finished_or_gone(dst, total) as folder:
         writer = OrbaxWriter(folder)
         work = []
-        for leaf, (_, shape) in source.weights.leaves.items():
+        for leaf, (_, shape) in leaves.items():
             writer.create(leaf, shape, dtypes[leaf])
             work += [(leaf, layer) for layer in (range(shape[0]) if is_stacked(leaf) else [None])]
 
@@ -221,9 +228,17 @@ def merge_weights(
     return report
 
 
+def _added_leaves(base: Source, adapter: Adapter, model: VLAConfig) -> dict[str, tuple[np.dtype, Shape]]:
+    """(dtype, shape) of the parts that a run added to its base: head, projectors, FiLM."""
+    added = [leaf for leaf in leaf_shapes(model) if leaf.startswith("params/") and leaf not in base.weights.leaves]
+    return {leaf: adapter.weights.leaves[leaf] for leaf in added}
+
+
 def merged_leaf(base: Source, adapter: Adapter, leaf: str, layer: int | None) -> np.ndarray:
     """A layer of a stacked leaf of the base, or all of another one, with what the adapter makes of it."""
     path = leaf.removeprefix("params/")
+    if leaf not in base.weights.leaves:
+        return adapter.read(path, layer)
     x = base.weights.read(leaf) if layer is None else base.weights.read(leaf, layer)[0]
     last = path.replace(f"{BLOCKS}/", "llama/last/", 1)
     if layer is not None and path.startswith(f"{BLOCKS}/") and adapter.has(last):
@@ -252,27 +267,32 @@ def _places(place: str) -> list[tuple[str, int, int]]:
 
 
 def _check_merged(base: Source, adapter: Adapter, merged: Source, threshold: float | None, seed: int) -> Report:
-    """Logits before and after, one model in memory at a time."""
+    """What one pass gives before and after, one model in memory at a time."""
     if threshold is None:
         names = {dtype.name for dtype, _ in merged.weights.leaves.values()}
-        threshold = THRESHOLDS["float32" if names == {"float32"} else "bfloat16"]
-    inputs = make_inputs(base, seed)
+        kinds = NUMBER_THRESHOLDS if merged.action.is_continuous else THRESHOLDS
+        threshold = kinds["float32" if names == {"float32"} else "bfloat16"]
+    inputs = make_inputs(merged, seed)
     before, after = (
-        text_logits(*parts(), inputs) for parts in (lambda: build_adapted(base, adapter), lambda: build_model(merged))
+        head_outputs(*parts(), merged, inputs)
+        for parts in (lambda: build_adapted(base, adapter, merged.model), lambda: build_model(merged))
     )
     difference = float(np.abs(before - after).max())
-    agreement = float((before.argmax(-1) == after.argmax(-1)).mean())
-    line = (
-        f"logits at {len(before)} text positions, adapters beside the base and merged: max |d| {difference:.3g} "
-        f"(threshold {threshold:g}), argmax agreement {agreement:.2%}"
-    )
-    failures = [f"logits differ by {difference:.3g} after merging, beyond {threshold:g}"]
+    what = {"l1": "action chunks", "diffusion": "predicted noise"}.get(merged.action.head, "logits")
+    line = f"{what}, adapters beside the base and merged: max |d| {difference:.3g} (threshold {threshold:g})"
+    if what == "logits":
+        agreement = float((before.argmax(-1) == after.argmax(-1)).mean())
+        places = "text positions" if before.ndim == 2 else "action slots"
+        line = line.replace(what, f"{what} at {before[..., 0].size} {places}") + f", argmax agreement {agreement:.2%}"
+    failures = [f"{what} differ by {difference:.3g} after merging, beyond {threshold:g}"]
     return Report((line,), () if difference <= threshold else tuple(failures), difference)
 
 
-def build_adapted(source: Source, adapter: Adapter) -> tuple[Any, Any]:
-    """(graphdef, state) of the base with the adapters beside its kernels, and trained leaves in place of its own."""
-    graph, state = build_model(source)
+def build_adapted(source: Source, adapter: Adapter, merged: VLAConfig) -> tuple[Any, Any]:
+    """(graphdef, state) of the base with the adapters beside its kernels, and trained leaves in place of its own, as
+    the model `merged` has them.
+    """
+    graph, state = build_model(dataclasses.replace(source, model=merged))
     model = nnx.merge(graph, state)
     assert adapter.tuning.lora is not None
     add_lora(model, adapter.tuning.lora, jax.random.key(0))

@@ -2,22 +2,20 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
-from openvla_jax.convert.importer import (
-    NEVER_FINITE,
-    finished_or_gone,
-    new_folder,
-    require_finite,
-)
+from openvla_jax.checkpoint.contract import STATISTICS_FILE
+from openvla_jax.convert import oft_export
+from openvla_jax.convert.importer import finished_or_gone, new_folder
 from openvla_jax.convert.names import (
     TRANSFORMS,
     ConversionError,
+    Shape,
     by_leaf,
     is_stacked,
     leaf_shapes,
@@ -26,10 +24,10 @@ from openvla_jax.convert.names import (
 )
 from openvla_jax.convert.progress import run_with_progress
 from openvla_jax.convert.reference_files import hf_files, native_files
-from openvla_jax.convert.source import Source
+from openvla_jax.convert.source import NEVER_FINITE, Source, require_finite
 from openvla_jax.convert.sources import open_source
 from openvla_jax.convert.torch_io import Tensor
-from openvla_jax.convert.torch_write import PtWriter, fill, lay_out_safetensors
+from openvla_jax.convert.torch_write import PtWriter, fill
 from openvla_jax.tokens.tokenizer import save_tokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -47,9 +45,11 @@ def export_weights(
 
     `dst` appears when it is complete.
 
-    Without `dtype` every tensor keeps its stored dtype, so that an import comes back bit for bit. Tensors that the
-    policy never runs and the checkpoint lacks (it was trained from scratch) are written as zeros, with a remark. Raises
-    ConversionError or OSError; then `dst` is as it was.
+    Without `dtype` every tensor keeps its stored dtype, so that an import comes back bit for bit. bfloat16 leaves alone
+    what OpenVLA-OFT keeps in float32: projectors of state and noise, and FiLM. A policy that predicts a chunk at once
+    becomes OpenVLA-OFT's files (`oft_export.py`), with remarks about the options that its code must be given. Tensors
+    that the policy never runs and the checkpoint lacks (it was trained from scratch) are written as zeros, with a
+    remark. Raises ConversionError or OSError; then `dst` is as it was.
     """
     if format not in ("hf", "prismatic") or dtype not in (None, *DTYPES):
         raise ConversionError(
@@ -58,41 +58,63 @@ def export_weights(
     dst = new_folder(dst, overwrite)
     source = open_source(src)
     source.refuse_quantized()
-    _require_reference(source)
+    _require_reference(source, format)
     tokenizer = source.contract().tokenizer
     layout: Literal["hf", "native"] = "hf" if format == "hf" else "native"
     notes = [*source.notes, *_require_leaves(source)]
-    stored = {leaf: d for leaf, (d, _) in source.weights.leaves.items()}
-    fallback = stored["params/llama/embed/table"]
-    slots = table(source.model, layout)
-    dtypes = {slot.source: DTYPES[dtype] if dtype else stored.get(slot.target, fallback) for slot in slots}
-    specs = {name: (dtypes[name], shape) for name, shape in source_shapes(slots).items()}
-    total = sum(math.prod(shape) * d.itemsize for d, shape in specs.values())
+    if source.model.is_parallel:
+        notes += oft_export.remarks(source)
+    specs = _specs(source, layout, dtype)
+    fallback = source.weights.leaves["params/llama/embed/table"][0].name
+    components = oft_export.component_files(source, specs) if layout == "hf" else {}
+    entries = [entry for file in components.values() for entry in file.values()]
+    total = sum(math.prod(shape) * d.itemsize for d, shape in [*specs.values(), *(entry[1:] for entry in entries)])
     with finished_or_gone(dst, total) as folder:
         if layout == "hf":
-            _write_json(folder, hf_files(source, fallback.name if dtype is None else dtype))
-            _write_tensors(source, layout, lay_out_safetensors(folder, specs), total)
+            _write_json(folder, hf_files(source, fallback if dtype is None else dtype))
+            places, writers = oft_export.lay_out(folder, specs, components)
         else:
             files, name = native_files(source)
             _write_json(folder, files)
             (folder / "checkpoints").mkdir()
-            writer = PtWriter(folder / "checkpoints" / name, {"model": _nest(specs)})
-            _write_tensors(source, layout, {key.removeprefix("model."): t for key, t in writer.tensors.items()}, total)
+            writers = [PtWriter(folder / "checkpoints" / name, {"model": _nest(specs)})]
+            places = {key.removeprefix("model."): [tensor] for key, tensor in writers[0].tensors.items()}
+        _write_tensors(source, layout, places)
+        for writer in writers:
             writer.finish()
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
     return notes
 
 
-def _require_reference(source: Source) -> None:
+def _specs(source: Source, layout: str, dtype: str | None) -> dict[str, tuple[np.dtype, Shape]]:
+    """Returns (dtype, shape) of every tensor of the export."""
+    stored = {leaf: d for leaf, (d, _) in source.weights.leaves.items()}
+    fallback = stored["params/llama/embed/table"]
+    slots = table(source.model, layout)
+
+    def chosen(name: str, leaf: str) -> np.dtype:
+        if dtype is None:
+            return stored.get(leaf, fallback)
+        return DTYPES["float32" if oft_export.FLOAT32.match(name) else dtype]
+
+    dtypes = {slot.source: chosen(slot.source, slot.target) for slot in slots}
+    return {name: (dtypes[name], shape) for name, shape in source_shapes(slots).items()}
+
+
+def _require_reference(source: Source, format: str) -> None:
     """Raises ConversionError for what the reference's code has no place for: it would act otherwise, or not load."""
     action, observation = source.action, source.observation
+    if source.model.is_parallel and format == "hf":
+        oft_export.check_policy(source)
+        return
     wanted = {
         "action.horizon": (action.horizon, 1),
         "action.head": (action.head, "tokens"),
         "action.normalization": (action.normalization, "bounds_q99"),
         "observation.cameras": (len(observation.cameras), 1),
         "observation.state": (len(observation.state), 0),
+        "model.film": (source.model.film, False),
     }
     for name, (found, only) in wanted.items():
         if found != only:
@@ -119,8 +141,8 @@ def _require_leaves(source: Source) -> list[str]:
     return [f"{len(missing)} leaves that no policy runs are not in the checkpoint: written as zeros"] if missing else []
 
 
-def _write_tensors(source: Source, layout: str, tensors: Mapping[str, Tensor], total: int) -> None:
-    """Fills all tensors, leaf by leaf, as many layers at a time as the checkpoint's chunks hold."""
+def _write_tensors(source: Source, layout: str, places: Mapping[str, Sequence[Tensor]]) -> None:
+    """Fills all places of each tensor, leaf by leaf, as many layers at a time as the checkpoint's chunks hold."""
     weights, slots = source.weights, by_leaf(table(source.model, layout))
     work = [
         (leaf, first)
@@ -132,17 +154,18 @@ def _write_tensors(source: Source, layout: str, tensors: Mapping[str, Tensor], t
         leaf, first = item
         if leaf not in weights.leaves:
             slot = slots[leaf][first]
-            return math.prod(slot.shape) * tensors[slot.source].dtype.itemsize  # the file is zeros there
+            return sum(math.prod(slot.shape) * place.dtype.itemsize for place in places[slot.source])  # zeros there
         block, done = weights.read(leaf, first, weights.step(leaf)), 0
         for x, slot in zip(block if is_stacked(leaf) else [block], slots[leaf][first:], strict=False):
             require_finite(x, leaf, source.path)
-            y = np.ascontiguousarray(TRANSFORMS[slot.transform].to_torch(x)).astype(
-                tensors[slot.source].dtype, copy=False
-            )
-            fill(tensors[slot.source], slot.block * y.nbytes, y)
-            done += y.nbytes
+            y = np.ascontiguousarray(TRANSFORMS[slot.transform].to_torch(x))
+            for place in places[slot.source]:
+                z = y.astype(place.dtype, copy=False)
+                fill(place, slot.block * z.nbytes, z)
+                done += z.nbytes
         return done
 
+    total = sum(place.nbytes for group in places.values() for place in group)
     run_with_progress(copy, work, total, f"export {layout}")
 
 
@@ -156,5 +179,6 @@ def _nest(specs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _write_json(folder: Path, files: Mapping[str, Any]) -> None:
+    """Writes JSON files byte for byte as the reference does: statistics without a newline at their end."""
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2) + ("" if name == STATISTICS_FILE else "\n"))

@@ -10,18 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from openvla_jax.checkpoint.contract import REFERENCE_CROP_AREA
 from openvla_jax.convert.names import ConversionError, Slot
 from openvla_jax.convert.oft import OftOptions
 from openvla_jax.convert.orbax_io import OrbaxWriter
 from openvla_jax.convert.progress import run_with_progress
-from openvla_jax.convert.source import Source, TorchWeights
+from openvla_jax.convert.source import Source, TorchWeights, require_finite
 from openvla_jax.convert.sources import open_source
 from openvla_jax.convert.staging import require_local
-
-NEVER_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # the exponent bits of NaN and infinity
 
 
 def import_weights(
@@ -34,16 +30,17 @@ def import_weights(
     center_crop: bool = False,
     overwrite: bool = False,
     oft: OftOptions | None = None,
+    base: str | Path | None = None,
 ) -> Source:
     """Converts HuggingFace, Prismatic or base weights at `src` into the checkpoint directory `dst`; dtypes stay.
 
     `dst` appears when it is complete; with `overwrite` an existing one is replaced at that moment. `center_crop` notes
-    that the policy was trained with the reference's random crops, 0.9 of the area. `oft` tells
-    what the files of an OpenVLA-OFT checkpoint do not. Raises ConversionError or OSError;
-    then `dst` is as it was.
+    that the policy was trained with the reference's random crops, 0.9 of the area. `oft` tells what the files of an
+    OpenVLA-OFT checkpoint do not, and `base` which model its run adapted, if it was not merged. Raises ConversionError
+    or OSError; then `dst` is as it was.
     """
     dst = new_folder(dst, overwrite)
-    source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts, oft=oft)
+    source = open_source(src, model_config=model_config, tokenizer=tokenizer, parts=parts, oft=oft, base=base)
     if not isinstance(source.weights, TorchWeights):
         raise ConversionError(f"{src} is an Orbax checkpoint already: it needs no import")
     weights = source.weights
@@ -67,22 +64,6 @@ def import_weights(
         contract.save(folder / "contract")
         writer.finish()
     return source
-
-
-def require_finite(x: np.ndarray, name: str, where: object) -> None:
-    """Raises unless every value is a number; looks at exponent bits, in blocks that fit a cache."""
-    if x.dtype.name not in NEVER_FINITE:
-        raise ConversionError(
-            f"{where}: {name} has type {x.dtype.name}, which is not supported; save it as float32, bfloat16 or float16"
-        )
-    limit = NEVER_FINITE[x.dtype.name]
-    bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
-    mask = bits.dtype.type((1 << (8 * x.dtype.itemsize - 1)) - 1)
-    for start in range(0, bits.size, 1 << 19):
-        if (bits[start : start + (1 << 19)] & mask).max() >= limit:
-            raise ConversionError(
-                f"{where}: {name} holds NaN or infinity: the checkpoint is damaged, or its training diverged"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

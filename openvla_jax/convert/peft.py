@@ -16,8 +16,8 @@ import numpy as np
 from openvla_jax.checkpoint.contract import is_finite, short
 from openvla_jax.config import LoRAConfig, VLAConfig, nearest
 from openvla_jax.convert.describe import read_json
-from openvla_jax.convert.importer import require_finite
 from openvla_jax.convert.names import TRANSFORMS, ConversionError, Shape, is_stacked, table
+from openvla_jax.convert.source import require_finite
 from openvla_jax.convert.torch_io import Tensor, read_safetensors
 from openvla_jax.convert.torch_write import fill, lay_out_safetensors
 from openvla_jax.models.tuning import MODES, Tuning, abstract_prepared, sites_of

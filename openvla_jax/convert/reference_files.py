@@ -6,6 +6,7 @@ from typing import Any
 from openvla_jax.config import LANGUAGE_MODELS, PRESETS, VISION_BACKBONES, VLAConfig
 from openvla_jax.convert.describe import TIMM_IDS, describe, named_hf, named_native
 from openvla_jax.convert.names import ConversionError, source_shapes, table, tower_prefix
+from openvla_jax.convert.oft_export import config_entries
 from openvla_jax.convert.source import Source
 
 HF_LLM_IDS = {
@@ -19,6 +20,7 @@ HF_LLM_IDS = {
     "mistral-v0.1-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
 }
 NOT_IN_HF = ("clip-vit-b", "siglip-vit-b16-224px", "siglip-vit-b16-256px", "siglip-vit-b16-384px")
+OF_A_POLICY = ("head", "action_dim", "cameras", "state_dim", "film")  # fields of a model that its policy decides
 # The classes are not part of a checkpoint; transformers fetches them from there when asked to trust remote code.
 CODE = "openvla/openvla-7b--"
 
@@ -75,6 +77,7 @@ def hf_files(source: Source, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "transformers_version": "4.40.1",
     }
+    config |= config_entries(source) if model.is_parallel else {}
     processor = _preprocessor(model)
     again = describe(
         named_hf(config, processor),
@@ -212,7 +215,9 @@ def _left_unsaid(said: Mapping[str, Any], model: VLAConfig) -> dict[str, Any]:
     whole = model.to_dict()
 
     def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: b[key] for key in b if key not in ("towers", "llama", "projector") and a[key] != b[key]}
+        return {
+            key: b[key] for key in b if key not in ("towers", "llama", "projector", *OF_A_POLICY) and a[key] != b[key]
+        }
 
     unsaid = difference(said, whole)
     unsaid |= {key: found for key in ("llama", "projector") if (found := difference(said[key], whole[key]))}

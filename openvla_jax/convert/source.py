@@ -26,6 +26,8 @@ from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.torch_io import BFLOAT16, E4M3, E5M2
 from openvla_jax.types import ActionSpec, ObservationSpec, Preprocessing
 
+NEVER_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # the exponent bits of NaN and infinity
+
 
 @dataclasses.dataclass(frozen=True)
 class Made:
@@ -133,3 +135,19 @@ class Source:
             self.model, tokenizer, self.statistics, self.observation, self.action, self.preprocessing,
             training={"source": dict(self.origin)},
         )  # fmt: skip
+
+
+def require_finite(x: np.ndarray, name: str, where: object) -> None:
+    """Raises unless every value is a number; looks at exponent bits, in blocks that fit a cache."""
+    if x.dtype.name not in NEVER_FINITE:
+        raise ConversionError(
+            f"{where}: {name} has type {x.dtype.name}, which is not supported; save it as float32, bfloat16 or float16"
+        )
+    limit = NEVER_FINITE[x.dtype.name]
+    bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
+    mask = bits.dtype.type((1 << (8 * x.dtype.itemsize - 1)) - 1)
+    for start in range(0, bits.size, 1 << 19):
+        if (bits[start : start + (1 << 19)] & mask).max() >= limit:
+            raise ConversionError(
+                f"{where}: {name} holds NaN or infinity: the checkpoint is damaged, or its training diverged"
+            )

@@ -16,6 +16,7 @@ from openvla_jax.checkpoint.base import MERGE
 from openvla_jax.checkpoint.contract import action_spec, check_statistics, short
 from openvla_jax.checkpoint.reading import is_complete, load_contract, open_checkpoint
 from openvla_jax.config import preset
+from openvla_jax.convert.components import ADAPTER, merge_adapter, read_components
 from openvla_jax.convert.describe import (
     HF_DEFAULTS,
     Description,
@@ -31,7 +32,7 @@ from openvla_jax.convert.names import (
     Shape,
     tower_prefix,
 )
-from openvla_jax.convert.oft import OftOptions, choose, read_components, same_dtypes, serving
+from openvla_jax.convert.oft import PLATFORMS, POLICY, OftOptions, PolicySpecs, choose, model_fields
 from openvla_jax.convert.orbax_io import OrbaxReader
 from openvla_jax.convert.parts import load_towers, open_parts
 from openvla_jax.convert.source import Source, TorchWeights
@@ -41,7 +42,7 @@ from openvla_jax.storage import is_remote
 from openvla_jax.types import ObservationSpec, Preprocessing
 
 AS_PROCESSOR = Preprocessing(resize_kernel="bicubic")  # as the Hugging Face processor, which serves imports
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*--*checkpoint.pt"]
 
 
 def open_source(
@@ -50,12 +51,14 @@ def open_source(
     model_config: str | Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     parts: Mapping[str, str] | None = None,
-    oft: OftOptions | None = None,
+    oft: OftOptions | PolicySpecs | None = None,
+    base: str | Path | None = None,
 ) -> Source:
     """The weights at `src`, which is in a bucket only if it is an Orbax checkpoint.
 
     `parts`: paths of base weights, by tower name, `llm` or `projector` (see `parts.py`). `oft`: what the files of an
-    OpenVLA-OFT checkpoint do not say.
+    OpenVLA-OFT checkpoint do not say. `base`: the HuggingFace model that an OpenVLA-OFT run adapted, if it was not
+    merged.
 
     Raises ConversionError (or CheckpointError for an Orbax checkpoint), one line, for anything that is not such
     weights.
@@ -76,7 +79,15 @@ def open_source(
     if runs.is_dir():
         return open_native(_latest_pt(runs), parts or {}, **given)
     if (path / "config.json").exists():
+        if base is not None:
+            raise ConversionError(f"{path} is merged already, it has a config.json: leave --base out")
         return open_hf(path, **given, oft=oft)
+    if (path / ADAPTER).is_dir():
+        if base is None:
+            raise ConversionError(
+                f"{path} holds {ADAPTER}/ and no merged model: name the model that was adapted, --base MODEL"
+            )
+        return open_unmerged(path, base, **given, oft=oft)
     if (path / "adapter_config.json").exists():
         raise ConversionError(f"{path} is a LoRA adapter: name the model that it belongs to, --base CHECKPOINT")
     return open_orbax(path)
@@ -104,13 +115,31 @@ def _from_hub(name: str) -> Path:
 
 
 def open_hf(
-    folder: Path, overrides: Mapping[str, Any], tokenizer: Path | None, oft: OftOptions | None = None
+    folder: Path,
+    overrides: Mapping[str, Any],
+    tokenizer: Path | None,
+    oft: OftOptions | PolicySpecs | None = None,
 ) -> Source:
     """A folder as the reference's HF class saves it. `dataset_statistics.json` beside it replaces `norm_stats`."""
-    config = read_json(folder / "config.json")
-    tensors = same_dtypes(read_torch_folder(folder) | read_components(folder, oft))
+    config, tensors = read_json(folder / "config.json"), read_torch_folder(folder)
     with reading(folder / "config.json", "correct it, or download it again", ConversionError):
         return _open_hf(folder, config, tensors, overrides, tokenizer, oft)
+
+
+def open_unmerged(
+    folder: Path,
+    base: str | Path,
+    overrides: Mapping[str, Any],
+    tokenizer: Path | None,
+    oft: OftOptions | PolicySpecs | None,
+) -> Source:
+    """An OpenVLA-OFT run whose adapter was not merged: `base` with the adapter, and the run's other files."""
+    source = open_source(base)
+    if source.kind != "hf" or not isinstance(source.weights, TorchWeights):
+        raise ConversionError(f"{base}: the model of {folder / ADAPTER} is wanted as HuggingFace's folder or hub id")
+    tensors = merge_adapter(folder / ADAPTER, source.weights.tensors, base)
+    with reading(folder, "download it again", ConversionError):
+        return _open_hf(folder, dict(source.origin["config"]), tensors, overrides, tokenizer, oft)
 
 
 def _open_hf(
@@ -119,12 +148,14 @@ def _open_hf(
     tensors: Mapping[str, Any],
     overrides: Mapping[str, Any],
     tokenizer: Path | None,
-    oft: OftOptions | None,
+    oft: OftOptions | PolicySpecs | None,
 ) -> Source:
     if config.get("model_type") not in ("openvla", "prismatic"):
         raise ConversionError(
             f"{folder} holds a {config.get('model_type')!r} model, not an 'openvla' one: name an OpenVLA checkpoint"
         )
+    parts = read_components(folder, tensors)
+    tensors = {**tensors, **parts.tensors}
     processor = folder / "preprocessor_config.json"
     described = describe_hf(
         config,
@@ -138,10 +169,18 @@ def _open_hf(
         action = action_spec(statistics, bins=config.get("n_action_bins", HF_DEFAULTS["n_action_bins"]))
     except InputError as error:
         raise ConversionError.of(folder / "config.json", f"n_action_bins: {error}") from None
-    observation, preprocessing, remarks = ObservationSpec(), AS_PROCESSOR, list[str]()
-    if oft is not None:
-        fields, observation, action, remarks = choose(oft, tensors, statistics, folder)
-        overrides, preprocessing = merge(fields, overrides), serving(action)
+    specs, remarks = PolicySpecs(ObservationSpec(), action, AS_PROCESSOR), list[str]()
+    if isinstance(oft, OftOptions):
+        specs, remarks = choose(oft, tensors, statistics, folder)
+    elif oft is not None or POLICY in config:
+        specs = oft or PolicySpecs.from_dict(config[POLICY])
+    elif parts.suffix:
+        raise ConversionError(
+            f"{folder} is an OpenVLA-OFT checkpoint (*--{parts.suffix}): say of which platform, "
+            f"--oft {' or '.join(PLATFORMS)}"
+        )
+    if specs.action.head != "tokens":
+        overrides = merge(model_fields(specs, tensors, statistics, folder), overrides)
     model = described.model(overrides)
     if config.get("pad_token_id", model.pad_token) != model.pad_token:
         raise ConversionError(
@@ -149,11 +188,15 @@ def _open_hf(
             f"less pad_to_multiple_of is {model.pad_token}: mend config.json"
         )
     tokenizer, notes = _tokenizer(folder, tokenizer, [*described.notes(overrides), *remarks])
-    origin = {"kind": "hf", "name": folder.name, "config": {k: v for k, v in config.items() if k != "norm_stats"}}
+    kept = {key: value for key, value in config.items() if key not in ("norm_stats", POLICY)}
+    origin: dict[str, Any] = {"kind": "hf", "name": folder.name, "config": kept}
+    if parts.suffix:
+        origin["oft"] = {"suffix": parts.suffix, "lora_rank": parts.lora_rank}
     weights = TorchWeights(model, "hf", tensors, str(folder))
     return Source(
-        "hf", folder, model, weights, statistics, tokenizer, preprocessing, origin, notes, observation, action
-    )
+        "hf", folder, model, weights, statistics, tokenizer, specs.preprocessing, origin, notes, specs.observation,
+        specs.action,
+    )  # fmt: skip
 
 
 def describe_hf(

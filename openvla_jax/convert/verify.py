@@ -4,40 +4,35 @@ Also `inspect`: what a checkpoint is, without converting it.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from openvla_jax.checkpoint import checksums
-from openvla_jax.checkpoint.reading import open_checkpoint
+from openvla_jax.checkpoint.contract import CheckpointError
+from openvla_jax.checkpoint.reading import load_contract, open_checkpoint
 from openvla_jax.config import VLAConfig
 from openvla_jax.convert.names import is_stacked, source_shapes
+from openvla_jax.convert.oft import OftOptions, PolicySpecs
+from openvla_jax.convert.outputs import compare_outputs, compute, make_inputs
 from openvla_jax.convert.source import Source, TorchWeights
 from openvla_jax.convert.sources import open_source
-from openvla_jax.models.openvla import OpenVLA, abstract_model
-from openvla_jax.tokens.actions import ActionTokenizer, unnormalize_actions
-from openvla_jax.tokens.prompts import prompt_ids
 
 # Relative rounding of a dtype: two dtypes of one value differ by no more than the coarser one's.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-INSTRUCTIONS = ("pick up the red cube", "put the carrot on the plate and close the drawer")
-# Else XLA converts the stacked layers to float32 ahead of the scan over them: 30 GB beside the 15 GB of openvla-7b.
-FROM_STORED_DTYPE = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-MAX_KEYS = 8  # statistics keys whose actions are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of a comparison: human-readable lines, and what exceeded its threshold (nothing if they agree)."""
+    """The outcome of a comparison: human-readable lines, and what exceeded its threshold (nothing if they agree).
+
+    `max_logit_difference` is that of predicted numbers for a policy that predicts numbers.
+    """
 
     lines: tuple[str, ...]
     failures: tuple[str, ...]
@@ -60,14 +55,18 @@ def verify_weights(
     seed: int = 0,
     tensors_only: bool = False,
     model_config: str | Mapping[str, Any] | None = None,
+    oft: OftOptions | None = None,
 ) -> Report:
-    """Compares any two of HF, native and Orbax weights.
+    """Compares any two of HF, OpenVLA-OFT, native and Orbax weights.
 
     Tensors must be equal bit for bit where their dtypes are, within rounding where not. Logits (float32 computation),
     greedy action tokens and actions are computed on seeded images and instructions; they may differ by `threshold` at
-    most, tokens and actions not at all. One model is in memory at a time.
+    most, tokens and actions not at all. Of a policy that predicts chunks of numbers, the chunks may differ by
+    `threshold`. What no file of an OpenVLA-OFT checkpoint says comes from `oft`, else from the other checkpoint. One
+    model is in memory at a time.
     """
-    sources = [open_source(path, model_config=model_config) for path in (a, b)]
+    known = oft or next((specs for specs in map(_chunk_specs, (a, b)) if specs is not None), None)
+    sources = [open_source(path, model_config=model_config, oft=known) for path in (a, b)]
     for source in sources:
         source.refuse_quantized()
     lines, failures = _compare_descriptions(*sources)
@@ -78,9 +77,20 @@ def verify_weights(
     if comparable and not tensors_only:
         inputs = make_inputs(sources[0], seed)
         outputs = [compute(source, inputs) for source in sources]
-        difference, *found = _compare_outputs(outputs, threshold)
+        difference, *found = compare_outputs(outputs[0], outputs[1], threshold)
         lines, failures = lines + found[0], failures + found[1]
     return Report(tuple(lines), tuple(failures), difference)
+
+
+def _chunk_specs(path: str | Path) -> PolicySpecs | None:
+    """Returns what a checkpoint of this project says of a policy that predicts chunks at once; None for others."""
+    try:
+        contract = load_contract(path)
+    except CheckpointError:
+        return None
+    if not contract.model.is_parallel:
+        return None
+    return PolicySpecs(contract.observation, contract.action, contract.preprocessing)
 
 
 def verify_checksums(path: str | Path) -> str:
@@ -189,144 +199,15 @@ def _component(leaf: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they compute
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    images: np.ndarray  # uint8 [B, S, S, 3]
-    ids: np.ndarray  # int32 [B, T], right-padded
-    lengths: np.ndarray  # int32 [B]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    logits: np.ndarray  # float32 [all text tokens of all rows, V]
-    tokens: np.ndarray  # int [B, A], greedy
-    actions: Mapping[str, np.ndarray]  # float64 [B, A] by statistics key
-
-
-def make_inputs(source: Source, seed: int) -> Inputs:
-    """Seeded images, and instructions in the model's prompt (random ids where there is no tokenizer)."""
-    model, random = source.model, np.random.default_rng(seed)
-    images = random.integers(0, 256, (len(INSTRUCTIONS), model.image_size, model.image_size, 3), np.uint8)
-    tokenizer = source.contract().tokenizer
-    if tokenizer is None:
-        rows = [[1, *random.integers(3, model.base_vocab_size, size).tolist()] for size in (14, 19)]
-    else:
-        rows = [prompt_ids(tokenizer, text, model.prompt_family) for text in INSTRUCTIONS]
-    ids = np.full((len(rows), max(map(len, rows))), model.pad_token, np.int32)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = tokens
-    return Inputs(images, ids, np.array([len(row) for row in rows], np.int32))
-
-
-def build_model(source: Source) -> tuple[Any, Any]:
-    """(graphdef, state) of the model with the source's weights in their stored dtypes, computing in float32."""
-    graph, state = nnx.split(abstract_model(source.model))
-    tree: dict[str, Any] = {}
-    for leaf, (dtype, shape) in source.weights.leaves.items():
-        item, *path = leaf.split("/")
-        if item != "params":
-            continue
-        value = np.empty(shape, dtype)
-        if is_stacked(leaf):
-            for first in range(0, shape[0], source.weights.step(leaf)):
-                value[first : first + source.weights.step(leaf)] = source.weights.read(
-                    leaf, first, source.weights.step(leaf)
-                )
-        else:
-            value[...] = source.weights.read(leaf)
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = jnp.asarray(value)
-    nnx.replace_by_pure_dict(state, tree)
-    return graph, state
-
-
-def text_logits(graph: Any, state: Any, inputs: Inputs) -> np.ndarray:
-    """float32 [all text tokens of all rows, V]: what a model of `build_model` says at them."""
-
-    @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
-    def run(state, images, ids):
-        model: OpenVLA = nnx.merge(graph, state)
-        return model.layout.of_text(model(model.normalize(images), ids))
-
-    logits = np.asarray(run(state, inputs.images, inputs.ids))
-    return logits[np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]]
-
-
-def compute(source: Source, inputs: Inputs) -> Outputs:
-    graph, state = build_model(source)
-    sizes = [len(entry["action"]["q01"]) for entry in source.statistics.values()]
-    steps = max(sizes, default=7)
-
-    @functools.partial(jax.jit, compiler_options=FROM_STORED_DTYPE)
-    def run(state, images, ids, lengths):
-        model: OpenVLA = nnx.merge(graph, state)
-        pixels = model.normalize(images)
-        logits = model.layout.of_text(model(pixels, ids))
-        first, cache = model.prefill(pixels, ids, lengths, steps)
-
-        def step(carry, _):
-            token, position, cache = carry
-            following, cache = model.decode_step(token, position, cache)
-            return (jnp.argmax(following, -1).astype(jnp.int32), position + 1, cache), token
-
-        start = (jnp.argmax(first, -1).astype(jnp.int32), lengths, cache)
-        _, tokens = jax.lax.scan(step, start, None, length=steps)
-        return logits, tokens.T
-
-    logits, tokens = map(np.asarray, run(state, inputs.images, inputs.ids, inputs.lengths))
-    real = np.arange(inputs.ids.shape[1]) < inputs.lengths[:, None]
-    values = ActionTokenizer(source.model.base_vocab_size, source.action.bins).decode(tokens)
-    kind = source.action.normalization
-    actions = {
-        key: unnormalize_actions(values[:, : len(entry["action"]["q01"])], entry["action"], kind)
-        for key, entry in list(source.statistics.items())[:MAX_KEYS]
-    }
-    return Outputs(logits[real], tokens, actions)
-
-
-def _compare_outputs(outputs: list[Outputs], threshold: float) -> tuple[float, list[str], list[str]]:
-    a, b = outputs
-    difference = float(np.abs(a.logits - b.logits).max())
-    p, q = (_log_softmax(x.astype(np.float64)) for x in (a.logits, b.logits))
-    divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
-    agreement = float((a.logits.argmax(-1) == b.logits.argmax(-1)).mean())
-    lines = [
-        f"logits at {len(a.logits)} text positions: max |d| {difference:.3g} (threshold {threshold:g}), "
-        f"mean KL {divergence:.3g}, argmax agreement {agreement:.2%}",
-        f"greedy action tokens: {float((a.tokens == b.tokens).mean()):.2%} equal",
-    ]
-    failures = []
-    if not difference <= threshold:
-        failures.append(f"logits differ by {difference:.3g}, beyond {threshold:g}")
-    if not np.array_equal(a.tokens, b.tokens):
-        failures.append(f"greedy action tokens differ: {a.tokens.tolist()} and {b.tokens.tolist()}")
-    for key in a.actions.keys() & b.actions.keys():
-        distance = float(np.abs(a.actions[key] - b.actions[key]).max())
-        lines.append(f"actions with {key}: max |d| {distance:.3g}")
-        if distance > 0:
-            failures.append(f"actions with {key} differ by {distance:.3g}")
-    return difference, lines, failures
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Inspect
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | None = None) -> str:
+def inspect_weights(
+    src: str | Path, *, model_config: str | Mapping[str, Any] | None = None, oft: OftOptions | None = None
+) -> str:
     """What `src` is: model, parameters and dtypes by component, statistics keys, and what is missing."""
-    source = open_source(src, model_config=model_config)
+    source = open_source(src, model_config=model_config, oft=oft)
     model, llama = source.model, source.model.llama
     components: dict[str, list[Any]] = {}
     for leaf, (dtype, shape) in source.weights.leaves.items():
@@ -349,6 +230,7 @@ def inspect_weights(src: str | Path, *, model_config: str | Mapping[str, Any] | 
         f"mlp {llama.mlp_dim}, vocabulary {llama.vocab_size} ({model.base_vocab_size} + padding), "
         f"rms eps {llama.norm_eps:g}, rope theta {llama.rope_theta:g}",
         f"prompt: {model.prompt_family}; images: {model.resize}; {dataclasses.asdict(source.preprocessing)}",
+        f"cameras: {', '.join(source.observation.cameras)}; state: {', '.join(source.observation.state) or 'none'}",
         f"actions: {dataclasses.asdict(source.action)}",
         *(f"{name}: {count:,} parameters, {', '.join(sorted(dtypes))}" for name, (count, dtypes) in components.items()),
         f"total: {total:,} parameters{tensors}, {source.nbytes:,} bytes",

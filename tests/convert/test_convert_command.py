@@ -1,5 +1,6 @@
 """The three commands of a user, and the memory that they take."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from fabricate import write_hf
+from fabricate import STATISTICS, write_hf
+from safetensors.numpy import save_file
 
 from openvla_jax import convert_weights
 from openvla_jax.convert.torch_io import read_torch_folder
@@ -69,15 +71,32 @@ def test_the_benchmark_runs_at_tiny_size(tmp_path):
 
 
 MEASURE = """
-import resource, sys
-from openvla_jax.convert import export_weights, import_weights
+import os, resource, sys
+from openvla_jax.convert import OftOptions, export_weights, import_weights
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if sys.argv[1] == "import":
     import_weights(sys.argv[2], sys.argv[3])
+elif sys.argv[1] == "unmerged":
+    base = os.path.join(os.path.dirname(sys.argv[2]), "hf")
+    import_weights(sys.argv[2], sys.argv[3], oft=OftOptions("libero"), base=base)
 else:
     export_weights(sys.argv[2], sys.argv[3], format=sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
+
+
+def write_adapter(folder, tensors, rank=2):
+    """A run of OpenVLA-OFT that was not merged: an adapter of every matrix of the language model, and statistics."""
+    names = [name for name in tensors if ".layers." in name and tensors[name].ndim == 2]
+    factors = {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight": np.full(shape, 0.1, np.float32)
+        for name in names
+        for side, shape in (("A", (rank, tensors[name].shape[1])), ("B", (tensors[name].shape[0], rank)))
+    }
+    (folder / "lora_adapter").mkdir(parents=True)
+    save_file(factors, folder / "lora_adapter" / "adapter_model.safetensors")
+    (folder / "lora_adapter" / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": rank}))
+    (folder / "dataset_statistics.json").write_text(json.dumps(STATISTICS))
 
 
 @pytest.mark.long
@@ -99,8 +118,14 @@ def test_memory_is_that_of_some_tensors_not_of_the_checkpoint(tmp_path, monkeypa
     total = sum(x.nbytes for x in tensors.values())
     leaf = 32 * 512 * 1408 * 4
     assert total > 400e6
+    write_adapter(tmp_path / "adapted", tensors)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    for mode, src, dst in (("import", "hf", "orbax"), ("hf", "orbax", "hf2"), ("prismatic", "orbax", "run")):
+    for mode, src, dst in (
+        ("import", "hf", "orbax"),
+        ("hf", "orbax", "hf2"),
+        ("prismatic", "orbax", "run"),
+        ("unmerged", "adapted", "oft"),
+    ):
         command = [sys.executable, "-c", MEASURE, mode, str(tmp_path / src), str(tmp_path / dst)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         grown = int(done.stdout.split()[-1])

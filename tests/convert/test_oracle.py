@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 from oracle import OracleVLA
 
 from openvla_jax.convert import export_weights, import_weights
+from openvla_jax.convert.outputs import build_model
 from openvla_jax.convert.sources import open_source
-from openvla_jax.convert.verify import build_model
 
 pytestmark = pytest.mark.torch
 

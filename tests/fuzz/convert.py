@@ -16,6 +16,7 @@ from etils import epath
 from openvla_jax.checkpoint import checksums
 from openvla_jax.checkpoint.contract import CONFIG_FILE, STATISTICS_FILE, Contract
 from openvla_jax.config import tiny
+from openvla_jax.convert.components import read_components
 from openvla_jax.convert.describe import read_json
 from openvla_jax.convert.names import ConversionError, source_shapes, table
 from openvla_jax.convert.peft import CONFIG, read_settings
@@ -27,6 +28,7 @@ from tests.convert.fabricate import STATISTICS, hf_config, shrunken
 from tests.fuzz.harness import Target
 
 ADAPTERS = Path(__file__).parents[1] / "data" / "peft_adapters"
+TOWERS = "vision_backbone--1_checkpoint.pt"
 SPECS = {
     "a.weight": (np.dtype(np.float32), (3, 4)),
     "b": (np.dtype(ml_dtypes.bfloat16), (2,)),
@@ -97,6 +99,28 @@ def archives() -> Sequence[bytes]:
     return [own, buffer.getvalue()]
 
 
+def towers() -> Sequence[bytes]:
+    """OpenVLA-OFT's file of towers with FiLM: two layers with adapters, one block."""
+    wide, narrow = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+    patches, layer = "featurizer.patch_embed.proj", "featurizer.blocks.0.block.mlp.fc1"
+    specs = {
+        f"{patches}.base_layer.weight": (narrow, (4, 3, 2, 2)),
+        f"{patches}.lora_A.default.weight": (narrow, (2, 3, 2, 2)),
+        f"{patches}.lora_B.default.weight": (narrow, (4, 2, 1, 1)),
+        "featurizer.blocks.0.block.norm1.bias": (narrow, (4,)),
+        f"{layer}.base_layer.weight": (narrow, (8, 4)),
+        f"{layer}.lora_A.default.weight": (narrow, (2, 4)),
+        f"{layer}.lora_B.default.weight": (narrow, (8, 2)),
+        "featurizer.blocks.0.scale.weight": (wide, (4, 6)),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        writer = PtWriter(Path(folder) / TOWERS, {f"vision_backbone.{name}": spec for name, spec in specs.items()})
+        for tensor in writer.tensors.values():
+            fill(tensor, 0, np.ones(tensor.shape, tensor.dtype))
+        writer.finish()
+        return [(Path(folder) / TOWERS).read_bytes()]
+
+
 def adapters() -> Sequence[bytes]:
     return [(ADAPTERS / kind / CONFIG).read_bytes() for kind in ("gaussian", "rslora", "pissa_converted")]
 
@@ -156,6 +180,23 @@ TARGETS = {
                 b"2",
                 b"tR",
                 b"ctorch\nfloat8_e5m2\n",
+            ),
+        ),
+        Target(
+            "oft_towers",
+            towers,
+            through(TOWERS, lambda path: read_components(path.parent, {})),
+            tokens=(
+                b"PK\3\4",
+                b"PK\1\2",
+                b"R",
+                b"h\0",
+                b"Q",
+                b"K\0",
+                b"tR",
+                b"BFloat16Storage",
+                b"lora_B",
+                b"base_layer",
             ),
         ),
         Target("adapter_config", adapters, through(CONFIG, read_settings), tokens=(*JSON, b'"r"', b'"lora_alpha"')),
