@@ -16,7 +16,7 @@ from openvla_jax.checkpoint.reading import load_contract
 from openvla_jax.convert import ConversionError, OftOptions, export_weights, exporter, import_weights
 from openvla_jax.convert.sources import open_source
 
-# The cases with the fewest and the most kinds of files are quick; the others are long.
+# A directory of a real run, in its dtypes, is quick; the other cases are long.
 QUICK = {*names(use_l1_regression=True, use_proprio=True, use_film=False, float32=False)[:1]}
 # What the reference's loader copies beside the weights; the hub's code knows no chunks.
 LOCAL_CODE = {
@@ -96,7 +96,8 @@ def test_export_writes_towers_merged_with_zero_adapters(name, tmp_path):
             assert re.search(r"\.(scale|shift)\.", key)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.long
+@pytest.mark.parametrize("name", names())
 def test_export_comes_back_bit_for_bit(name, tmp_path):
     """Every array and the policy, with no word about the platform; and exported again, every byte of every file."""
     export_weights(imported(name), tmp_path / "back")
