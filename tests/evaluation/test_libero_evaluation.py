@@ -419,6 +419,23 @@ def test_film_of_refuses_another_form():
             film_of(text)
 
 
+@pytest.mark.long
+def test_command_evaluates_a_checkpoint_by_its_contract(tmp_path, monkeypatch):
+    from inference.small_policy import small_policy
+
+    from openvla_jax.checkpoint.load import save_model
+
+    policy = small_policy(INFO["statistics"])
+    save_model(policy.model, policy.contract, tmp_path / "checkpoint")
+    monkeypatch.setitem(MAX_STEPS, "libero_object", 3)
+    where = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
+    assert evaluate_command.main(["libero", "--suite", "libero_object", "--tasks", "0", "--states", "0-1", *where]) == 0
+    assert [(o.state, o.steps) for o in read_outcomes(tmp_path / "out")] == [(0, 3), (1, 3)]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["policy"]["name"] == str(tmp_path / "checkpoint")
+    assert (run["protocol"]["cameras"], run["protocol"]["state"], run["protocol"]["executed"]) == (["primary"], [], 1)
+
+
 def test_command_reports_bad_input_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "none"))
     with pytest.raises(SystemExit) as stopped:

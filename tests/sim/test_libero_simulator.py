@@ -11,9 +11,8 @@ from evaluation.libero_policy import ScriptedPolicy, evaluate
 
 from openvla_jax.errors import InputError
 from openvla_jax.evaluation.benchmarks.results import read_outcomes
-from openvla_jax.sim.libero import fingerprint
 from openvla_jax.sim.libero.conventions import MAX_STEPS
-from openvla_jax.sim.libero.process import Simulator, python_path
+from openvla_jax.sim.libero.process import python_path
 
 try:
     PYTHON = python_path()
@@ -71,13 +70,6 @@ def test_simulator_shows_what_the_reference_s_loop_sees():
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
 
 
-def test_simulator_has_the_stored_fingerprint():
-    simulator = Simulator()
-    record = fingerprint.check(fingerprint.measure(simulator, "libero_object_swap"))
-    assert record["agrees"] and record["suite"] == "libero_object", record
-    simulator.close()
-
-
 def test_evaluation_runs_a_short_real_episode(tmp_path, monkeypatch):
     class Curious(ScriptedPolicy):
         def predict_chunks(self, observations):
@@ -93,7 +85,7 @@ def test_evaluation_runs_a_short_real_episode(tmp_path, monkeypatch):
     assert len(policy.seen) == 2 and {image.shape for image in policy.seen[0].values()} == {(256, 256, 3)}
     assert all(image.std() > 10 for image in policy.seen[0].values())
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["simulator"]["versions"]["mujoco"] == "3.3.2"
+    assert run["simulator"]["agrees"] and run["simulator"]["versions"]["mujoco"] == "3.3.2"
 
 
 def test_expert_s_episode_replays_in_the_real_simulator(tmp_path):
