@@ -199,8 +199,8 @@ def run_compare(args: argparse.Namespace) -> None:
     summary: dict[str, Any] = {
         name: {"rate": found.rate, "interval": found.interval} for name, found in results.items()
     }
-    for name, found in paces.items():
-        summary[name] |= dataclasses.asdict(found)
+    for name, measured in paces.items():
+        summary[name] |= dataclasses.asdict(measured)
     (args.out / "success.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(report)
 

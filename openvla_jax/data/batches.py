@@ -110,8 +110,8 @@ def make_train_iterator(
         raise DataError(f"data.bad_images is {bad_images!r}: stop or skip")
     phases = open_phases(data, observation, action)
     mixture = phases[-1].mixture
-    for camera, present in zip(observation.cameras, mixture.camera_mask.any(axis=0), strict=True):
-        if not present:
+    for index, camera in enumerate(observation.cameras):
+        if not mixture.camera_mask[:, index].any():
             raise DataError(f"observation.cameras has {camera!r}, of which no dataset has images: leave it out")
     readers = data.get("num_parallel_reads") or 4
     num_examples = nominal_length(mixture.weights, mixture.sizes)
