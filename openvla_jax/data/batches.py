@@ -110,8 +110,8 @@ def make_train_iterator(
         raise DataError(f"data.bad_images is {bad_images!r}: stop or skip")
     phases = open_phases(data, observation, action)
     mixture = phases[-1].mixture
-    for column, camera in enumerate(observation.cameras):
-        if not mixture.camera_mask[:, column].any():
+    for index, camera in enumerate(observation.cameras):
+        if not mixture.camera_mask[:, index].any():
             raise DataError(f"observation.cameras has {camera!r}, of which no dataset has images: leave it out")
     readers = data.get("num_parallel_reads") or 4
     num_examples = nominal_length(mixture.weights, mixture.sizes)
@@ -174,11 +174,6 @@ def make_train_iterator(
         state_bytes=state_bytes,
         summary=summary,
         identity=identity,
-        simulators={
-            source.name: source.info.metadata["simulator"]
-            for source in mixture.sources
-            if "simulator" in (source.info.metadata or {})
-        },
         explain_errors=functools.partial(explain_errors, mixture.sources),
     )
 
