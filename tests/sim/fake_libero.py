@@ -3,7 +3,8 @@
 The hand has to reach the place that the task's own object lies at. Frames are of one grey level that tells camera, task
 and step. FAKE_LIBERO, a JSON object in the environment, makes it misbehave:
 
-    die, hang     [task, state, step]: what happens there, once if `marker` is a path, which then appears
+    die, hang     [task, state, step]: what happens at that step, once if `marker` is a path, which then appears
+    blind         the same, when it renders there
     other         true: it draws other frames than the benchmark's simulator
     slow          seconds that every step takes
 """
@@ -77,7 +78,7 @@ class FakeSimulator:
         return self.measured()
 
     def step(self, action):
-        self.misbehave()
+        self.misbehave("die", "hang")
         self.steps += 1
         self.hand = self.hand + STRIDE * action[:3]
         self.closed = action[6] > 0
@@ -89,6 +90,7 @@ class FakeSimulator:
         return {"state": state, "success": bool(reached and self.steps)}
 
     def render(self, cameras):
+        self.misbehave("blind")
         level = {"primary": 100, "wrist": 200}
         return {c: np.full((256, 256, 3), level[c] + 10 * self.task + self.steps % 10, np.uint8) for c in cameras}
 
@@ -116,9 +118,9 @@ class FakeSimulator:
             success = self.step(action)["success"]
         return {"success": success, **{name: np.stack(values) for name, values in rows.items()}}
 
-    def misbehave(self):
+    def misbehave(self, *faults):
         time.sleep(self.faults.get("slow", 0))
-        for fault in ("die", "hang"):
+        for fault in faults:
             if self.faults.get(fault) == [self.task, self.start, self.steps]:
                 marker = self.faults.get("marker")
                 if marker and os.path.exists(marker):
@@ -126,7 +128,7 @@ class FakeSimulator:
                 if marker:
                     Path(marker).touch()
                 print("the fake simulator has had enough", file=sys.stderr, flush=True)
-                os._exit(9) if fault == "die" else time.sleep(1000)
+                time.sleep(1000) if fault == "hang" else os._exit(9)
 
 
 if __name__ == "__main__":

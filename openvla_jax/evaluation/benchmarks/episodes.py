@@ -8,7 +8,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -73,6 +72,15 @@ class Lane:
         except SimulatorError as error:
             self._redo(error)
 
+    def look(self) -> None:
+        """Renders the observation, here and not in the policy: beside other lanes, and begun again if it fails."""
+        while True:
+            try:
+                self.observation = dataclasses.replace(self.observation, images=dict(self.observation.images))
+                return
+            except SimulatorError as error:
+                self._redo(error)
+
     def _reset(self) -> None:
         before = self.simulator.cpu_seconds
         assert self.episode is not None
@@ -81,13 +89,12 @@ class Lane:
         self._film(True)
 
     def _redo(self, error: SimulatorError) -> None:
+        assert self.episode is not None
         while True:
             self.redone += 1
             if self.redone == ATTEMPTS:
-                raise InputError(
-                    f"{error}: {ATTEMPTS} times in task {self.environment.task}, state {self.episode.state} "  # type: ignore[union-attr]
-                    f"of {self.environment.suite}; run the command again to go on, with OPENVLA_TRACEBACK=1 for more"
-                ) from error
+                where = f"task {self.environment.task}, state {self.episode.state} of {self.environment.suite}"
+                raise InputError(f"{error}: {ATTEMPTS} times in {where}; run the command again to go on") from error
             try:
                 return self._reset()
             except SimulatorError as again:
@@ -137,6 +144,7 @@ def run_episodes(
             acting = [lane for lane in lanes if lane.episode is not None]
             if not acting:
                 break
+            list(pool.map(Lane.look, acting))
             rows = [lane.observation for lane in acting]
             before = time.process_time()
             chunks = policy.predict_chunks(rows + rows[:1] * (len(lanes) - len(rows)))
@@ -145,7 +153,7 @@ def run_episodes(
                 raise InputError(
                     f"the policy predicts {length} actions at once, of which {executed} are to be executed"
                 )
-            list(pool.map(_advance, acting, [chunk[:executed] for chunk in chunks[: len(acting)]]))
+            list(pool.map(Lane.advance, acting, [np.asarray(chunk)[:executed] for chunk in chunks[: len(acting)]]))
             for lane in acting:
                 if lane.outcome is not None:
                     finished(lane.outcome, lane.frames)
@@ -153,7 +161,3 @@ def run_episodes(
     spent.evaluator = time.process_time() - began - spent.policy
     spent.simulator = sum(lane.simulator.cpu_seconds for lane in lanes) - simulated
     return spent
-
-
-def _advance(lane: Lane, chunk: Any) -> None:
-    lane.advance(chunk)
