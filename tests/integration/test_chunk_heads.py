@@ -63,8 +63,9 @@ def test_run_with_a_chunk_head_trains_and_acts(folder, tmp_path, monkeypatch, he
     seen = [Observation(images(), text, rng.normal(size=6)) for text in ("lift the cup", "push the red block away")]
     chunks = policy.predict_chunks(seen)
     assert chunks.shape == (2, 3, 7)
+    rounding = 1e-3 if head == "diffusion" else 1e-5  # each denoising step multiplies it
     for observation, chunk in zip(seen, chunks, strict=True):
-        np.testing.assert_allclose(policy.predict_chunk(observation), chunk, atol=1e-5)
+        np.testing.assert_allclose(policy.predict_chunk(observation), chunk, atol=rounding)
 
 
 @pytest.fixture(scope="module")
