@@ -44,7 +44,7 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 class Stream:
     dataset_names = ("toy", "other")
     statistics = STATISTICS
-    num_examples, state_bytes, summary = 1000, 8, "data: random"
+    num_examples, state_bytes, summary, simulators = 1000, 8, "data: random", {}
 
     def __init__(self, model: VLAConfig, batch_size: int, process_index: int, process_count: int):
         self._model, self._shard, self._rows = model, (process_index, process_count), batch_size
