@@ -433,7 +433,7 @@ def test_film_of_refuses_another_form():
 
 @pytest.mark.long
 def test_command_evaluates_a_checkpoint_by_its_contract(tmp_path, monkeypatch):
-    from inference.small_policy import small_policy
+    from tests.inference.small_policy import small_policy
 
     from openvla_jax.checkpoint.load import save_model
 
