@@ -433,9 +433,8 @@ def test_film_of_refuses_another_form():
 
 @pytest.mark.long
 def test_command_evaluates_a_checkpoint_by_its_contract(tmp_path, monkeypatch):
-    from tests.inference.small_policy import small_policy
-
     from openvla_jax.checkpoint.load import save_model
+    from tests.inference.small_policy import small_policy
 
     policy = small_policy(INFO["statistics"])
     save_model(policy.model, policy.contract, tmp_path / "checkpoint")
