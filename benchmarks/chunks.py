@@ -5,7 +5,7 @@
 
 All sides have the same cameras, state and prompt, float32 on a CPU and bfloat16 elsewhere, and take turns. The forward
 pass is of that prompt alone, without slots and head. Fails, for the head l1 on a CPU, if a chunk takes more than 1.3
-times the forward pass, or if decoding takes less than 5 times as long for an action.
+times the forward pass, or if an action that is decoded on its own, as OpenVLA does, takes less than 5 times as long.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main() -> None:
     savings = [took / count * args.horizon / chunk for took, count in zip(decoding, (1, args.horizon), strict=True)]
     print(f"a chunk takes {passes:.2f} forward passes; an action takes {savings[0]:.1f} times less than decoded one by "
           f"one, {savings[1]:.1f} times less than {args.horizon} decoded in a row")  # fmt: skip
-    if cpu and args.head == "l1" and (passes > MAX_PASSES or min(savings) < MIN_SAVING):
+    if cpu and args.head == "l1" and (passes > MAX_PASSES or savings[0] < MIN_SAVING):
         sys.exit(
             f"failed: more than {MAX_PASSES} forward passes, or less than {MIN_SAVING} times the speed of decoding"
         )
