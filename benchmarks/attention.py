@@ -1,9 +1,10 @@
 """Time of one attention layer on TPUs, forward and backward, as a kernel and as XLA compiles it, by their compiler.
 
-  python benchmarks/attention.py --slices v5e:1x1 v6e:1x1         # a minute each; needs libtpu, and no TPU
+  python benchmarks/attention.py --slices v5e:1x1 v6e:1x1         # needs libtpu, and no TPU
 
-The shape is that of a chunk of OpenVLA-OFT on openvla-7b: two cameras, state, prompt and 56 slots, every position
-attending to all that are no pads. `--causal` is that of pretraining with two cameras, of which a row may miss one.
+The default shape is OpenVLA-OFT's on openvla-7b: two cameras, state, prompt and 56 action slots. Attention is
+bidirectional and pads are masked. `--causal` measures causal attention with masked keys, as pretraining with two
+cameras needs if a row misses one.
 Estimates: compute from the compiler's cycle counts, as `--plan` has them.
 """
 
